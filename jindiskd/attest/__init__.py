@@ -1,0 +1,1 @@
+"""Evidence formats, verifiers, expected measurements, certificates."""

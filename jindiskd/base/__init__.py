@@ -1,0 +1,1 @@
+"""What every part needs: secrets, processes, durable files, logging."""

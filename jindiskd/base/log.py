@@ -1,0 +1,45 @@
+"""Logging: structured lines to the journal when the service manager reads them, plain text otherwise.
+
+Never `dict_tracebacks` or rich tracebacks: they print local variables, and a key may be among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+PRIORITY = {"critical": 2, "error": 3, "exception": 3, "warning": 4, "info": 6, "debug": 7}
+
+
+def _to_journal(_logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+    """One line with the priority prefix that systemd-journald reads (sd-daemon(3))."""
+    render = structlog.processors.KeyValueRenderer(key_order=["event"], sort_keys=True)
+    line = str(render(None, method, event)).replace("\\n", "\n")
+    return "\n".join(f"<{PRIORITY.get(method, 6)}>{part}" for part in line.split("\n"))
+
+
+def setup(level: str = "info") -> None:
+    """Configure structlog for this process; call once, first thing in a program."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.format_exc_info,
+    ]
+    if os.environ.get("JOURNAL_STREAM"):
+        tail: list[Any] = [_to_journal]
+    else:
+        tail = [
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+        ]
+    structlog.configure(
+        processors=shared + tail,
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

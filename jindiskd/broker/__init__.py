@@ -1,0 +1,1 @@
+"""Sessions and release: the key-broker service and the relay."""

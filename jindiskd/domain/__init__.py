@@ -1,0 +1,1 @@
+"""libvirt domains: XML, connection, launch."""

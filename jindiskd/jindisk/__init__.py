@@ -1,0 +1,1 @@
+"""The JinDisk volume formats and their engine; usable without the rest."""

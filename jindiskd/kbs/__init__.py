@@ -1,0 +1,1 @@
+"""The key-broker protocol, shared by guest and broker; small imports."""

@@ -1,0 +1,1 @@
+"""LUKS2 headers: make, check, populate."""

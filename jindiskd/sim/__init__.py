@@ -1,0 +1,1 @@
+"""The simulated platform: firmware and roots in the real formats."""

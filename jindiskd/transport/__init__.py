@@ -1,0 +1,1 @@
+"""vsock, hybrid vsock and TCP endpoints."""
