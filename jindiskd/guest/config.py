@@ -1,0 +1,82 @@
+"""The measured configuration of a guest: a file in its initrd, so part of the launch digest.
+
+Nothing else configures the guest's agent: no kernel command line, firmware variable, SMBIOS or DHCP value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PATH = "etc/jindisk/guest.json"
+SCHEMA = 1
+
+KBS_PORT = 19012  # vsock: the broker, TLS
+FIRMWARE_PORT = 19013  # vsock: the simulated firmware
+PROGRESS_PORT = 19014  # vsock: fixed progress codes for the host
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerPin:
+    """The one broker the guest talks to."""
+
+    spki_sha256: bytes
+    """SHA-256 (32 bytes) of the DER SubjectPublicKeyInfo of the broker's TLS certificate."""
+    cid: int = 2
+    """vsock context id, 2 is the host."""
+    port: int = KBS_PORT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Luks2Expectation:
+    """What the LUKS2 header must be: its exact bytes, and in words for a second check."""
+
+    header_bytes: int
+    """Length of the header area: both headers, both JSON areas, the key slots; the data begins behind it."""
+    header_sha256: bytes
+    uuid: str
+    cipher: str
+    """For example `aes-xts-plain64`."""
+    key_bytes: int
+    sector_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JindiskExpectation:
+    """What the JinDisk volume must be; its freshness comes from the broker with the key."""
+
+    version: int
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootVolume:
+    """The volume that holds the root file system."""
+
+    device: str
+    """The device node that the launch configuration gives it, for example `/dev/vda3`; a locator, not an identity."""
+    resource: str
+    """The key's resource path `repository/type/tag`."""
+    luks2: Luks2Expectation | None = None
+    jindisk: JindiskExpectation | None = None
+    mapping: str = "root"
+    """The volume opens as `/dev/mapper/<mapping>` (LUKS2)."""
+    filesystem: str = "ext4"
+    options: str = "ro"
+    """Mount options, comma separated; the system's own init remounts it as its fstab says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestConfig:
+    """All that the agent knows when it starts."""
+
+    schema: int
+    image_id: str
+    platform: str
+    """A `base.platform.Platform` value; decides where the report comes from."""
+    broker: BrokerPin
+    root: RootVolume
+    modules: tuple[str, ...]
+    """Kernel module files in the initrd in the order of loading, absolute paths."""
+    init: str = "/sbin/init"
+    timeout_s: int = 120
+    """From the agent's start to the mounted root; then power off."""

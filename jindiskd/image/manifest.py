@@ -1,0 +1,92 @@
+"""The manifest of an image: what was built, from what, and what its guest will measure as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jindiskd.base.platform import Platform
+
+FILE = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """One partition of the disk."""
+
+    name: str
+    """GPT partition name: `boot`, `UEFI` or `jindisk-rootfs`, in this order."""
+    uuid: str
+    type_uuid: str
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """The encrypted root volume."""
+
+    format: str
+    """`luks2`, `jindisk` (version 2) or `jindisk1`."""
+    uuid: str
+    cipher: str
+    header_bytes: int = 0
+    header_sha256: bytes = b""
+    anchor: bytes = b""
+    """JinDisk 2: the anchor after the build, 73 bytes, JinDisk 2 format section 13.1; else empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootFile:
+    """A file that direct boot hands to the guest and that the platform measures."""
+
+    file: str
+    size_bytes: int
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What of the virtual machine enters the launch digest."""
+
+    firmware: str
+    """Path of the firmware image on the host."""
+    firmware_sha256: bytes
+    vcpus: int
+    cpu_model: str
+    guest_features: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """An image in the store. The directory's name is `name`; the image's identity is `image_id`."""
+
+    schema: int
+    image_id: str
+    """Random UUID; part of the key's resource path `default/<image_id>/root`."""
+    name: str
+    created: str
+    """RFC 3339, UTC."""
+    platform: Platform
+    base_sha256: bytes
+    """Of the base image file, or of the tar stream of the root file system."""
+    base_kind: str
+    """`disk` or `rootfs`."""
+    distribution: str
+    """PRETTY_NAME of the base's os-release, else empty."""
+    kernel_release: str
+    disk_size_bytes: int
+    partitions: tuple[Partition, ...]
+    volume: Volume
+    kernel: BootFile
+    initrd: BootFile
+    cmdline: BootFile
+    shape: Shape
+    launch_digest: bytes
+    """48 bytes (SNP); empty where the platform's value cannot be computed before the launch."""
+    broker_spki_sha256: bytes
+    resource: str
+    seeded: bool = False
+    """Built with a fixed seed: keys are guessable by whoever knows it; for tests and reproduction only."""
+    changes: tuple[str, ...] = field(default=())
+    """What the builder altered inside the root file system, in words."""
