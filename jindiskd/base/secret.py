@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import secrets as _random
-from typing import NoReturn
+from typing import NoReturn, Self
 
 
 class Secret:
@@ -39,7 +39,7 @@ class Secret:
     def __len__(self) -> int:
         return len(self._buffer)
 
-    def __enter__(self) -> Secret:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
