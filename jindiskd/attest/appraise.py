@@ -1,0 +1,187 @@
+"""Does a genuine SEV-SNP report say what its owner wants? Every expectation is strict unless loosened by name.
+
+Findings, all refusals: `snp.simulated`, `snp.debug`, `snp.migration_agent`, `snp.vmpl`, `snp.measurement`,
+`snp.guest_svn`, `snp.policy_abi`, `snp.tcb.too_old`, `snp.tcb.no_minimum`, `snp.firmware.too_old`,
+`snp.firmware.provisional`, `snp.host_data`, `snp.chip_id.unknown`, `snp.platform.<what>`, `snp.mitigations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jindiskd.attest.model import Finding
+from jindiskd.attest.snp import VerifiedSnp
+from jindiskd.attest.snp_report import (
+    HOST_REQUESTED_VMPL,
+    FirmwareVersion,
+    GuestPolicy,
+    PlatformInfo,
+    SnpReport,
+    Tcb,
+)
+
+NO_MIGRATION_AGENT = b"\xff" * 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnpExpectations:
+    """What a report must say. The defaults accept nothing until measurements or keys, and host data, are named."""
+
+    measurements: frozenset[bytes] = frozenset()
+    """Launch digests (48 bytes) that are allowed."""
+    id_key_digests: frozenset[bytes] = frozenset()
+    """Digests (48 bytes) of ID keys whose signed images are allowed; use with `minimum_guest_svn`."""
+    author_key_digests: frozenset[bytes] = frozenset()
+    """Digests (48 bytes) of author keys whose ID keys are allowed; counts only where AUTHOR_KEY_EN is set."""
+    any_measurement: bool = False
+    """Accept any code at all. For looking at evidence, never for releasing a key."""
+    host_data: frozenset[bytes] = frozenset()
+    """HOST_DATA values (32 bytes) that are allowed; zeros must be named like any other."""
+    any_host_data: bool = False
+    minimum_guest_svn: int = 0
+    minimum_policy_abi: tuple[int, int] = (0, 0)
+    minimum_tcb: Mapping[str, Tcb] = field(default_factory=dict)
+    """By product name. Once one product is named, evidence of a product that is not named is refused."""
+    minimum_firmware: FirmwareVersion = field(default_factory=lambda: FirmwareVersion(0, 0, 0))
+    vmpl: int = 0
+    chip_ids: frozenset[bytes] | None = None
+    """CHIP_ID values (64 bytes) of the owner's machines; None where no list is kept."""
+    allow_simulated: bool = False
+    allow_debug: bool = False
+    allow_migration_agent: bool = False
+    allow_provisional_firmware: bool = False
+    """Accept firmware newer than the committed one, which the host can still roll back."""
+    require_smt_off: bool = False
+    require_ciphertext_hiding: bool = False
+    require_aes_256_xts: bool = False
+    require_rapl_off: bool = False
+    require_single_socket: bool = False
+    require_page_swap_disabled: bool = False
+    require_no_cxl: bool = False
+    require_alias_check: bool = False
+    required_mitigations: int = 0
+    """Bits that must be set in both mitigation vectors; a report before version 5 has none."""
+
+
+def appraise_snp(verified: VerifiedSnp, expectations: SnpExpectations) -> list[Finding]:
+    """Every way in which a genuine report falls short; an empty list means that it is acceptable."""
+    findings: list[Finding] = []
+    report = verified.report
+    if verified.simulated and not expectations.allow_simulated:
+        findings.append(Finding("snp.simulated", "the report comes from simulated firmware, which proves nothing"))
+    _appraise_code(report, expectations, findings)
+    _appraise_guest(report, expectations, findings)
+    _appraise_versions(verified, expectations, findings)
+    _appraise_platform(report, expectations, findings)
+    return findings
+
+
+def _appraise_code(report: SnpReport, wanted: SnpExpectations, findings: list[Finding]) -> None:
+    known = (
+        wanted.any_measurement
+        or report.measurement in wanted.measurements
+        or (report.id_key_digest in wanted.id_key_digests and any(report.id_key_digest))
+        or (report.author_key_enabled and report.author_key_digest in wanted.author_key_digests)
+    )
+    if not known:
+        text = f"the launch digest {report.measurement.hex()} is not allowed, nor is the key that signed the image"
+        findings.append(Finding("snp.measurement", text))
+    if report.guest_svn < wanted.minimum_guest_svn:
+        text = f"the guest's security version {report.guest_svn} is below {wanted.minimum_guest_svn}"
+        findings.append(Finding("snp.guest_svn", text))
+    if not wanted.any_host_data and report.host_data not in wanted.host_data:
+        text = f"HOST_DATA {report.host_data.hex()} is not among the expected values"
+        findings.append(Finding("snp.host_data", text))
+
+
+def _appraise_guest(report: SnpReport, wanted: SnpExpectations, findings: list[Finding]) -> None:
+    policy = report.policy_flags
+    if GuestPolicy.DEBUG in policy and not wanted.allow_debug:
+        findings.append(Finding("snp.debug", "the guest's policy lets the host read and change its memory (DEBUG)"))
+    migratable = GuestPolicy.MIGRATE_MA in policy or report.report_id_ma != NO_MIGRATION_AGENT
+    if migratable and not wanted.allow_migration_agent:
+        text = "a migration agent could export the guest: launch it without MIGRATE_MA"
+        findings.append(Finding("snp.migration_agent", text))
+    if report.vmpl != wanted.vmpl:
+        asked = "the host" if report.vmpl == HOST_REQUESTED_VMPL else f"privilege level {report.vmpl}"
+        findings.append(Finding("snp.vmpl", f"{asked} asked for the report instead of privilege level {wanted.vmpl}"))
+    if report.policy_abi < wanted.minimum_policy_abi:
+        least = ".".join(map(str, wanted.minimum_policy_abi))
+        text = f"the guest's policy accepts firmware ABI {'.'.join(map(str, report.policy_abi))}, below {least}"
+        findings.append(Finding("snp.policy_abi", text))
+
+
+def _appraise_versions(verified: VerifiedSnp, wanted: SnpExpectations, findings: list[Finding]) -> None:
+    report = verified.report
+    minimum = wanted.minimum_tcb.get(verified.product.value)
+    if minimum is None and wanted.minimum_tcb:
+        text = f"no least firmware versions are configured for {verified.product}"
+        findings.append(Finding("snp.tcb.no_minimum", text))
+    if minimum is not None:
+        levels = {"reported": report.reported_tcb, "committed": report.committed_tcb, "launch": report.launch_tcb}
+        for name, tcb in levels.items():
+            low = tcb.below(minimum)
+            if low:
+                text = f"the {name} TCB ({tcb}) is below the least ({minimum}) in {', '.join(low)}: update the firmware"
+                findings.append(Finding("snp.tcb.too_old", text))
+    if min(report.current_version, report.committed_version) < wanted.minimum_firmware:
+        text = (
+            f"SNP firmware {report.current_version} (committed {report.committed_version}) is below "
+            f"{wanted.minimum_firmware}: update it"
+        )
+        findings.append(Finding("snp.firmware.too_old", text))
+    provisional = report.current_version != report.committed_version or report.current_tcb != report.committed_tcb
+    if provisional and not wanted.allow_provisional_firmware:
+        text = f"firmware {report.current_version} is not committed, so the host can roll it back: commit it"
+        findings.append(Finding("snp.firmware.provisional", text))
+
+
+def _appraise_platform(report: SnpReport, wanted: SnpExpectations, findings: list[Finding]) -> None:
+    policy, platform = report.policy_flags, report.platform_flags
+    rows = (
+        (wanted.require_smt_off, PlatformInfo.SMT_EN not in platform, "smt", "simultaneous multithreading is on"),
+        (
+            wanted.require_ciphertext_hiding,
+            PlatformInfo.CIPHERTEXT_HIDING_DRAM_EN in platform,
+            "ciphertext_hiding",
+            "the host can read ciphertext in memory",
+        ),
+        (
+            wanted.require_aes_256_xts,
+            GuestPolicy.MEM_AES_256_XTS in policy,
+            "aes_256_xts",
+            "the guest's policy does not ask for AES-256-XTS",
+        ),
+        (wanted.require_rapl_off, PlatformInfo.RAPL_DIS in platform, "rapl", "the power measurement interface is on"),
+        (
+            wanted.require_single_socket,
+            GuestPolicy.SINGLE_SOCKET in policy,
+            "single_socket",
+            "the guest's policy allows several sockets",
+        ),
+        (
+            wanted.require_page_swap_disabled,
+            GuestPolicy.PAGE_SWAP_DISABLE in policy,
+            "page_swap",
+            "the guest's policy lets the host move and swap pages",
+        ),
+        (wanted.require_no_cxl, GuestPolicy.CXL_ALLOW not in policy, "cxl", "the guest's policy allows CXL memory"),
+        (
+            wanted.require_alias_check,
+            PlatformInfo.ALIAS_CHECK_COMPLETE in platform,
+            "alias_check",
+            "memory was not checked for aliases since the platform's reset (AMD-SB-3015)",
+        ),
+    )
+    for required, holds, name, text in rows:
+        if required and not holds:
+            findings.append(Finding(f"snp.platform.{name}", text))
+    for moment, vector in (("launch", report.launch_mit_vector), ("now", report.current_mit_vector)):
+        missing = wanted.required_mitigations & ~(vector or 0)
+        if missing:
+            text = f"mitigations 0x{missing:x} are not in force ({moment})"
+            findings.append(Finding("snp.mitigations", text))
+    if wanted.chip_ids is not None and report.chip_id not in wanted.chip_ids:
+        text = f"the chip {report.chip_id.hex()} is not on the list of machines"
+        findings.append(Finding("snp.chip_id.unknown", text))
