@@ -18,5 +18,5 @@ def ovmf() -> Path:
     """Folder of firmware images that carry kernel hashes."""
     found = Path(os.environ.get("JINDISK_OVMF", ROOT / "build" / "tools" / "usr" / "share" / "ovmf"))
     if not (found / "OVMF.amdsev.fd").is_file():
-        pytest.skip(f"no firmware for confidential guests in {found}; set JINDISK_OVMF to a folder that has OVMF.amdsev.fd")
+        pytest.skip(f"no firmware for confidential guests in {found}; set JINDISK_OVMF")
     return found
