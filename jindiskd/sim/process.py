@@ -23,7 +23,8 @@ request a connection, which then is closed:
 | length of the certificate table (0 unless done) | 4 |
 | certificate table, as `auxblob` | at most 65536 |
 
-A peer gets 5 seconds for its request and 5 for taking the reply; at most 8 are served at a time.
+A peer gets 5 seconds for its request and 5 for taking the reply; at most 8 are served at a time, a
+ninth is told so, and past 32 connections are dropped.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ VERSION = 1
 REQUEST_BYTES = 72
 IDLE_S = 5.0
 MAX_PEERS = 8
+MAX_CONNECTIONS = 32
 MAX_REQUEST_LINE = 1 << 16
 DONE, MALFORMED, UNKNOWN_VERSION, BUSY = range(4)
 
@@ -158,12 +160,12 @@ async def serve(firmware: SimulatedSnpFirmware, listening: socket.socket, ended:
         busy = len(peers) >= MAX_PEERS
         peers.add(task)
         try:
-            if busy:
-                writer.write(reply(BUSY))
-            else:
-                async with asyncio.timeout(IDLE_S):
-                    request = await reader.readexactly(REQUEST_BYTES)
-                writer.write(answer(request, firmware))
+            if len(peers) > MAX_CONNECTIONS:
+                raise ConnectionAbortedError
+            # Also a busy answer waits for the request: a close with unread bytes would reset the connection.
+            async with asyncio.timeout(IDLE_S):
+                request = await reader.readexactly(REQUEST_BYTES)
+            writer.write(reply(BUSY) if busy else answer(request, firmware))
             async with asyncio.timeout(IDLE_S):
                 await writer.drain()
         except asyncio.IncompleteReadError:
