@@ -1,1 +1,1 @@
-"""The objects on D-Bus."""
+"""The D-Bus side: connection, contract, dispatch, authorisation and the objects themselves."""

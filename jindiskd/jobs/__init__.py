@@ -1,1 +1,1 @@
-"""Long work: progress, cancellation, results."""
+"""Long work: what runs, how far it is, how it ended, and how to stop it."""

@@ -1,0 +1,155 @@
+"""Domains on the bus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jindiskd.bus.contract import ROOT_PATH, path_label
+from jindiskd.bus.jobs import job_path, microseconds
+from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.peers import Caller, Descriptor
+from jindiskd.bus.ports import Guests, GuestView
+from jindiskd.bus.server import Server
+from jindiskd.errors import NotFound
+from jindiskd.jobs.job import Job, Operation
+from jindiskd.jobs.manager import JobManager
+
+
+def domain_path(uuid: str) -> ObjectPath:
+    """Where a domain is exported."""
+    return ObjectPath(f"{ROOT_PATH}/domain/{path_label(uuid)}")
+
+
+class DomainObject(Object, spec="org.jindisk1.Domain"):
+    """One domain."""
+
+    def __init__(self, view: GuestView, guests: Guests, jobs: JobManager) -> None:
+        self._view, self._guests, self._jobs = view, guests, jobs
+
+    def polkit_details(self) -> Mapping[str, str]:
+        """Its name and image, for the question."""
+        return {"domain": self._view.name, "image": self._view.image}
+
+    def _update(self, view: GuestView) -> None:
+        old, self._view = self._view, view
+        pairs = {
+            "State": (old.state, view.state),
+            "Reason": (old.reason, view.reason),
+            "Since": (old.since, view.since),
+            "Cid": (old.cid, view.cid),
+        }
+        different = [name for name, (before, now) in pairs.items() if before != now]
+        if different:
+            self.changed(*different)
+
+    async def stop(self, caller: Caller, options: Options) -> ObjectPath:
+        """End the guest."""
+        view, force = self._view, options.get("force") is True
+
+        async def work(job: Job) -> None:
+            job.progress("powering off" if force else "shutting down")
+            await self._guests.stop(view.uuid, force=force)
+
+        return job_path(self._jobs.start(Operation.DOMAIN_STOP, [view.name], caller.uid, work).number)
+
+    async def undefine(self, caller: Caller, options: Options) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
+        """Remove its definition and its disk."""
+        view = self._view
+
+        async def work(job: Job) -> None:
+            job.progress("removing")
+            await self._guests.undefine(view.uuid)
+
+        job = self._jobs.start(Operation.DOMAIN_UNDEFINE, [view.name], caller.uid, work, cancelable=False)
+        return job_path(job.number)
+
+    async def open_console(self, caller: Caller, options: Options) -> Descriptor:  # noqa: ARG002 (as above)
+        """Its console log."""
+        return Descriptor(await self._guests.open_console(self._view.uuid))
+
+    @property
+    def uuid(self) -> str:
+        """Identity."""
+        return self._view.uuid
+
+    @property
+    def name(self) -> str:
+        """Name in libvirt."""
+        return self._view.name
+
+    @property
+    def image(self) -> str:
+        """What it was made from."""
+        return self._view.image
+
+    @property
+    def image_id(self) -> str:
+        """Identity of that."""
+        return self._view.image_id
+
+    @property
+    def platform(self) -> str:
+        """Platform of the image."""
+        return self._view.platform
+
+    @property
+    def simulated(self) -> bool:
+        """Whether that is simulated."""
+        return self._view.simulated
+
+    @property
+    def state(self) -> str:
+        """Where it is."""
+        return self._view.state
+
+    @property
+    def reason(self) -> str:
+        """Why it is there."""
+        return self._view.reason
+
+    @property
+    def since(self) -> int:
+        """Since when."""
+        return microseconds(self._view.since)
+
+    @property
+    def cid(self) -> int:
+        """Its vsock context id."""
+        return self._view.cid
+
+
+class DomainsOnBus:
+    """Keeps the domain objects as the domains are."""
+
+    def __init__(self, server: Server, guests: Guests, jobs: JobManager) -> None:
+        self._server, self._guests, self._jobs = server, guests, jobs
+        self._objects: dict[str, DomainObject] = {}
+        guests.subscribe(self.refresh)
+
+    def refresh(self) -> None:
+        """Export what is new, take off what is gone, tell of changes."""
+        views = {view.uuid: view for view in self._guests.views()}
+        for uuid in self._objects.keys() - views.keys():
+            del self._objects[uuid]
+            self._server.unexport(domain_path(uuid))
+        for uuid, view in views.items():
+            if uuid in self._objects:
+                self._objects[uuid]._update(view)  # noqa: SLF001 (one thing in two classes)
+            else:
+                item = self._objects[uuid] = DomainObject(view, self._guests, self._jobs)
+                self._server.export(domain_path(uuid), item)
+
+    def find(self, name: str) -> GuestView:
+        """The domain with this name or UUID.
+
+        Raises:
+            NotFound: there is none of ours.
+        """
+        for view in self._guests.views():
+            if name in {view.name, view.uuid}:
+                return view
+        raise NotFound("domain", name)
+
+    def all(self) -> list[GuestView]:
+        """All domains, by name."""
+        return sorted(self._guests.views(), key=lambda view: view.name)

@@ -1,0 +1,188 @@
+"""Jobs on the bus: one object for each, and the signals of the manager that announce them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+from jindiskd.bus.contract import ERROR_PREFIX, ROOT_PATH
+from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.peers import Caller
+from jindiskd.bus.server import Server
+from jindiskd.jobs.job import Change, Job
+from jindiskd.jobs.manager import JobManager
+
+SIGNAL_INTERVAL_S = 0.2
+PRIORITY_INFO = 6
+PROGRESS_PROPERTIES = ("Stage", "Progress", "ProgressValid", "Bytes", "BytesTotal", "Rate")
+
+
+def microseconds(moment: datetime) -> int:
+    """A moment as the bus has it: microseconds since the epoch."""
+    return round(moment.timestamp() * 1_000_000)
+
+
+def job_path(number: int) -> ObjectPath:
+    """Where a job is exported."""
+    return ObjectPath(f"{ROOT_PATH}/job/{number}")
+
+
+class JobObject(Object, spec="org.jindisk1.Job"):
+    """One job."""
+
+    def __init__(self, job: Job, jobs: JobManager) -> None:
+        self._job, self._jobs = job, jobs
+        self._next_signal = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def job_owner(self) -> int:
+        """Who started it may cancel it."""
+        return self._job.owner_uid
+
+    def polkit_details(self) -> Mapping[str, str]:
+        """For the question whether somebody else's job may be cancelled."""
+        return {"operation": self._job.operation.value}
+
+    async def cancel(self, caller: Caller, options: Options) -> None:  # noqa: ARG002 (the contract's arguments)
+        """Ask it to stop."""
+        self._jobs.cancel(self._job.number)
+
+    def _progressed(self) -> None:
+        """Tell of progress, five times a second at most; the last value is never lost."""
+        if self._timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        wait = self._next_signal - loop.time()
+        if wait > 0:
+            self._timer = loop.call_later(wait, self._tell_progress)
+        else:
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        self._stop_timer()
+        self._next_signal = asyncio.get_running_loop().time() + SIGNAL_INTERVAL_S
+        self.changed(*PROGRESS_PROPERTIES)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _state_changed(self) -> None:
+        self._stop_timer()
+        self.changed("State", "Result", "Error", "Message", *PROGRESS_PROPERTIES)
+        if self._job.state.final:
+            self.signal("Completed", self._job.error is None, self.error, self.message)
+
+    @property
+    def id(self) -> int:  # noqa: A003, RUF100 (the contract's name)
+        """Number of the job."""
+        return self._job.number
+
+    @property
+    def operation(self) -> str:
+        """What it does."""
+        return self._job.operation.value
+
+    @property
+    def state(self) -> str:
+        """Where it is."""
+        return self._job.state.value
+
+    @property
+    def stage(self) -> str:
+        """What it is doing."""
+        return self._job.stage
+
+    @property
+    def progress(self) -> float:
+        """How far it is."""
+        return self._job.fraction or 0.0
+
+    @property
+    def progress_valid(self) -> bool:
+        """Whether that is known."""
+        return self._job.fraction is not None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes processed."""
+        return self._job.done_bytes
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes to process."""
+        return self._job.total_bytes
+
+    @property
+    def rate(self) -> int:
+        """Bytes a second."""
+        return self._job.rate
+
+    @property
+    def start_time(self) -> int:
+        """When it began."""
+        return microseconds(self._job.started)
+
+    @property
+    def objects(self) -> Sequence[str]:
+        """What it works on."""
+        return list(self._job.objects)
+
+    @property
+    def owner_uid(self) -> int:
+        """Who started it."""
+        return self._job.owner_uid
+
+    @property
+    def cancelable(self) -> bool:
+        """Whether it can be cancelled."""
+        return self._job.cancelable
+
+    @property
+    def result(self) -> str:
+        """What came of it."""
+        return self._job.result
+
+    @property
+    def error(self) -> str:
+        """Name of the error it ended with."""
+        return ERROR_PREFIX + self._job.error.code if self._job.error else ""
+
+    @property
+    def message(self) -> str:
+        """That error in a sentence."""
+        return str(self._job.error or "")
+
+
+class JobsOnBus:
+    """Keeps the job objects as the jobs are. `announce(member, *arguments)` sends a signal of the manager."""
+
+    def __init__(self, server: Server, jobs: JobManager, announce: Callable[..., None]) -> None:
+        self._server, self._jobs, self._announce = server, jobs, announce
+        self._objects: dict[int, JobObject] = {}
+        self._end_watch = jobs.watch(self._on_change)
+
+    def _on_change(self, job: Job, change: Change, line: str) -> None:
+        if change is Change.NEW:
+            item = self._objects[job.number] = JobObject(job, self._jobs)
+            self._server.export(job_path(job.number), item)
+            self._announce("JobNew", job.number, job_path(job.number))
+            return
+        item = self._objects[job.number]
+        if change is Change.PROGRESS:
+            item._progressed()  # noqa: SLF001 (one thing in two classes)
+        elif change is Change.LOG:
+            item.signal("LogMessage", PRIORITY_INFO, line)
+        elif change is Change.STATE:
+            item._state_changed()  # noqa: SLF001 (as above)
+            if job.state.final:
+                self._announce("JobRemoved", job.number, job_path(job.number), job.state.value)
+        elif change is Change.FORGOTTEN:
+            del self._objects[job.number]
+            self._server.unexport(job_path(job.number))
+
+    def close(self) -> None:
+        """Stop following the jobs."""
+        self._end_watch()

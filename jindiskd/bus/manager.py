@@ -1,0 +1,197 @@
+"""The manager object: building, launching, finding, and what there is to know of the service."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+from jindiskd.bus.domains import DomainsOnBus, domain_path
+from jindiskd.bus.images import ImagesOnBus, image_path
+from jindiskd.bus.jobs import job_path
+from jindiskd.bus.keyfd import take_regular_file
+from jindiskd.bus.objects import Object, ObjectPath, Options, Row
+from jindiskd.bus.peers import Caller, Descriptor
+from jindiskd.bus.ports import BuildOrder, Guests, Images, Keys, LaunchOrder, ServiceFacts
+from jindiskd.errors import InvalidArgument, NotFound
+from jindiskd.jobs.job import Job, Operation
+from jindiskd.jobs.manager import JobManager, Work
+
+AUDIT_ROWS_DEFAULT = 100
+AUDIT_ROWS_LIMIT = 10_000
+
+
+class ManagerObject(Object, spec="org.jindisk1.Manager"):
+    """The service itself."""
+
+    def __init__(
+        self,
+        *,
+        images: Images,
+        guests: Guests,
+        keys: Keys,
+        jobs: JobManager,
+        facts: ServiceFacts,
+        images_on_bus: ImagesOnBus,
+        domains_on_bus: DomainsOnBus,
+    ) -> None:
+        self._images, self._guests, self._keys, self._jobs, self._facts = images, guests, keys, jobs, facts
+        self._images_on_bus, self._domains_on_bus = images_on_bus, domains_on_bus
+
+    async def build_image(self, caller: Caller, name: str, base: Descriptor, options: Options) -> ObjectPath:
+        """Build an image."""
+        order = self._images.checked(build_order(name, options))
+        with contextlib.suppress(NotFound):
+            self._images_on_bus.find(name)
+            raise InvalidArgument("image name", name, "an image of that name exists already; choose another")
+        taken = Descriptor(take_regular_file(base))
+        fd = taken.fileno()
+
+        async def work(job: Job) -> str:
+            try:
+                return await self._images.build(order, fd, job)
+            finally:
+                await self._images_on_bus.refresh()
+
+        return self._start(caller, Operation.IMAGE_BUILD, name, work, options, at_end=taken.close)
+
+    async def launch(self, caller: Caller, image: str, options: Options) -> ObjectPath:
+        """Start a guest."""
+        order = launch_order(self._images_on_bus.find(image).name, options)
+
+        async def work(job: Job) -> str:
+            return await self._guests.launch(order, job)
+
+        return self._start(caller, Operation.DOMAIN_LAUNCH, order.image, work, options)
+
+    def _start(
+        self,
+        caller: Caller,
+        operation: Operation,
+        name: str,
+        work: Work,
+        options: Options,
+        *,
+        at_end: Callable[[], None] = lambda: None,
+    ) -> ObjectPath:
+        """Start a job; with the option bind-to-caller it is cancelled when its starter leaves the bus."""
+        end_watch: Callable[[], None] = lambda: None  # noqa: E731 (replaced below)
+
+        def ended() -> None:
+            end_watch()
+            at_end()
+
+        try:
+            job = self._jobs.start(operation, [name], caller.uid, work, at_end=ended)
+        except BaseException:
+            at_end()
+            raise
+        if options.get("bind-to-caller") is True:
+            end_watch = caller.on_leave(lambda: self._jobs.cancel(job.number))
+        return job_path(job.number)
+
+    async def get_image(self, caller: Caller, name: str) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
+        """Find an image."""
+        return image_path(self._images_on_bus.find(name).image_id)
+
+    async def get_domain(self, caller: Caller, name: str) -> ObjectPath:  # noqa: ARG002 (as above)
+        """Find a domain."""
+        return domain_path(self._domains_on_bus.find(name).uuid)
+
+    async def list_images(self, caller: Caller, options: Options) -> Sequence[ObjectPath]:  # noqa: ARG002 (as above)
+        """All images."""
+        return [image_path(view.image_id) for view in self._images_on_bus.all()]
+
+    async def list_domains(self, caller: Caller, options: Options) -> Sequence[ObjectPath]:  # noqa: ARG002 (as above)
+        """All domains."""
+        return [domain_path(view.uuid) for view in self._domains_on_bus.all()]
+
+    async def audit_log(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
+        """The release decisions recorded."""
+        limit = options.get("limit", AUDIT_ROWS_DEFAULT)
+        assert isinstance(limit, int)
+        if not 1 <= limit <= AUDIT_ROWS_LIMIT:
+            raise InvalidArgument("limit", limit, f"give 1 to {AUDIT_ROWS_LIMIT}")
+        return await self._keys.audit(limit=limit, image_id=text(options, "image") or None)
+
+    async def verify_audit(self, caller: Caller, options: Options) -> tuple[int, str]:  # noqa: ARG002 (as above)
+        """Check the audit log's chain."""
+        return await self._keys.verify_audit()
+
+    async def list_keys(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
+        """What is known of the keys."""
+        return await self._keys.records()
+
+    async def configuration(self, caller: Caller, options: Options) -> Sequence[tuple[str, str, str]]:  # noqa: ARG002
+        """The settings in effect."""
+        return self._facts.settings
+
+    @property
+    def version(self) -> str:
+        """Version of the service."""
+        return self._facts.version
+
+    @property
+    def deployment(self) -> str:
+        """Where the broker is."""
+        return self._facts.deployment
+
+    @property
+    def allow_simulated(self) -> bool:
+        """Whether simulated reports are accepted."""
+        return self._facts.allow_simulated
+
+    @property
+    def broker_spki_sha256(self) -> str:
+        """What new images pin."""
+        return self._facts.broker_spki_sha256.hex()
+
+    @property
+    def libvirt_connected(self) -> bool:
+        """Whether libvirt is connected."""
+        return self._guests.connected
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What an administrator should know."""
+        return list(self._facts.warnings)
+
+
+def text(options: Options, name: str) -> str:
+    """A text option, or an empty string; the dispatcher has checked the type."""
+    value = options.get(name, "")
+    assert isinstance(value, str)
+    return value
+
+
+def number(options: Options, name: str) -> int | None:
+    """A number option, or None; the dispatcher has checked the type."""
+    value = options.get(name)
+    assert value is None or isinstance(value, int)
+    return value
+
+
+def build_order(name: str, options: Options) -> BuildOrder:
+    """The options of BuildImage as a value."""
+    return BuildOrder(
+        name=name,
+        base_kind=text(options, "base-kind") or "disk",
+        platform=text(options, "platform"),
+        format=text(options, "format"),
+        vcpus=number(options, "vcpus"),
+        cpu_model=text(options, "cpu-model"),
+        firmware=text(options, "firmware"),
+        size_bytes=number(options, "size"),
+        cmdline=text(options, "cmdline"),
+        seed=text(options, "seed") or None,
+    )
+
+
+def launch_order(image: str, options: Options) -> LaunchOrder:
+    """The options of Launch as a value."""
+    return LaunchOrder(
+        image=image,
+        name=text(options, "name"),
+        memory_bytes=number(options, "memory"),
+        timeout_s=number(options, "timeout"),
+        ephemeral=options.get("ephemeral") is True,
+    )

@@ -1,0 +1,155 @@
+"""What the bus objects need of the rest of the service, as narrow protocols and plain values.
+
+The objects know these alone; `jindiskd.backend` fulfils them with the image store, the key store and libvirt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from jindiskd.jobs.job import Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageView:
+    """An image, and the state of its key."""
+
+    name: str
+    image_id: str
+    platform: str
+    simulated: bool
+    seeded: bool
+    format: str
+    size_bytes: int
+    launch_digest: bytes
+    key_state: str
+    created: datetime
+    distribution: str
+    kernel_release: str
+    vcpus: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOrder:
+    """What a caller wants built; None and empty mean what is configured."""
+
+    name: str
+    base_kind: str = "disk"
+    platform: str = ""
+    format: str = ""
+    vcpus: int | None = None
+    cpu_model: str = ""
+    firmware: str = ""
+    size_bytes: int | None = None
+    cmdline: str = ""
+    seed: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOrder:
+    """What a caller wants started; None and empty mean what is configured."""
+
+    image: str
+    name: str = ""
+    memory_bytes: int | None = None
+    timeout_s: int | None = None
+    ephemeral: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestView:
+    """A domain."""
+
+    uuid: str
+    name: str
+    image: str
+    image_id: str
+    platform: str
+    simulated: bool
+    state: str
+    reason: str
+    since: datetime
+    cid: int
+
+
+class Images(Protocol):
+    """The images and their keys."""
+
+    def checked(self, order: BuildOrder) -> BuildOrder:
+        """The order with every default filled in; raises `JindiskError` for what can be refused at once."""
+
+    async def views(self) -> Sequence[ImageView]:
+        """All of them."""
+
+    async def manifest(self, name: str) -> str:
+        """The manifest, a JSON document."""
+
+    async def build(self, order: BuildOrder, base_fd: int, job: Job) -> str:
+        """Build one, from a descriptor that is closed in any case; the result is its name."""
+
+    async def remove(self, name: str) -> None:
+        """Remove one and its key."""
+
+    async def measure(self, name: str) -> bytes:
+        """Its launch digest, computed again."""
+
+    async def revoke(self, image_id: str) -> None:
+        """Stop release of its key."""
+
+    async def reinstate(self, image_id: str) -> None:
+        """Allow release of its key again."""
+
+
+class Guests(Protocol):
+    """The domains."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether libvirt is connected."""
+
+    def views(self) -> Sequence[GuestView]:
+        """All of them, as last known."""
+
+    def subscribe(self, changed: Callable[[], None]) -> None:
+        """Have `changed()` called in the event loop when a domain appears, changes or goes."""
+
+    async def launch(self, order: LaunchOrder, job: Job) -> str:
+        """Start one and follow it until it runs; the result is its UUID."""
+
+    async def stop(self, uuid: str, *, force: bool) -> None:
+        """End one."""
+
+    async def undefine(self, uuid: str) -> None:
+        """Remove one that is off."""
+
+    async def open_console(self, uuid: str) -> int:
+        """A readable descriptor of its console log; the caller closes it."""
+
+
+class Keys(Protocol):
+    """What may be known of the keys and of their release."""
+
+    async def records(self) -> Sequence[Mapping[str, object]]:
+        """One dictionary a key, without the key."""
+
+    async def audit(self, *, limit: int, image_id: str | None) -> Sequence[Mapping[str, object]]:
+        """The last `limit` rows of the audit log, oldest first."""
+
+    async def verify_audit(self) -> tuple[int, str]:
+        """Number of rows and digest of the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceFacts:
+    """What the manager tells of the service."""
+
+    version: str
+    deployment: str
+    allow_simulated: bool
+    broker_spki_sha256: bytes
+    warnings: tuple[str, ...]
+    settings: tuple[tuple[str, str, str], ...]
+    """Name, value as JSON, origin."""

@@ -1,0 +1,69 @@
+"""All objects on the bus, put together: what the daemon starts and stops."""
+
+from __future__ import annotations
+
+import structlog
+
+from jindiskd.bus.contract import BUS_NAME, ROOT_PATH
+from jindiskd.bus.domains import DomainsOnBus
+from jindiskd.bus.images import ImagesOnBus
+from jindiskd.bus.jobs import JobsOnBus
+from jindiskd.bus.lib import NameFlag, RequestNameReply
+from jindiskd.bus.manager import ManagerObject
+from jindiskd.bus.polkit import Authority
+from jindiskd.bus.ports import Guests, Images, Keys, ServiceFacts
+from jindiskd.bus.server import Server
+from jindiskd.bus.transport import Connection
+from jindiskd.errors import Busy
+from jindiskd.jobs.manager import JobManager
+
+log = structlog.get_logger(__name__)
+
+
+class BusService:
+    """Manager, images, domains and jobs on one connection."""
+
+    def __init__(
+        self,
+        bus: Connection,
+        *,
+        images: Images,
+        guests: Guests,
+        keys: Keys,
+        jobs: JobManager,
+        facts: ServiceFacts,
+    ) -> None:
+        self._bus = bus
+        self._server = Server(bus, root=ROOT_PATH, authorize=Authority(bus))
+        self.images = ImagesOnBus(self._server, images, jobs)
+        self.domains = DomainsOnBus(self._server, guests, jobs)
+        self.manager = ManagerObject(
+            images=images,
+            guests=guests,
+            keys=keys,
+            jobs=jobs,
+            facts=facts,
+            images_on_bus=self.images,
+            domains_on_bus=self.domains,
+        )
+        self._jobs = JobsOnBus(self._server, jobs, self.manager.signal)
+
+    async def start(self) -> None:
+        """Export everything, then take the bus name.
+
+        Raises:
+            Busy: another process has the name.
+        """
+        await self._server.start()
+        self._server.export(ROOT_PATH, self.manager)
+        await self.images.refresh()
+        self.domains.refresh()
+        reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
+        if reply is not RequestNameReply.PRIMARY_OWNER:
+            raise Busy(f"the bus name {BUS_NAME}", "another jindiskd runs on this bus; stop it first")
+        log.info("on the bus", name=BUS_NAME, unique=self._bus.unique_name)
+
+    async def close(self) -> None:
+        """Refuse new calls and end those under way."""
+        await self._server.close()
+        self._jobs.close()

@@ -1,0 +1,281 @@
+"""The settings of the service: TOML files to frozen dataclasses, all faults at once, each value with its origin.
+
+`/etc/jindiskd/jindiskd.toml` is read first, then `jindiskd.toml.d/*.toml` beside it in the order of their names; a
+later file overrides single settings of an earlier one. Defaults, ranges, choices and help stand in the fields below;
+the manual page jindiskd.toml(5) is made from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jindiskd.base.platform import Platform
+from jindiskd.errors import EXIT_USAGE, JindiskError
+
+DEFAULT_FILE = Path("/etc/jindiskd/jindiskd.toml")
+FILE_LIMIT_BYTES = 1 << 20
+BUILT_IN = "default"
+"""Origin of a value that no file sets."""
+
+
+class VsockMode(enum.StrEnum):
+    """How guests reach the host."""
+
+    AUTO = "auto"
+    KERNEL = "kernel"
+    VHOST_USER = "vhost-user"
+
+
+class Deployment(enum.StrEnum):
+    """Where the broker is."""
+
+    EMBEDDED = "embedded"
+
+
+class LogLevel(enum.StrEnum):
+    """What is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class VolumeFormat(enum.StrEnum):
+    """Format of the encrypted root of new images; the format of the reference module is never a default."""
+
+    LUKS2 = "luks2"
+    JINDISK = "jindisk"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """[service]: where the service keeps its things and how it talks."""
+
+    state_dir: Path = field(
+        default=Path("/var/lib/jindiskd"), metadata={"help": "keys, TLS identity and, unless set elsewhere, images"}
+    )
+    runtime_dir: Path = field(
+        default=Path("/run/jindiskd"), metadata={"help": "sockets; emptied when the machine starts"}
+    )
+    log_level: LogLevel = field(default=LogLevel.INFO, metadata={"help": "what is logged; taken over on reload"})
+    job_keep_s: int = field(
+        default=60, metadata={"range": (1, 3600), "help": "seconds that a job which has ended can still be looked at"}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesConfig:
+    """[images]: the store, and what new images are by default."""
+
+    dir: Path | None = field(
+        default=None, metadata={"help": "the image store; `images` in the state directory if unset"}
+    )
+    format: VolumeFormat = field(default=VolumeFormat.LUKS2, metadata={"help": "format of the encrypted root"})
+    platform: Platform = field(default=Platform.SNP, metadata={"help": "what new images are for"})
+    vcpus: int = field(default=1, metadata={"range": (1, 512), "help": "processors of a guest; in its launch digest"})
+    cpu_model: str = field(default="EPYC-v4", metadata={"help": "processor model of a guest; in its launch digest"})
+    firmware: Path = field(
+        default=Path("/usr/share/ovmf/OVMF.fd"),
+        metadata={"help": "firmware of a guest; in its launch digest. Must support measured direct boot"},
+    )
+    build_timeout_s: int = field(
+        default=7200, metadata={"range": (60, 86400), "help": "seconds after which a build is given up"}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """[broker]: who gets keys."""
+
+    deployment: Deployment = field(
+        default=Deployment.EMBEDDED, metadata={"help": "`embedded`: in this service; the host can then read the keys"}
+    )
+    allow_simulated: bool = field(
+        default=False, metadata={"help": "accept reports of simulated firmware, which prove nothing; for development"}
+    )
+    database: str = field(
+        default="",
+        metadata={"help": "SQLAlchemy URL of the key store; SQLite in the state directory if empty", "secret": True},
+    )
+    session_lifetime_s: int = field(
+        default=60, metadata={"range": (5, 3600), "help": "seconds after which a challenge dies"}
+    )
+    max_sessions: int = field(default=256, metadata={"range": (1, 65536), "help": "sessions at once, in all"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainsConfig:
+    """[domains]: libvirt and the guests."""
+
+    libvirt_uri: str = field(default="qemu:///system", metadata={"help": "the libvirt connection"})
+    vsock: VsockMode = field(default=VsockMode.AUTO, metadata={"help": "how guests reach the broker"})
+    vhost_device_vsock: Path = field(
+        default=Path("vhost-device-vsock"), metadata={"help": "the program for `vhost-user`; looked up in PATH"}
+    )
+    memory_mib: int = field(default=1024, metadata={"range": (256, 1 << 22), "help": "memory of a guest"})
+    launch_timeout_s: int = field(
+        default=300, metadata={"range": (10, 86400), "help": "seconds from start to a running system"}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings."""
+
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    broker: BrokerConfig = field(default_factory=BrokerConfig)
+    domains: DomainsConfig = field(default_factory=DomainsConfig)
+
+    @property
+    def images_dir(self) -> Path:
+        """The image store."""
+        return self.images.dir or self.service.state_dir / "images"
+
+    @property
+    def database_url(self) -> str:
+        """URL of the key store."""
+        return self.broker.database or f"sqlite:///{self.service.state_dir}/keys.db"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting in effect."""
+
+    name: str
+    """`section.setting`."""
+    value: str
+    """As JSON; `"(set)"` for one that may hold a password."""
+    origin: str
+    """The file that sets it, or `default`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A configuration and where it comes from."""
+
+    config: Config
+    settings: tuple[Setting, ...]
+
+
+class BadConfiguration(JindiskError, code="BadConfiguration", exit_code=EXIT_USAGE):
+    """Settings cannot be used; the text lists all that is wrong, a line each."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+def sections() -> dict[str, type]:
+    """The dataclass of each section, by name."""
+    return typing.get_type_hints(Config)
+
+
+def files(main: Path) -> list[Path]:
+    """The files that make the configuration, in the order of reading; the main file may be absent."""
+    drop_ins = sorted(main.with_name(main.name + ".d").glob("*.toml"))
+    return [path for path in (main, *drop_ins) if path.exists()]
+
+
+def load(main: Path = DEFAULT_FILE) -> Loaded:
+    """Read the main file, if there is one, and its drop-ins.
+
+    Raises:
+        BadConfiguration: with every fault in every file.
+    """
+    faults: list[str] = []
+    values: dict[tuple[str, str], tuple[Any, str]] = {}
+    for path in files(main):
+        for section, content in _read(path, faults).items():
+            _section(path, section, content, values, faults)
+    if faults:
+        raise BadConfiguration(faults)
+    built = {
+        section: kind(**{name: value for (where, name), (value, _) in values.items() if where == section})
+        for section, kind in sections().items()
+    }
+    return Loaded(config=Config(**built), settings=tuple(_settings(built, values)))
+
+
+def _read(path: Path, faults: list[str]) -> Mapping[str, Any]:
+    try:
+        data = path.read_bytes()
+        if len(data) > FILE_LIMIT_BYTES:
+            faults.append(f"{path}: longer than {FILE_LIMIT_BYTES} bytes")
+            return {}
+        return tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        faults.append(f"{path}: not TOML: {exc}")
+    except OSError as exc:
+        faults.append(f"{path}: cannot be read: {exc.strerror}")
+    return {}
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
+
+
+def _section(
+    path: Path, section: str, content: Any, values: dict[tuple[str, str], tuple[Any, str]], faults: list[str]
+) -> None:
+    kind = sections().get(section)
+    if kind is None:
+        faults.append(f"{path}: [{section}] is not a section: {_near(section, sections())}")
+        return
+    if not isinstance(content, Mapping):
+        faults.append(f"{path}: {section} is a section: write [{section}]")
+        return
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for name, raw in content.items():
+        where = f"{path}: [{section}] {name}"
+        if name not in known:
+            faults.append(f"{where} is not a setting: {_near(name, known)}")
+            continue
+        value, problem = _value(hints[name], raw, known[name].metadata)
+        if problem:
+            faults.append(f"{where} = {json.dumps(raw, default=str)} {problem}")
+        else:
+            values[section, name] = (value, str(path))
+
+
+def _value(kind: Any, raw: Any, metadata: Mapping[str, Any]) -> tuple[Any, str]:
+    """The typed value, or what is wrong with it."""
+    if typing.get_origin(kind) is types.UnionType:
+        kind = next(arm for arm in typing.get_args(kind) if arm is not type(None))
+    if issubclass(kind, enum.Enum):
+        if raw in (choices := [member.value for member in kind]):
+            return kind(raw), ""
+        return None, f"is not one of {', '.join(choices)}: {_near(str(raw), choices)}"
+    if kind is Path:
+        return (Path(raw), "") if isinstance(raw, str) and raw else (None, "is not a path")
+    if type(raw) is not kind:
+        return None, f"is not of type {({int: 'integer', bool: 'boolean', str: 'string'})[kind]}"
+    low, high = metadata.get("range", (None, None))
+    if low is not None and not low <= raw <= high:
+        return None, f"is outside {low} to {high}"
+    return raw, ""
+
+
+def _settings(built: Mapping[str, Any], values: Mapping[tuple[str, str], tuple[Any, str]]) -> Iterable[Setting]:
+    for section, content in built.items():
+        for item in dataclasses.fields(content):
+            value = getattr(content, item.name)
+            if item.metadata.get("secret") and value:
+                value = "(set)"
+            text = json.dumps(str(value) if isinstance(value, Path) else value)
+            origin = values.get((section, item.name), (None, BUILT_IN))[1]
+            yield Setting(name=f"{section}.{item.name}", value=text, origin=origin)
