@@ -1,0 +1,85 @@
+"""Why a guest gave up: fixed codes from the inside, sentences for the host's side.
+
+The guest prints and sends the code alone, never a text made from what it saw: the console and the progress port are
+the host's to read. Whoever shows a code to people looks the sentence up here.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Code(enum.StrEnum):
+    """A reason to power off instead of booting. Numbers are never given a second meaning."""
+
+    TIMEOUT = "E01"
+    MOUNTS = "E10"
+    CONFIG = "E11"
+    MODULES = "E12"
+    REPORT = "E20"
+    BROKER_UNREACHABLE = "E30"
+    BROKER_NOT_TRUSTED = "E31"
+    EVIDENCE_REFUSED = "E32"
+    POLICY_DENIED = "E33"
+    BROKER_MISBEHAVED = "E34"
+    BROKER_TROUBLE = "E35"
+    DEVICE_MISSING = "E40"
+    HEADER = "E41"
+    KEY = "E42"
+    ACTIVATION = "E43"
+    ROOT_MOUNT = "E44"
+    INIT_MISSING = "E45"
+    SWITCH_ROOT = "E46"
+    VOLUME = "E50"
+    STALE = "E51"
+    STORAGE = "E52"
+    FENCED = "E53"
+    INTERNAL = "E99"
+
+    @property
+    def sentence(self) -> str:
+        """What happened and what to look at, for people on the host's side."""
+        return SENTENCES[self]
+
+
+SENTENCES = {
+    Code.TIMEOUT: "the guest did not reach its root file system in the time its image allows;"
+    " look at the broker's answer times and at the host's load",
+    Code.MOUNTS: "the guest's kernel could not mount one of proc, sysfs, devtmpfs, tmpfs; use a distribution kernel",
+    Code.CONFIG: "the configuration in the initrd is not readable; build the image again",
+    Code.MODULES: "the guest's kernel refused a module from the initrd;"
+    " kernel and modules may not belong together, build the image again",
+    Code.REPORT: "the platform gave the guest no attestation report;"
+    " check that the domain runs with the launch security that the image was built for",
+    Code.BROKER_UNREACHABLE: "the guest could not reach its key broker over vsock; check that the broker runs"
+    " and that the domain has a vsock device",
+    Code.BROKER_NOT_TRUSTED: "what answered the guest is not the broker its image is pinned to;"
+    " build the image again for this broker, or restore the broker's identity",
+    Code.EVIDENCE_REFUSED: "the broker did not accept the guest's attestation; its audit log has the findings",
+    Code.POLICY_DENIED: "the broker's policy denies this guest the key; its audit log has the reason",
+    Code.BROKER_MISBEHAVED: "the guest did not understand the broker's answer;"
+    " check that nothing else listens there and that both are of compatible versions",
+    Code.BROKER_TROUBLE: "the broker had no key for the guest or trouble of its own; look at the broker's log",
+    Code.DEVICE_MISSING: "the root volume's device did not appear in the guest;"
+    " check the domain's disk and that it is attached where the image expects it",
+    Code.HEADER: "the volume header is not the one written when the image was built: the disk was exchanged or altered",
+    Code.KEY: "the released key does not open the volume; the disk belongs to another image",
+    Code.ACTIVATION: "the guest's kernel did not activate the encrypted volume; check its device-mapper modules",
+    Code.ROOT_MOUNT: "the root file system could not be mounted; the disk's content may be damaged or altered",
+    Code.INIT_MISSING: "the root file system has no init program at the place the image names",
+    Code.SWITCH_ROOT: "the guest could not hand over to the system's init",
+    Code.VOLUME: "the JinDisk volume is damaged, or not the one the image was built with",
+    Code.STALE: "the JinDisk volume is not in its latest state: an old copy of the disk was attached",
+    Code.STORAGE: "the guest could not start the JinDisk volume's storage process",
+    Code.FENCED: "another instance of this guest has taken the JinDisk volume over",
+    Code.INTERNAL: "the guest's agent failed in a way it was not made for; please report this",
+}
+
+
+class GuestFailure(Exception):
+    """The boot cannot go on. Carries the code and nothing else, so that nothing else can be shown."""
+
+    def __init__(self, code: Code) -> None:
+        """`code` is what the host gets to see."""
+        super().__init__(code.value)
+        self.code = code

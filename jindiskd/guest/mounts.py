@@ -1,0 +1,65 @@
+"""The kernel's file systems in the initrd, and the root file system's mount options."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+
+from jindiskd.guest import kernel
+
+SAFE = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+
+KERNEL_MOUNTS: Sequence[tuple[str, str, int, str]] = (
+    ("proc", "/proc", SAFE, ""),
+    ("sysfs", "/sys", SAFE, ""),
+    ("devtmpfs", "/dev", kernel.MS_NOSUID | kernel.MS_NOEXEC, "mode=0755"),
+    # systemd looks for an existing /run; no noexec, because /run/initramfs/shutdown is run from there.
+    ("tmpfs", "/run", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0755"),
+)
+CONFIGFS = Path("/sys/kernel/config")
+
+FLAGS = {
+    "ro": kernel.MS_RDONLY,
+    "rw": 0,
+    "defaults": 0,
+    "nosuid": kernel.MS_NOSUID,
+    "nodev": kernel.MS_NODEV,
+    "noexec": kernel.MS_NOEXEC,
+    "noatime": kernel.MS_NOATIME,
+}
+
+
+def mount_kernel_filesystems() -> None:
+    """Mount proc, sysfs, devtmpfs and a tmpfs on /run. A kernel that has mounted devtmpfs itself is no error."""
+    for kind, target, flags, options in KERNEL_MOUNTS:
+        path = Path(target)
+        path.mkdir(mode=0o755, exist_ok=True)
+        try:
+            kernel.mount(kind, path, kind, flags, options)
+        except OSError as exc:
+            if exc.errno != errno.EBUSY:
+                raise
+
+
+def mount_configfs() -> None:
+    """Mount configfs, for which its module must be loaded."""
+    kernel.mount("configfs", CONFIGFS, "configfs", SAFE)
+
+
+def split_options(options: str) -> tuple[int, str]:
+    """Mount options as (mount(2) flags, what is left for the file system itself)."""
+    flags, rest = 0, []
+    for option in filter(None, options.split(",")):
+        if option in FLAGS:
+            flags |= FLAGS[option]
+        else:
+            rest.append(option)
+    return flags, ",".join(rest)
+
+
+def mount_root(device: str, target: Path, kind: str, options: str) -> None:
+    """Mount the root file system."""
+    target.mkdir(mode=0o755, exist_ok=True)
+    flags, rest = split_options(options)
+    kernel.mount(device, target, kind, flags, rest)

@@ -1,0 +1,30 @@
+"""What udev must find when it starts after us: that the root's mapping was activated properly.
+
+The device-mapper rules (10-dm.rules, udev/12-dm-permissions in LVM2) ignore a mapping at cold plug that no udev saw
+when it was activated, and systemd then waits in vain for its device unit. A distribution's initramfs hands its udev
+database over in /run/udev; this writes the one record that the rules import from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jindiskd.guest.dm import Mapping
+
+DATABASE = Path("/run/udev/data")
+
+
+def remember_mapping(mapping: Mapping, database: Path = DATABASE) -> None:
+    """Write the database record of an active mapping.
+
+    In udev's format: `S:` is a link below /dev, `E:` a property, `V:` the version of the format.
+    """
+    database.mkdir(mode=0o755, parents=True, exist_ok=True)
+    record = (
+        f"S:mapper/{mapping.name}\n"
+        "E:DM_UDEV_PRIMARY_SOURCE_FLAG=1\n"
+        "E:DM_UDEV_RULES_VSN=2\n"
+        f"E:DM_NAME={mapping.name}\n"
+        "V:1\n"
+    )
+    database.joinpath(f"b{mapping.major}:{mapping.minor}").write_text(record, encoding="ascii")
