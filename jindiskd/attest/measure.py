@@ -9,15 +9,20 @@ sections 3.2, 3.4 and 5.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sevsnpmeasure.guest import calc_launch_digest, calc_snp_ovmf_hash
+from sevsnpmeasure.gctx import GCTX
+from sevsnpmeasure.guest import calc_launch_digest, calc_snp_ovmf_hash, snp_update_metadata_pages
+from sevsnpmeasure.ovmf import OVMF
 from sevsnpmeasure.sev_hashes import SevHashes
 from sevsnpmeasure.sev_mode import SevMode
 from sevsnpmeasure.vcpu_types import CPU_SIGS
+from sevsnpmeasure.vmm_types import VMMType
+from sevsnpmeasure.vmsa import VMSA
 
 from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, inspect_firmware
 from jindiskd.errors import EXIT_USAGE, InvalidArgument, JindiskError, NotFound
@@ -82,13 +87,12 @@ def snp_launch_digest(inputs: LaunchInputs) -> bytes:
     return snp_digest(inputs, kernel_hashes=True)
 
 
-def snp_digest(inputs: LaunchInputs, *, kernel_hashes: bool, firmware_hash: bytes | None = None) -> bytes:
+def snp_digest(inputs: LaunchInputs, *, kernel_hashes: bool) -> bytes:
     """As `snp_launch_digest`, also for launches without kernel hashes, which measure the firmware alone.
 
     Args:
         inputs: the launch; without kernel hashes, its kernel, initrd and command line are not looked at.
         kernel_hashes: whether the host was told to measure them.
-        firmware_hash: of `snp_firmware_hash`, to save time over many launches with one firmware.
     """
     _check(inputs)
     info = inspect_firmware(inputs.firmware)
@@ -106,15 +110,47 @@ def snp_digest(inputs: LaunchInputs, *, kernel_hashes: bool, firmware_hash: byte
             os.fspath(inputs.initrd) if kernel_hashes else "",
             inputs.cmdline if kernel_hashes else "",
             inputs.guest_features,
-            snp_ovmf_hash_str=firmware_hash.hex() if firmware_hash else "",
         )
     )
 
 
-def snp_firmware_hash(firmware: Path) -> bytes:
-    """The digest after all pages of the firmware were added: the costly part, the same for all launches with it."""
-    inspect_firmware(firmware)
-    return bytes(calc_snp_ovmf_hash(os.fspath(firmware)))
+class SnpMeasurer:
+    """Computes many digests of similar launches: reads each file once and keeps its hash.
+
+    Not for files that change meanwhile, nor for several threads at a time.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is read yet."""
+        self._firmware: dict[Path, tuple[FirmwareInfo, OVMF, bytes]] = {}
+        self._hashes: dict[tuple[Path, Path], SevHashes] = {}
+
+    def digest(self, inputs: LaunchInputs, *, kernel_hashes: bool = True) -> bytes:
+        """The same as `snp_digest`, and the same errors."""
+        _check(inputs)
+        if inputs.firmware not in self._firmware:
+            info = inspect_firmware(inputs.firmware)
+            _require_snp(info, inputs.firmware, kernel_hashes=False)
+            name = os.fspath(inputs.firmware)
+            self._firmware[inputs.firmware] = info, OVMF(name), calc_snp_ovmf_hash(name)
+        info, ovmf, firmware_hash = self._firmware[inputs.firmware]
+        _require_snp(info, inputs.firmware, kernel_hashes=kernel_hashes)
+        signature = cpu_signature(inputs.cpu_model)
+        context = GCTX(seed=firmware_hash)
+        snp_update_metadata_pages(context, ovmf, self._table(inputs) if kernel_hashes else None, VMMType.QEMU)
+        states = VMSA(SevMode.SEV_SNP, ovmf.sev_es_reset_eip(), signature, inputs.guest_features, VMMType.QEMU)
+        for page in states.pages(inputs.vcpus):
+            context.update_vmsa_page(page)
+        return bytes(context.ld())
+
+    def _table(self, inputs: LaunchInputs) -> SevHashes:
+        pair = (inputs.kernel, inputs.initrd)
+        if pair not in self._hashes:
+            _require_files(inputs)
+            self._hashes[pair] = SevHashes(os.fspath(inputs.kernel), os.fspath(inputs.initrd), "")
+        table = self._hashes[pair]
+        table.cmdline_hash = hashlib.sha256(inputs.cmdline.encode() + b"\0").digest()
+        return table
 
 
 def sev_launch_digest(inputs: LaunchInputs, *, encrypted_state: bool) -> bytes:

@@ -11,12 +11,12 @@ import pytest
 from jindiskd.attest.firmware import KNOWN, FirmwareUnsuitable, inspect_firmware
 from jindiskd.attest.measure import (
     LaunchInputs,
+    SnpMeasurer,
     UnknownCpuModel,
     cpu_signature,
     kernel_hashes_table,
     sev_launch_digest,
     snp_digest,
-    snp_firmware_hash,
     snp_launch_digest,
 )
 from jindiskd.errors import InvalidArgument, NotFound
@@ -137,11 +137,11 @@ def test_second_computation(attestation, inputs, tmp_path):
 
 
 def test_second_computation_with_real_firmware(ovmf, inputs):
-    """The same for a complete firmware image, whose digest can also start from the firmware's own hash."""
+    """The same for a complete firmware image, and when many launches are measured together."""
     launch = changed(inputs, firmware=ovmf / "OVMF.amdsev.fd", vcpus=2, cpu_model="EPYC-Milan")
     digest = snp_launch_digest(launch)
     assert snp_by_hand(launch, cpu_signature("EPYC-Milan")) == digest
-    assert digest == snp_digest(launch, kernel_hashes=True, firmware_hash=snp_firmware_hash(launch.firmware))
+    assert SnpMeasurer().digest(launch) == digest
 
 
 def test_kernel_hashes_table(attestation):
@@ -157,11 +157,12 @@ def test_kernel_hashes_table(attestation):
 
 
 def test_every_input_counts(inputs, tmp_path):
-    """Each input of a launch changes the digest."""
+    """Each input of a launch changes the digest, also when many are measured together."""
     other = tmp_path / "other"
     other.write_bytes(b"other")
+    measurer = SnpMeasurer()
     digests = {
-        snp_launch_digest(launch)
+        (snp_launch_digest(launch), measurer.digest(launch) == snp_launch_digest(launch))
         for launch in (
             inputs,
             changed(inputs, kernel=other),
@@ -173,6 +174,8 @@ def test_every_input_counts(inputs, tmp_path):
         )
     }
     assert len(digests) == 7
+    assert all(same for _digest, same in digests)
+    assert snp_digest(inputs, kernel_hashes=False) == measurer.digest(inputs, kernel_hashes=False)
 
 
 def test_refusals(inputs, tmp_path):
