@@ -310,7 +310,8 @@ def parse_crl(blob: bytes) -> RevocationList:
         raise MalformedEvidence(what, "it has no date")
     if any(critical for critical, _value in extensions.values()):
         raise MalformedEvidence(what, "it has a critical extension")
-    revoked = {der.integer(der.children(entry)[0]) for entry in der.children(listed)} if listed else set()
+    entries = der.children(listed) if listed else []
+    revoked = {der.integer(der.Fields(entry, what).take(der.INTEGER)) for entry in entries}
     return RevocationList(
         tbs=tbs.raw,
         issuer=issuer.raw,
