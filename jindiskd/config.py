@@ -21,6 +21,7 @@ from typing import Any
 
 from jindiskd.base.platform import Platform
 from jindiskd.errors import EXIT_USAGE, JindiskError
+from jindiskd.image.request import VolumeFormat
 
 DEFAULT_FILE = Path("/etc/jindiskd/jindiskd.toml")
 FILE_LIMIT_BYTES = 1 << 20
@@ -49,13 +50,6 @@ class LogLevel(enum.StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
-
-
-class VolumeFormat(enum.StrEnum):
-    """Format of the encrypted root of new images; the format of the reference module is never a default."""
-
-    LUKS2 = "luks2"
-    JINDISK = "jindisk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +82,10 @@ class ImagesConfig:
     firmware: Path = field(
         default=Path("/usr/share/ovmf/OVMF.fd"),
         metadata={"help": "firmware of a guest; in its launch digest. Must support measured direct boot"},
+    )
+    firmware_dirs: tuple[Path, ...] = field(
+        default=(Path("/usr/share"), Path("/usr/lib/jindiskd")),
+        metadata={"help": "where a caller may name another firmware; nothing else on the host is looked at"},
     )
     build_timeout_s: int = field(
         default=7200, metadata={"range": (60, 86400), "help": "seconds after which a build is given up"}
@@ -256,6 +254,10 @@ def _value(kind: Any, raw: Any, metadata: Mapping[str, Any]) -> tuple[Any, str]:
     """The typed value, or what is wrong with it."""
     if typing.get_origin(kind) is types.UnionType:
         kind = next(arm for arm in typing.get_args(kind) if arm is not type(None))
+    if typing.get_origin(kind) is tuple:
+        if isinstance(raw, list) and all(isinstance(item, str) and item.startswith("/") for item in raw):
+            return tuple(Path(item) for item in raw), ""
+        return None, "is not a list of absolute paths"
     if issubclass(kind, enum.Enum):
         if raw in (choices := [member.value for member in kind]):
             return kind(raw), ""
@@ -276,6 +278,6 @@ def _settings(built: Mapping[str, Any], values: Mapping[tuple[str, str], tuple[A
             value = getattr(content, item.name)
             if item.metadata.get("secret") and value:
                 value = "(set)"
-            text = json.dumps(str(value) if isinstance(value, Path) else value)
+            text = json.dumps(value, default=lambda other: str(other))
             origin = values.get((section, item.name), (None, BUILT_IN))[1]
             yield Setting(name=f"{section}.{item.name}", value=text, origin=origin)

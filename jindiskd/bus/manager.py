@@ -183,6 +183,8 @@ def build_order(name: str, options: Options) -> BuildOrder:
         size_bytes=number(options, "size"),
         cmdline=text(options, "cmdline"),
         seed=text(options, "seed") or None,
+        debug=options.get("debug") is True,
+        vouch_firmware=options.get("vouch-firmware") is True,
     )
 
 

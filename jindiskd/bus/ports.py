@@ -46,6 +46,8 @@ class BuildOrder:
     size_bytes: int | None = None
     cmdline: str = ""
     seed: str | None = None
+    debug: bool = False
+    vouch_firmware: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,7 @@ class Images(Protocol):
         """The manifest, a JSON document."""
 
     async def build(self, order: BuildOrder, base_fd: int, job: Job) -> str:
-        """Build one, from a descriptor that is closed in any case; the result is its name."""
+        """Build one; the caller closes the descriptor afterwards. The result is its name."""
 
     async def remove(self, name: str) -> None:
         """Remove one and its key."""

@@ -1,0 +1,169 @@
+"""The bus as the command line sees it: calls, properties, signals, and errors with their exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jindiskd.bus.contract import BUS_NAME, ERROR_PREFIX, FDO, ROOT_PATH, interface
+from jindiskd.bus.lib import BusType, Message, MessageFlag, MessageType, Variant
+from jindiskd.bus.transport import Connection, close_all, connect_to
+from jindiskd.cli.exits import BY_CODE, BY_NAME
+from jindiskd.errors import EXIT_FAILED, JindiskError, ServiceUnavailable
+
+TIMEOUT_S = 30.0
+INTERACTIVE_TIMEOUT_S = 300.0
+AGENT = Path("/usr/bin/pkttyagent")
+
+
+class RemoteError(JindiskError, code="RemoteError"):
+    """An error that the service answered with; keeps its name, its sentence and its exit status."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message or name)
+        self.name = name
+        self.code = name.removeprefix(ERROR_PREFIX)  # type: ignore[misc]  # this one class stands for many codes
+        exit_code = (
+            BY_CODE.get(self.code, EXIT_FAILED) if name.startswith(ERROR_PREFIX) else BY_NAME.get(name, EXIT_FAILED)
+        )
+        self.exit_code = exit_code  # type: ignore[misc]  # as above
+
+
+def plain(value: Any) -> Any:
+    """A value without its variants."""
+    if isinstance(value, Variant):
+        return plain(value.value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value
+
+
+class Client:
+    """A connection to the service."""
+
+    def __init__(self, bus: Connection) -> None:
+        self._bus = bus
+        self._signals: asyncio.Queue[Any] = asyncio.Queue()
+        self._interactive = sys.stdin.isatty()
+        bus.add_message_handler(self._on_message)
+
+    def _on_message(self, message: Any) -> bool:
+        if message.message_type is MessageType.SIGNAL:
+            self._signals.put_nowait(message)
+        return False
+
+    async def _send(
+        self,
+        destination: str,
+        path: str,
+        iface: str,
+        member: str,
+        signature: str,
+        body: list[Any],
+        fds: Sequence[int] = (),
+    ) -> Any:
+        flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if self._interactive else MessageFlag.NONE
+        message = Message(
+            destination=destination,
+            path=path,
+            interface=iface,
+            member=member,
+            signature=signature,
+            body=body,
+            flags=flags,
+            unix_fds=list(fds),
+        )
+        try:
+            reply = await self._bus.call(message, INTERACTIVE_TIMEOUT_S if self._interactive else TIMEOUT_S)
+        except TimeoutError as exc:
+            raise ServiceUnavailable("jindiskd.service", "it does not answer; look at its journal") from exc
+        if reply.message_type is MessageType.ERROR:
+            close_all(reply.unix_fds or ())
+            text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
+            if reply.error_name in {FDO + ".Error.ServiceUnknown", FDO + ".Error.NameHasNoOwner"}:
+                raise ServiceUnavailable("jindiskd.service", "start it with: systemctl start jindiskd")
+            raise RemoteError(reply.error_name, text)
+        return reply
+
+    async def call(self, path: str, iface: str, member: str, *arguments: Any, fds: Sequence[int] = ()) -> Any:
+        """Call a method of the contract; returns its result, or a tuple of several, or None."""
+        method = interface(iface).methods[member]
+        reply = await self._send(BUS_NAME, path, iface, member, method.in_signature, list(arguments), fds)
+        if method.out_signature == "h":
+            return reply.unix_fds[reply.body[0]]
+        close_all(reply.unix_fds or ())
+        results = [plain(value) for value in reply.body]
+        return None if not results else results[0] if len(results) == 1 else tuple(results)
+
+    async def properties(self, path: str, iface: str) -> dict[str, Any]:
+        """All properties of an object."""
+        reply = await self._send(BUS_NAME, path, FDO + ".Properties", "GetAll", "s", [iface])
+        found: dict[str, Any] = plain(reply.body[0])
+        return found
+
+    async def objects(self, iface: str) -> dict[str, dict[str, Any]]:
+        """All objects with an interface: path to properties."""
+        reply = await self._send(BUS_NAME, ROOT_PATH, FDO + ".ObjectManager", "GetManagedObjects", "", [])
+        managed: Mapping[str, Mapping[str, Any]] = plain(reply.body[0])
+        return {path: there[iface] for path, there in managed.items() if iface in there}
+
+    async def subscribe(self) -> None:
+        """Have the bus deliver our service's signals, and the news that it is gone. Before the call they belong to."""
+        rules = (
+            f"type='signal',sender='{BUS_NAME}',path_namespace='{ROOT_PATH}'",
+            f"type='signal',sender='{FDO}',interface='{FDO}',member='NameOwnerChanged',arg0='{BUS_NAME}'",
+        )
+        for rule in rules:
+            await self._send(FDO, "/org/freedesktop/DBus", FDO, "AddMatch", "s", [rule])
+
+    async def signals(self) -> AsyncIterator[tuple[str, str, list[Any]]]:
+        """The signals as they come: path, member, arguments.
+
+        Raises:
+            ServiceUnavailable: the service has gone.
+        """
+        while True:
+            message = await self._signals.get()
+            if message.member == "NameOwnerChanged" and message.sender == FDO and not message.body[2]:
+                raise ServiceUnavailable("jindiskd.service", "it has stopped meanwhile; look at its journal")
+            if message.path.startswith(ROOT_PATH):
+                yield message.path, message.member, plain(message.body)
+
+
+@contextlib.asynccontextmanager
+async def connected() -> AsyncIterator[Client]:
+    """A client of the service on the system bus.
+
+    Raises:
+        ServiceUnavailable: there is no bus.
+    """
+    bus = await connect_to(BusType.SYSTEM)
+    agent = await asyncio.to_thread(_start_agent)
+    try:
+        yield Client(bus)
+    finally:
+        if agent is not None:
+            agent.terminate()
+            await asyncio.to_thread(agent.wait)
+        await bus.aclose()
+
+
+def _start_agent() -> subprocess.Popen[bytes] | None:
+    """The program that asks for a password in a terminal where no desktop would; it is bound to our process."""
+    if os.geteuid() == 0 or not sys.stdin.isatty() or not AGENT.exists():
+        return None
+    told, tell = os.pipe()
+    # Not through `base.process.run`: it must live beside us, on our terminal.
+    agent = subprocess.Popen([AGENT, "--notify-fd", str(tell), "--process", str(os.getpid())], pass_fds=(tell,))
+    os.close(tell)
+    os.read(told, 1)  # ends when the agent is registered, or gone
+    os.close(told)
+    return agent

@@ -1,0 +1,210 @@
+"""`jindiskctl launch` and `jindiskctl domain`: guests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+import click
+
+from jindiskd.bus.contract import ROOT_PATH
+from jindiskd.bus.lib import Variant
+from jindiskd.cli.app import App, common, pass_app, run
+from jindiskd.cli.client import Client, connected
+from jindiskd.cli.image import MANAGER, Size
+from jindiskd.cli.jobs import start_and_follow
+from jindiskd.cli.output import clean, fields, moment, platform, table
+
+DOMAIN = "org.jindisk1.Domain"
+CONSOLE_INTERVAL_S = 0.3
+CONSOLE_BLOCK_BYTES = 65536
+
+
+async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
+    """Path and properties of a domain."""
+    path: str = await client.call(ROOT_PATH, MANAGER, "GetDomain", name)
+    return path, await client.properties(path, DOMAIN)
+
+
+@click.command()
+@click.argument("image")
+@click.option("--name", help="Name of the domain.")
+@click.option("--memory", type=Size(), help="Memory of the guest, such as 2G.")
+@click.option("--timeout", type=click.IntRange(10), help="Seconds until it must run.")
+@click.option("--ephemeral", is_flag=True, help="Throw away what it writes when it stops.")
+@click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
+@common
+@pass_app
+def launch(
+    app: App,
+    image: str,
+    name: str | None,
+    memory: int | None,
+    timeout: int | None,
+    ephemeral: bool,
+    no_wait: bool,
+) -> None:
+    """Start a guest from IMAGE and follow it until its encrypted root is open and its system runs."""
+    options: dict[str, Any] = {}
+    if name:
+        options["name"] = Variant("s", name)
+    if memory:
+        options["memory"] = Variant("t", memory)
+    if timeout:
+        options["timeout"] = Variant("u", timeout)
+    if ephemeral:
+        options["ephemeral"] = Variant("b", True)
+    run(_launch(app, image, options, not no_wait))
+
+
+async def _launch(app: App, image: str, options: dict[str, Any], wait: bool) -> None:
+    async with connected() as client:
+        job = await start_and_follow(
+            client, app, lambda: client.call(ROOT_PATH, MANAGER, "Launch", image, options), wait=wait
+        )
+        if job is None:
+            return
+        _, found = await find(client, job["Result"])
+    app.show({"domain": found}, lambda: _ended(found))
+
+
+def _ended(domain: dict[str, Any]) -> str:
+    """How a launch ended, in one sentence."""
+    attested = "attested by simulated firmware, which proves nothing," if domain["Simulated"] else "attested,"
+    return (
+        f"Domain {clean(domain['Name'])} {attested} received the key of image {clean(domain['Image'])} "
+        f"and runs from its encrypted root."
+    )
+
+
+@click.group()
+@common
+def domain() -> None:
+    """Look at guests, and end them."""
+
+
+@domain.command(name="list")
+@common
+@pass_app
+def list_(app: App) -> None:
+    """List the domains."""
+    run(_list(app))
+
+
+async def _list(app: App) -> None:
+    async with connected() as client:
+        domains = sorted((await client.objects(DOMAIN)).values(), key=lambda item: item["Name"])
+    head = ("NAME", "IMAGE", "PLATFORM", "STATE", "SINCE", "REASON")
+    rows = [
+        (item["Name"], item["Image"], platform(item), item["State"], moment(item["Since"]), item["Reason"])
+        for item in domains
+    ]
+    app.show({"domains": domains}, lambda: table(head, rows, legend=app.legend))
+
+
+@domain.command()
+@click.argument("name")
+@common
+@pass_app
+def show(app: App, name: str) -> None:
+    """Show a domain."""
+    run(_show(app, name))
+
+
+async def _show(app: App, name: str) -> None:
+    async with connected() as client:
+        _, found = await find(client, name)
+    pairs = {
+        "name": found["Name"],
+        "uuid": found["Uuid"],
+        "image": found["Image"],
+        "platform": platform(found),
+        "attestation": "simulated: proves nothing" if found["Simulated"] else "by hardware",
+        "state": found["State"],
+        "since": moment(found["Since"]),
+        "reason": found["Reason"],
+        "vsock cid": str(found["Cid"] or ""),
+    }
+    app.show({"domain": found}, lambda: fields(pairs))
+
+
+@domain.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Power it off instead of asking its system to shut down.")
+@click.option("--yes", is_flag=True, help="Do not ask before --force.")
+@click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
+@common
+@pass_app
+def stop(app: App, name: str, force: bool, yes: bool, no_wait: bool) -> None:
+    """End a guest."""
+    run(_stop(app, name, force, yes, not no_wait))
+
+
+async def _stop(app: App, name: str, force: bool, yes: bool, wait: bool) -> None:
+    options = {"force": Variant("b", True)} if force else {}
+    async with connected() as client:
+        path, found = await find(client, name)
+        if force:
+            app.confirm(f"Power off {found['Name']} at once?", f"powering off domain {name}", yes=yes)
+        if await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Stop", options), wait=wait) is None:
+            return
+    app.show({"stopped": found["Name"]}, lambda: f"Domain {clean(found['Name'])} is off.")
+
+
+@domain.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common
+@pass_app
+def undefine(app: App, name: str, yes: bool) -> None:
+    """Remove a domain that is off, and its disk; the image stays."""
+    run(_undefine(app, name, yes))
+
+
+async def _undefine(app: App, name: str, yes: bool) -> None:
+    async with connected() as client:
+        path, found = await find(client, name)
+        app.confirm(f"Remove domain {found['Name']} and its disk?", f"removing domain {name}", yes=yes)
+        await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Undefine", {}), wait=True)
+    app.show({"undefined": found["Name"]}, lambda: f"Removed domain {clean(found['Name'])} and its disk.")
+
+
+@domain.command()
+@click.argument("name")
+@click.option("--follow", is_flag=True, help="Go on until ^C.")
+@common
+@pass_app
+def console(app: App, name: str, follow: bool) -> None:
+    """Print what a guest has written on its console. It is the guest's own text: do not trust it."""
+    run(_console(app, name, follow))
+
+
+async def _console(app: App, name: str, follow: bool) -> None:
+    async with connected() as client:
+        path, _ = await find(client, name)
+        fd: int = await client.call(path, DOMAIN, "OpenConsole", {})
+    try:
+        if app.json:
+            blocks = []
+            while block := os.read(fd, CONSOLE_BLOCK_BYTES):
+                blocks.append(block)
+            text = b"".join(blocks).decode(errors="replace")
+            app.show({"console": text}, str)
+            return
+        while True:
+            while block := os.read(fd, CONSOLE_BLOCK_BYTES):
+                sys.stdout.write(printable(block))
+            sys.stdout.flush()
+            if not follow:
+                return
+            await asyncio.sleep(CONSOLE_INTERVAL_S)  # a log file has no event to wait for
+    finally:
+        os.close(fd)
+
+
+def printable(block: bytes) -> str:
+    """Console output without the control sequences by which a guest could steer the terminal of its reader."""
+    text = block.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,269 @@
+"""`jindiskctl image`: build images and look after them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jindiskd.base.platform import Platform
+from jindiskd.base.process import run as run_program
+from jindiskd.bus.contract import ROOT_PATH
+from jindiskd.bus.lib import Variant
+from jindiskd.cli.app import App, common, pass_app, run
+from jindiskd.cli.client import Client, connected
+from jindiskd.cli.jobs import start_and_follow
+from jindiskd.cli.output import fields, moment, parse_size, platform, size, table
+from jindiskd.errors import InvalidArgument
+
+MANAGER = "org.jindisk1.Manager"
+IMAGE = "org.jindisk1.Image"
+TAR_TIMEOUT_S = 3600.0
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
+    """A size such as `20G`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a size: write 20G, 512M or a number of bytes", param, ctx)
+
+
+async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
+    """Path and properties of an image."""
+    path: str = await client.call(ROOT_PATH, MANAGER, "GetImage", name)
+    return path, await client.properties(path, IMAGE)
+
+
+@click.group()
+@common
+def image() -> None:
+    """Build images with an encrypted root, and look after them."""
+
+
+@image.command()
+@click.argument("name")
+@click.option(
+    "--base", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A disk image, raw or qcow2."
+)
+@click.option(
+    "--rootfs", type=click.Path(exists=True, path_type=Path), help="A root file system: a directory, or a tar archive."
+)
+@click.option("--platform", "platform_", type=click.Choice([item.value for item in Platform]), help="What it is for.")
+@click.option("--format", "format_", type=click.Choice(["jindisk", "luks2"]), help="How its root is encrypted.")
+@click.option("--vcpus", type=click.IntRange(1), help="Processors of its guests; enters the launch digest.")
+@click.option("--cpu-model", help="Processor model of its guests; enters the launch digest.")
+@click.option("--firmware", type=click.Path(path_type=Path), help="Firmware of its guests; enters the launch digest.")
+@click.option("--vouch-firmware", is_flag=True, help="You know that this firmware checks the kernel's measured hash.")
+@click.option("--size", "size_", type=Size(), help="Size of its root file system, such as 20G.")
+@click.option("--cmdline", help="Words to add to the kernel command line; enters the launch digest.")
+@click.option("--debug", is_flag=True, help="Permit words there that open the guest to whoever has its console.")
+@click.option("--seed", help="For tests: make the image from this public text; it then protects nothing.")
+@click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
+@common
+@pass_app
+def build(app: App, /, name: str, base: Path | None, rootfs: Path | None, no_wait: bool, **options: Any) -> None:
+    """Build an image NAME from a disk image or a root file system, and keep its key."""
+    if (base is None) == (rootfs is None):
+        raise click.UsageError("give either --base or --rootfs")
+    run(_build(app, name, base, rootfs, not no_wait, options))
+
+
+def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
+    """The options of BuildImage."""
+    kinds = {
+        "platform_": ("platform", "s"),
+        "format_": ("format", "s"),
+        "vcpus": ("vcpus", "u"),
+        "cpu_model": ("cpu-model", "s"),
+        "firmware": ("firmware", "s"),
+        "vouch_firmware": ("vouch-firmware", "b"),
+        "size_": ("size", "t"),
+        "cmdline": ("cmdline", "s"),
+        "debug": ("debug", "b"),
+        "seed": ("seed", "s"),
+    }
+    options = {"base-kind": Variant("s", "rootfs" if rootfs else "disk")}
+    for parameter, (name, kind) in kinds.items():
+        value = given[parameter]
+        if value:
+            options[name] = Variant(kind, os.fspath(value.absolute()) if isinstance(value, Path) else value)
+    return options
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def _archive(directory: Path, target: int) -> None:
+    """Write a directory as a tar archive that keeps owners, attributes and capabilities, names in order."""
+    words = ["tar", "--create", "--format=posix", "--sort=name", "--numeric-owner", "--xattrs", "--xattrs-include=*"]
+    words += ["--acls", "--one-file-system", f"--directory={directory}", f"--file=/dev/fd/{target}", "."]
+    await run_program(words, timeout_s=TAR_TIMEOUT_S, pass_fds=(target,))
+
+
+async def _build(
+    app: App, name: str, base: Path | None, rootfs: Path | None, wait: bool, given: dict[str, Any]
+) -> None:
+    options = _build_options(given, rootfs=rootfs is not None)
+    with contextlib.ExitStack() as stack:
+        source = base or rootfs
+        assert source is not None
+        if source.is_dir():
+            if base is not None:
+                raise InvalidArgument("base", str(source), "it is a directory; use --rootfs")
+            app.say(f"reading {source}")
+            fd = stack.enter_context(tempfile.TemporaryFile(dir=os.environ.get("TMPDIR", "/var/tmp"))).fileno()  # noqa: S108 (an unnamed file)
+            await _archive(source, fd)
+        else:
+            fd = stack.enter_context(_opened(source))
+        async with connected() as client:
+
+            async def start() -> str:
+                path: str = await client.call(ROOT_PATH, MANAGER, "BuildImage", name, 0, options, fds=[fd])
+                return path
+
+            if await start_and_follow(client, app, start, wait=wait) is None:
+                return
+            _, properties = await find(client, name)
+    app.show({"image": properties}, lambda: f"Built {_described(properties)}.")
+
+
+def _described(image: dict[str, Any]) -> str:
+    """An image in half a sentence."""
+    kind = "simulated image" if image["Simulated"] else "image"
+    return f"{kind} {image['Name']} ({image['Format']}, {size(image['SizeBytes'])}) for {platform(image)}"
+
+
+@image.command(name="list")
+@common
+@pass_app
+def list_(app: App) -> None:
+    """List the images."""
+    run(_list(app))
+
+
+async def _list(app: App) -> None:
+    async with connected() as client:
+        images = sorted((await client.objects(IMAGE)).values(), key=lambda item: item["Name"])
+    head = ("NAME", "PLATFORM", "FORMAT", "SIZE", "KEY", "DIGEST", "CREATED")
+    rows = [
+        (
+            item["Name"],
+            platform(item),
+            item["Format"],
+            size(item["SizeBytes"]),
+            item["State"] + (", seeded" if item["Seeded"] else ""),
+            item["LaunchDigest"][:16],
+            moment(item["Created"]),
+        )
+        for item in images
+    ]
+    app.show({"images": images}, lambda: table(head, rows, legend=app.legend, right=(3,)))
+
+
+@image.command()
+@click.argument("name")
+@common
+@pass_app
+def show(app: App, name: str) -> None:
+    """Show an image."""
+    run(_show(app, name))
+
+
+async def _show(app: App, name: str) -> None:
+    async with connected() as client:
+        _, found = await find(client, name)
+    pairs = {
+        "name": found["Name"],
+        "id": found["ImageId"],
+        "platform": platform(found),
+        "attestation": "simulated: proves nothing" if found["Simulated"] else "by hardware",
+        "format": found["Format"],
+        "size": f"{size(found['SizeBytes'])} ({found['SizeBytes']} bytes)",
+        "key": found["State"] + (", made from a public seed: protects nothing" if found["Seeded"] else ""),
+        "launch digest": found["LaunchDigest"],
+        "processors": str(found["Vcpus"]),
+        "distribution": found["Distribution"],
+        "kernel": found["KernelRelease"],
+        "created": moment(found["Created"]),
+    }
+    app.show({"image": found}, lambda: fields(pairs))
+
+
+@image.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
+@common
+@pass_app
+def remove(app: App, name: str, yes: bool, no_wait: bool) -> None:
+    """Remove an image and its key. What copies of its disk hold can never be read again."""
+    run(_remove(app, name, yes, not no_wait))
+
+
+async def _remove(app: App, name: str, yes: bool, wait: bool) -> None:
+    async with connected() as client:
+        path, found = await find(client, name)
+        app.confirm(f"Remove {_described(found)} and its key for good?", f"removing image {name}", yes=yes)
+        if await start_and_follow(client, app, lambda: client.call(path, IMAGE, "Remove", {}), wait=wait) is None:
+            return
+    app.show({"removed": found["Name"]}, lambda: f"Removed image {found['Name']} and its key.")
+
+
+@image.command()
+@click.argument("name")
+@common
+@pass_app
+def measure(app: App, name: str) -> None:
+    """Compute the launch digest of an image again, and compare it with the one its key is released to."""
+    run(_measure(app, name))
+
+
+async def _measure(app: App, name: str) -> None:
+    async with connected() as client:
+        path, _ = await find(client, name)
+        job = await start_and_follow(client, app, lambda: client.call(path, IMAGE, "Measure", {}), wait=True)
+        assert job is not None
+    app.show({"image": name, "launch_digest": job["Result"]}, lambda: str(job["Result"]))
+
+
+@image.command()
+@click.argument("name")
+@common
+@pass_app
+def revoke(app: App, name: str) -> None:
+    """Stop release of an image's key. Guests that run keep running."""
+    run(_key(app, name, "Revoke", "The key of image {} is no longer released."))
+
+
+@image.command()
+@click.argument("name")
+@common
+@pass_app
+def reinstate(app: App, name: str) -> None:
+    """Allow release of an image's key again."""
+    run(_key(app, name, "Reinstate", "The key of image {} is released again."))
+
+
+async def _key(app: App, name: str, member: str, sentence: str) -> None:
+    async with connected() as client:
+        path, _ = await find(client, name)
+        await client.call(path, IMAGE, member, {})
+        found = await client.properties(path, IMAGE)
+    app.show({"image": found}, lambda: sentence.format(found["Name"]))

@@ -1,0 +1,120 @@
+"""`jindiskctl job`: work under way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from jindiskd.cli.app import App, common, pass_app, run
+from jindiskd.cli.client import Client, RemoteError, connected
+from jindiskd.cli.jobs import JOB, follow
+from jindiskd.cli.output import fields, moment, table
+from jindiskd.errors import NotFound
+
+
+def job_path(number: int) -> str:
+    """Where a job is."""
+    return f"/org/jindisk1/job/{number}"
+
+
+def progress_text(job: dict[str, Any]) -> str:
+    """How far it is."""
+    return f"{job['Progress']:.0%}" if job["ProgressValid"] else ""
+
+
+@click.group()
+@common
+def job() -> None:
+    """Look at work under way, and stop it."""
+
+
+@job.command(name="list")
+@common
+@pass_app
+def list_(app: App) -> None:
+    """List jobs: those that run, and those that ended in the last minute."""
+    run(_list(app))
+
+
+async def _list(app: App) -> None:
+    async with connected() as client:
+        jobs = sorted((await client.objects(JOB)).values(), key=lambda item: item["Id"])
+    head = ("JOB", "OPERATION", "OBJECTS", "STATE", "STAGE", "PROGRESS", "STARTED")
+    rows = [
+        (
+            str(item["Id"]),
+            item["Operation"],
+            " ".join(item["Objects"]),
+            item["State"],
+            item["Stage"],
+            progress_text(item),
+            moment(item["StartTime"]),
+        )
+        for item in jobs
+    ]
+    app.show({"jobs": jobs}, lambda: table(head, rows, legend=app.legend, right=(0, 5)))
+
+
+@job.command()
+@click.argument("number", type=click.IntRange(1))
+@click.option("--wait", is_flag=True, help="Wait until it has ended, and end as it does.")
+@common
+@pass_app
+def show(app: App, number: int, wait: bool) -> None:
+    """Show a job."""
+    run(_show(app, number, wait))
+
+
+async def _properties(client: Client, number: int) -> dict[str, Any]:
+    try:
+        return await client.properties(job_path(number), JOB)
+    except RemoteError as exc:
+        if exc.name.endswith(".UnknownObject"):
+            raise NotFound("job", str(number)) from exc
+        raise
+
+
+async def _show(app: App, number: int, wait: bool) -> None:
+    async with connected() as client:
+        await client.subscribe()
+        found = await _properties(client, number)
+        if wait:
+            found = await follow(client, app, job_path(number))
+    pairs = {
+        "job": str(found["Id"]),
+        "operation": found["Operation"],
+        "objects": " ".join(found["Objects"]),
+        "state": found["State"],
+        "stage": found["Stage"],
+        "progress": progress_text(found),
+        "started": moment(found["StartTime"]),
+        "owner": str(found["OwnerUID"]),
+        "result": found["Result"],
+        "error": found["Message"],
+    }
+    app.show({"job": found}, lambda: fields(pairs))
+
+
+@job.command()
+@click.argument("number", type=click.IntRange(1))
+@common
+@pass_app
+def cancel(app: App, number: int) -> None:
+    """Cancel a job, and wait until what it made is undone."""
+    run(_cancel(app, number))
+
+
+async def _cancel(app: App, number: int) -> None:
+    async with connected() as client:
+        await client.subscribe()
+        await _properties(client, number)
+        await client.call(job_path(number), JOB, "Cancel", {})
+        try:
+            await follow(client, app, job_path(number))
+        except RemoteError as exc:
+            if exc.name.endswith(".Cancelled"):
+                app.show({"cancelled": number}, lambda: f"Job {number} was cancelled.")
+                return
+            raise
+    app.show({"cancelled": None}, lambda: f"Job {number} had ended before it could be cancelled.")

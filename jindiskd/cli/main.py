@@ -1,0 +1,35 @@
+"""`jindiskctl`: the program. `jindiskctl NOUN VERB`, results on standard output, all else on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+import jindiskd
+from jindiskd.cli.app import App, common, exit_status
+from jindiskd.cli.domain import domain, launch
+from jindiskd.cli.image import image
+from jindiskd.cli.job import job
+from jindiskd.cli.service import audit, daemon, key, status
+
+PROGRAM = "jindiskctl"
+
+
+@click.group()
+@click.version_option(jindiskd.__version__, prog_name=PROGRAM)
+@common
+def cli() -> None:
+    """Build, launch and attest virtual machines whose disks only they can read."""
+
+
+for _command in (status, image, launch, domain, job, key, audit, daemon):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    app = App()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(app, lambda: cli.main(words, prog_name=PROGRAM, standalone_mode=False, obj=app))

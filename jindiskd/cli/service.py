@@ -1,0 +1,168 @@
+"""`jindiskctl status`, `key`, `audit` and `daemon`: the service itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from jindiskd.bus.contract import ROOT_PATH
+from jindiskd.bus.lib import Variant
+from jindiskd.cli.app import App, common, pass_app, run
+from jindiskd.cli.client import connected
+from jindiskd.cli.domain import DOMAIN
+from jindiskd.cli.image import IMAGE, MANAGER
+from jindiskd.cli.jobs import FINAL, JOB
+from jindiskd.cli.output import fields, moment, platform, table
+
+
+def _counted(items: list[dict[str, Any]], what: str) -> str:
+    """`3 images, 2 of them simulated`."""
+    simulated = sum(bool(item.get("Simulated")) for item in items)
+    suffix = f", {simulated} of them simulated" if simulated else ""
+    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}{suffix}"
+
+
+@click.command()
+@common
+@pass_app
+def status(app: App) -> None:
+    """Show how the service is, and what an administrator should know."""
+    run(_status(app))
+
+
+async def _status(app: App) -> None:
+    async with connected() as client:
+        service = await client.properties(ROOT_PATH, MANAGER)
+        images = list((await client.objects(IMAGE)).values())
+        domains = list((await client.objects(DOMAIN)).values())
+        jobs = [item for item in (await client.objects(JOB)).values() if item["State"] not in FINAL]
+    running = [item for item in domains if item["State"] == "running"]
+    pairs = {
+        "version": service["Version"],
+        "broker": service["Deployment"],
+        "simulated reports": "accepted: they prove nothing" if service["AllowSimulated"] else "refused",
+        "libvirt": "connected" if service["LibvirtConnected"] else "not connected",
+        "images": _counted(images, "image"),
+        "domains": f"{_counted(domains, 'domain')}; {len(running)} running",
+        "jobs": f"{len(jobs)} running",
+    }
+    warnings = "".join(f"\nwarning: {line}" for line in service["Warnings"])
+    document = {
+        "service": service,
+        "images": len(images),
+        "images_simulated": sum(bool(item["Simulated"]) for item in images),
+        "domains": len(domains),
+        "domains_simulated": sum(bool(item["Simulated"]) for item in domains),
+        "domains_running": len(running),
+        "jobs_running": len(jobs),
+    }
+    app.show(document, lambda: fields(pairs) + warnings)
+
+
+@click.group()
+@common
+def key() -> None:
+    """Look at what is known of the keys; never at the keys."""
+
+
+@key.command(name="list")
+@common
+@pass_app
+def key_list(app: App) -> None:
+    """List the keys: whose they are, and what they are released to."""
+    run(_key_list(app))
+
+
+async def _key_list(app: App) -> None:
+    async with connected() as client:
+        keys = await client.call(ROOT_PATH, MANAGER, "ListKeys", {})
+    head = ("IMAGE", "PLATFORM", "STATE", "RELEASED TO", "CREATED")
+    rows = [
+        (
+            item["name"],
+            platform({"Platform": item["platform"], "Simulated": item["simulated"]}),
+            item["state"],
+            " ".join(digest[:16] for digest in item["launch-digests"]),
+            moment(item["created"]),
+        )
+        for item in keys
+    ]
+    app.show({"keys": keys}, lambda: table(head, rows, legend=app.legend))
+
+
+@click.group()
+@common
+def audit() -> None:
+    """Look at the log of release decisions."""
+
+
+@audit.command(name="list")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="Number of rows.")
+@click.option("--image", help="Id of the image to look at.")
+@common
+@pass_app
+def audit_list(app: App, limit: int, image: str | None) -> None:
+    """List the decisions, newest last."""
+    run(_audit_list(app, limit, image))
+
+
+async def _audit_list(app: App, limit: int, image: str | None) -> None:
+    options = {"limit": Variant("u", limit)}
+    if image:
+        options["image"] = Variant("s", image)
+    async with connected() as client:
+        rows = await client.call(ROOT_PATH, MANAGER, "AuditLog", options)
+    head = ("WHEN", "WHAT", "IMAGE", "PEER", "EVIDENCE", "FINDINGS")
+    cells = [
+        (
+            moment(row["at"]),
+            row["kind"],
+            row["image-id"],
+            row["peer"],
+            "simulated" if row["simulated"] else "hardware",
+            " ".join(row["findings"]),
+        )
+        for row in rows
+    ]
+    app.show({"rows": rows}, lambda: table(head, cells, legend=app.legend))
+
+
+@audit.command(name="verify")
+@common
+@pass_app
+def audit_verify(app: App) -> None:
+    """Check that no row of the log was changed, removed or inserted."""
+    run(_audit_verify(app))
+
+
+async def _audit_verify(app: App) -> None:
+    async with connected() as client:
+        count, head = await client.call(ROOT_PATH, MANAGER, "VerifyAudit", {})
+    app.show(
+        {"rows": count, "head": head},
+        lambda: f"The audit log is whole: {count} rows, the last is {head or 'none'}.",
+    )
+
+
+@click.group()
+@common
+def daemon() -> None:
+    """Look into the service."""
+
+
+@daemon.command()
+@common
+@pass_app
+def config(app: App) -> None:
+    """List the settings in effect, and the file that each comes from."""
+    run(_config(app))
+
+
+async def _config(app: App) -> None:
+    async with connected() as client:
+        settings = await client.call(ROOT_PATH, MANAGER, "Configuration", {})
+    document = [{"name": name, "value": json.loads(value), "origin": origin} for name, value, origin in settings]
+    rows = [tuple(setting) for setting in settings]
+    app.show({"settings": document}, lambda: table(("SETTING", "VALUE", "FROM"), rows, legend=app.legend))
