@@ -7,8 +7,9 @@ against its container, lengths must be minimal, and nothing recurses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
+from typing import NamedTuple
 
 from jindiskd.attest.model import MalformedEvidence
 
@@ -25,8 +26,7 @@ def context(number: int) -> int:
     return 0xA0 | number
 
 
-@dataclass(frozen=True, slots=True)
-class Element:
+class Element(NamedTuple):
     """One element: its tag byte, its content, and all its bytes as they stood."""
 
     tag: int
@@ -111,6 +111,11 @@ def oid(element: Element) -> str:
     content = element.content
     if element.tag != OID or not content or content[-1] & 0x80 or len(content) > 64:
         raise MalformedEvidence("DER structure", "an object identifier is not valid")
+    return _dotted(content)
+
+
+@lru_cache(maxsize=256)
+def _dotted(content: bytes) -> str:
     arcs, value, fresh = [], 0, True
     for byte in content:
         if fresh and byte == 0x80:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -176,6 +177,7 @@ def read_files(paths: Iterable[Path]) -> list[bytes]:
     return found
 
 
+@lru_cache(maxsize=128)
 def _common_name(name: der.Element) -> str:
     names = []
     for relative in der.children(name):
@@ -188,6 +190,7 @@ def _common_name(name: der.Element) -> str:
     return names[0]
 
 
+@lru_cache(maxsize=32)
 def _check_algorithm(algorithm: der.Element, what: str) -> None:
     """Require RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes (RFC 4055 section 3.1)."""
     parts = der.Fields(algorithm, what)
@@ -322,16 +325,25 @@ def parse_crl(blob: bytes) -> RevocationList:
     )
 
 
+@lru_cache(maxsize=32)
+def _authority_key(spki: bytes) -> rsa.RSAPublicKey | None:
+    try:
+        key = load_der_public_key(spki)
+    except (UnsupportedAlgorithm, ValueError):
+        return None
+    return key if isinstance(key, rsa.RSAPublicKey) and key.key_size == AMD_KEY_BITS else None
+
+
 def signed_by(signed: Certificate | RevocationList, issuer: Certificate) -> bool:
     """True where `issuer` is named as the issuer and its 4096-bit key made the signature."""
     if signed.issuer != issuer.subject:
         return False
+    key = _authority_key(issuer.spki)
+    if key is None:
+        return False
     try:
-        key = load_der_public_key(issuer.spki)
-        if not isinstance(key, rsa.RSAPublicKey) or key.key_size != AMD_KEY_BITS:
-            return False
         key.verify(signed.signature, signed.tbs, PSS, hashes.SHA384())
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError):
+    except InvalidSignature:
         return False
     return True
 

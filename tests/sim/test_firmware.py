@@ -1,5 +1,6 @@
 """The simulated platform passes the production verifier, is marked wherever it does, and passes nowhere else."""
 
+import shutil
 import subprocess
 import warnings
 from dataclasses import replace
@@ -228,3 +229,16 @@ def test_directory(root_directory: Path, root: SimulatedRoot, tmp_path: Path):
     (tmp_path / "root" / "ask-key.pem").unlink()
     with pytest.raises(SimulatedRootDamaged, match="cannot be read"):
         SimulatedRoot.load_or_create(tmp_path / "root")
+
+
+def test_two_processes_make_one_root(root_directory: Path, root: SimulatedRoot, tmp_path: Path, monkeypatch):
+    """Who finds the directory made by another meanwhile takes that one, and leaves nothing of its own."""
+    path = tmp_path / "root"
+
+    def overtaken(*_args, **_kwargs) -> SimulatedRoot:
+        shutil.copytree(root_directory, path)
+        return replace(root, ark=root.ask)
+
+    monkeypatch.setattr(SimulatedRoot, "generate", overtaken)
+    assert SimulatedRoot.load_or_create(path).ark == root.ark
+    assert [child.name for child in tmp_path.iterdir()] == ["root"]
