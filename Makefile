@@ -1,0 +1,28 @@
+# make test: install what is needed and run every test. make demo: the main job, from a base image to a refusal.
+# Both run as root on Debian 12; scripts/setup says what to do otherwise.
+PYTHON = .venv/bin/python
+PYTEST = .venv/bin/pytest
+
+.PHONY: test demo bench setup lint clean
+
+setup:
+	scripts/setup
+
+base: setup
+	scripts/make-base-image
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+test: lint base
+	scripts/testenv $(PYTEST) -q
+
+demo: base
+	scripts/testenv $(PYTHON) scripts/demo.py
+
+bench: setup
+	for file in bench/*/*.py; do $(PYTHON) $$file || exit 1; done
+
+clean:
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache

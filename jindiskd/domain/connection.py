@@ -1,0 +1,146 @@
+"""The connection to libvirt: calls in one owned thread, events from another that only passes them on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import libvirt
+import structlog
+
+from jindiskd.errors import AlreadyExists, JindiskError, NotFound, ServiceUnavailable
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+STOPPED, CRASHED, STARTED = 5, 8, 2  # virDomainEventType
+RETRY_S = 2.0
+UNREACHABLE = frozenset({libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_NO_CONNECT})
+
+
+class LibvirtFailed(JindiskError, code="LibvirtFailed"):
+    """libvirt or QEMU refused."""
+
+    def __init__(self, what: str, said: str) -> None:
+        """`what` was tried, `said` is libvirt's sentence."""
+        super().__init__(f"{what} failed: {said}")
+
+
+def translate(exc: libvirt.libvirtError, what: str) -> JindiskError:
+    """The typed error for an error of libvirt, by its code and never by its text."""
+    code = exc.get_error_code()
+    said = " ".join(str(exc.get_error_message() or exc).split())[:600]
+    if code == libvirt.VIR_ERR_NO_DOMAIN:
+        return NotFound("domain", what)
+    if code in UNREACHABLE:
+        return ServiceUnavailable("libvirtd", f"{said}; start it, or set domains.libvirt_uri")
+    if code == libvirt.VIR_ERR_OPERATION_FAILED and "already exists" in said:
+        return AlreadyExists("domain", what)
+    return LibvirtFailed(what, said)
+
+
+class Connection:
+    """One libvirt connection that comes back by itself.
+
+    `on_event(uuid, event)` and `on_connected()` run in the event loop. After a reconnect everything is to be read anew.
+    """
+
+    _events_running = False
+
+    def __init__(self, uri: str, *, on_event: Callable[[str, int], None], on_connected: Callable[[], None]) -> None:
+        """Connect nothing yet."""
+        self._uri, self._on_event, self._on_connected = uri, on_event, on_connected
+        self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="libvirt")
+        self._conn: libvirt.virConnect | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether libvirt answers, as far as known."""
+        return self._conn is not None
+
+    async def start(self) -> None:
+        """Begin to connect; returns at once."""
+        self._loop = asyncio.get_running_loop()
+        _start_event_thread()
+        self._task = self._loop.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """Close the connection."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._conn is not None:
+            conn, self._conn = self._conn, None
+            with contextlib.suppress(libvirt.libvirtError):
+                await asyncio.get_running_loop().run_in_executor(self._calls, conn.close)
+        self._calls.shutdown(wait=False)
+
+    async def call(self, what: str, function: Callable[[libvirt.virConnect], T]) -> T:
+        """Run `function` with the connection in the libvirt thread; `what` names the thing in errors."""
+        conn = self._conn
+        if conn is None:
+            raise ServiceUnavailable("libvirtd", "it is not connected; start it, or set domains.libvirt_uri")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._calls, function, conn)
+        except libvirt.libvirtError as exc:
+            raise translate(exc, what) from exc
+
+    async def _keep(self) -> None:
+        warned = False
+        while True:
+            self._lost.clear()
+            try:
+                loop = asyncio.get_running_loop()
+                self._conn = await loop.run_in_executor(self._calls, self._open)
+            except libvirt.libvirtError as exc:
+                if not warned:
+                    log.warning("libvirt is not reachable", uri=self._uri, problem=str(exc))
+                warned = True
+                await asyncio.sleep(RETRY_S)
+                continue
+            warned = False
+            log.info("connected to libvirt", uri=self._uri)
+            self._on_connected()
+            await self._lost.wait()
+            self._conn = None
+            log.warning("the connection to libvirt was lost", uri=self._uri)
+
+    def _open(self) -> libvirt.virConnect:
+        conn = libvirt.open(self._uri)
+        conn.setKeepAlive(5, 3)
+        conn.registerCloseCallback(self._closed, None)
+        conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+        return conn
+
+    def _closed(self, _conn: Any, _reason: int, _opaque: Any) -> None:
+        self._to_loop(self._lost.set)
+
+    def _lifecycle(self, _conn: Any, dom: Any, event: int, _detail: int, _opaque: Any) -> None:
+        self._to_loop(self._on_event, dom.UUIDString(), event)
+
+    def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+def _start_event_thread() -> None:
+    """Run libvirt's default event loop, once for the process; it lives as long as the process."""
+    if Connection._events_running:  # noqa: SLF001 (this module's own)
+        return
+    Connection._events_running = True  # noqa: SLF001
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # the library prints errors otherwise
+    libvirt.virEventRegisterDefaultImpl()
+    libvirt.virEventAddTimeout(1000, lambda _timer, _opaque: None, None)  # a loop without handles would spin
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt-events", daemon=True).start()

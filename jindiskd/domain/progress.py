@@ -1,0 +1,58 @@
+"""What a guest says of its boot: fixed words over vsock port 19014. Hostile: bounded, and believed for display only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+MAX_LINE_BYTES = 64
+MAX_LINES = 32
+MAX_CONNECTIONS = 4
+IDLE_S = 300.0
+_WORD = re.compile(rb"(boot|report|attested|key|unlocked|running|fail (E\d\d))")
+
+
+class ProgressListener:
+    """Listens on one domain's socket; `heard(word)` runs in the event loop for each known line."""
+
+    def __init__(self, path: Path, heard: Callable[[str], None]) -> None:
+        """Listen nowhere yet."""
+        self._path, self._heard = path, heard
+        self._server: asyncio.Server | None = None
+        self._open = 0
+
+    async def start(self) -> None:
+        """Listen; a socket left there is replaced."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, os.fspath(self._path), limit=MAX_LINE_BYTES)
+        self._path.chmod(0o600)
+
+    async def close(self) -> None:
+        """Stop listening."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open > MAX_CONNECTIONS:
+                return
+            for _ in range(MAX_LINES):
+                async with asyncio.timeout(IDLE_S):
+                    line = await reader.readuntil(b"\n")
+                found = _WORD.fullmatch(line.strip())
+                if found is None:
+                    return
+                self._heard(found[1].decode())
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
+            return
+        finally:
+            self._open -= 1
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()

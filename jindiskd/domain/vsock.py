@@ -1,0 +1,135 @@
+"""AF_VSOCK for a guest on a host whose kernel has no vhost-vsock: one `vhost-device-vsock` process a domain.
+
+A domain's directory below the runtime directory, while it runs:
+
+    <uuid>/binding.json   image, context id, pid and start time of the device; written before the device is started
+    <uuid>/device.sock    vhost-user, QEMU connects
+    <uuid>/guest          prefix: the guest's connection to port P of context 2 arrives at `guest_P`
+
+The device outlives this service, since the guest would lose its device otherwise; a restart finds it by the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jindiskd.base import document
+from jindiskd.base.files import replace_file
+from jindiskd.base.process import ENVIRONMENT, ToolFailed, ToolMissing
+from jindiskd.errors import TimedOut
+
+READY_S = 5.0
+RECORD = "binding.json"
+QEMU_USER = "libvirt-qemu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a restart needs to know."""
+
+    uuid: str
+    image: str
+    cid: int
+    pid: int = 0
+    start_time: int = 0
+    """Clock ticks since boot, field 22 of /proc/PID/stat: with the pid it names one process for good."""
+
+
+def socket_path(directory: Path, port: int) -> Path:
+    """Where a guest's connections to a port of the host arrive."""
+    return directory / f"guest_{port}"
+
+
+def start_time(pid: int) -> int:
+    """Start time of a process, 0 if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rsplit(")", 1)[1].split()[19])
+
+
+def read_record(directory: Path) -> Record | None:
+    """The record in a domain's directory; None if there is none that can be read."""
+    try:
+        return document.load(Record, (directory / RECORD).read_bytes(), document=RECORD)
+    except (OSError, document.MalformedDocument):
+        return None
+
+
+async def start_device(program: Path, directory: Path, record: Record) -> Record:
+    """Start the device of a domain in `directory`, which is made; returns once it listens.
+
+    Raises:
+        ToolMissing, ToolFailed, TimedOut: it did not come up; nothing is left of it.
+    """
+    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    replace_file(directory / RECORD, document.dump(record), 0o600)
+    device = directory / "device.sock"
+    device.unlink(missing_ok=True)
+    argv = [
+        os.fspath(program),
+        "--vm",
+        f"guest-cid={record.cid},socket={device},uds-path={directory / 'guest'}",
+    ]
+    found = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
+    if found is None:
+        raise ToolMissing(argv[0])
+    with (directory / "device.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            found,
+            *argv[1:],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+    started = replace(record, pid=process.pid, start_time=start_time(process.pid))
+    replace_file(directory / RECORD, document.dump(started), 0o600)
+    try:
+        async with asyncio.timeout(READY_S):
+            while not device.exists():
+                if process.returncode is not None:
+                    said = (directory / "device.log").read_text(errors="replace")[-500:]
+                    raise ToolFailed(argv, process.returncode, said)
+                await asyncio.sleep(0.02)
+    except TimeoutError as exc:
+        end_device(started)
+        raise TimedOut("the start of vhost-device-vsock", READY_S) from exc
+    _admit_qemu(device)
+    return started
+
+
+def _admit_qemu(device: Path) -> None:
+    """Let the user that QEMU runs as connect, and nobody else."""
+    device.chmod(0o600)
+    with contextlib.suppress(KeyError):
+        if os.geteuid() == 0:
+            user = pwd.getpwnam(QEMU_USER)
+            os.chown(device, user.pw_uid, -1)
+        else:
+            device.chmod(0o660)
+
+
+def end_device(record: Record) -> None:
+    """End the device of a record, if it is still that process."""
+    if record.pid and record.start_time and start_time(record.pid) == record.start_time:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(record.pid, signal.SIGKILL)
+
+
+def clear(directory: Path) -> None:
+    """End the device of a directory and remove all of it; what is not there is no error."""
+    record = read_record(directory)
+    if record is not None:
+        end_device(record)
+    shutil.rmtree(directory, ignore_errors=True)
