@@ -73,10 +73,10 @@ class Object:
     _server: Emitter | None = None
     _path: str = ""
 
-    def __init_subclass__(cls, *, spec: str, **kwargs: object) -> None:
-        """Check the class against interface `spec` of the contract."""
+    def __init_subclass__(cls, *, spec: str | Interface, **kwargs: object) -> None:
+        """Check the class against interface `spec` of the contract, or one from elsewhere."""
         super().__init_subclass__(**kwargs)
-        cls.contract = interface(spec)
+        cls.contract = interface(spec) if isinstance(spec, str) else spec
         expected = {snake(name) for name in (*cls.contract.methods, *cls.contract.properties)}
         public = {
             name
@@ -86,7 +86,7 @@ class Object:
         if expected != public or expected & BASE_NAMES:
             raise ContractMismatch(f"{spec} and {cls.__name__} differ in {sorted(expected ^ public)}")
         for name, method in cls.contract.methods.items():
-            _compare(spec, name, vars(cls)[snake(name)], method.takes, tuple(a.type for a in method.gives))
+            _compare(cls.contract.name, name, vars(cls)[snake(name)], method.takes, tuple(a.type for a in method.gives))
         for name, prop in cls.contract.properties.items():
             getter = vars(cls)[snake(name)]
             if not isinstance(getter, property) or typing.get_type_hints(getter.fget)["return"] != PYTHON[prop.type]:

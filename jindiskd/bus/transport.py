@@ -329,7 +329,9 @@ class Connection(MessageBus):  # type: ignore[misc]  # the library has no types
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
+            if gone.done():
+                if answer.done() and not answer.cancelled():
+                    answer.exception()  # marks it as seen: it says less than the error below
                 raise ConnectionError("the connection to the bus ended")
             return answer.result()
         finally:
