@@ -62,7 +62,7 @@ class ServiceConfig:
     runtime_dir: Path = field(
         default=Path("/run/jindiskd"), metadata={"help": "sockets; emptied when the machine starts"}
     )
-    log_level: LogLevel = field(default=LogLevel.INFO, metadata={"help": "what is logged; taken over on reload"})
+    log_level: LogLevel = field(default=LogLevel.INFO, metadata={"help": "what is logged"})
     job_keep_s: int = field(
         default=60, metadata={"range": (1, 3600), "help": "seconds that a job which has ended can still be looked at"}
     )

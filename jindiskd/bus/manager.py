@@ -195,5 +195,4 @@ def launch_order(image: str, options: Options) -> LaunchOrder:
         name=text(options, "name"),
         memory_bytes=number(options, "memory"),
         timeout_s=number(options, "timeout"),
-        ephemeral=options.get("ephemeral") is True,
     )

@@ -58,7 +58,6 @@ class LaunchOrder:
     name: str = ""
     memory_bytes: int | None = None
     timeout_s: int | None = None
-    ephemeral: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,6 @@ async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
 @click.option("--name", help="Name of the domain.")
 @click.option("--memory", type=Size(), help="Memory of the guest, such as 2G.")
 @click.option("--timeout", type=click.IntRange(10), help="Seconds until it must run.")
-@click.option("--ephemeral", is_flag=True, help="Throw away what it writes when it stops.")
 @click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
 @common
 @pass_app
@@ -43,7 +42,6 @@ def launch(
     name: str | None,
     memory: int | None,
     timeout: int | None,
-    ephemeral: bool,
     no_wait: bool,
 ) -> None:
     """Start a guest from IMAGE and follow it until its encrypted root is open and its system runs."""
@@ -54,8 +52,6 @@ def launch(
         options["memory"] = Variant("t", memory)
     if timeout:
         options["timeout"] = Variant("u", timeout)
-    if ephemeral:
-        options["ephemeral"] = Variant("b", True)
     run(_launch(app, image, options, not no_wait))
 
 

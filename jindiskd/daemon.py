@@ -1,0 +1,320 @@
+"""`jindiskd`: the service. Builds all parts, hands them to each other, and stops them in the opposite order.
+
+Everything else in the package receives its collaborators; here alone they are made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import structlog
+
+import jindiskd
+from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
+from jindiskd.backend import GuestsBackend, ImagesBackend, KeyPort, KeysBackend
+from jindiskd.base import log as logs
+from jindiskd.base.notify import notify, reloading, watchdog_interval_s
+from jindiskd.broker.identity import TlsIdentity
+from jindiskd.broker.listener import listen_unix
+from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
+from jindiskd.bus.lib import BusType
+from jindiskd.bus.ports import ServiceFacts
+from jindiskd.bus.service import BusService
+from jindiskd.bus.transport import Connection, connect_to
+from jindiskd.config import DEFAULT_FILE, Config, Loaded, load
+from jindiskd.domain.service import Closing, DomainService, DomainSettings
+from jindiskd.errors import EXIT_FAILED, EXIT_UNAVAILABLE, JindiskError, NotFound
+from jindiskd.image.service import ImageService
+from jindiskd.image.store import ImageStore
+from jindiskd.jobs.manager import JobManager
+from jindiskd.keys.store import Store
+from jindiskd.keys.wrap import CREDENTIAL, load_kek
+from jindiskd.sim.pki import SimulatedRoot
+
+log = structlog.get_logger(__name__)
+PR_SET_DUMPABLE = 4  # linux/prctl.h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFiles:
+    """What lies in the state directory.
+
+    ::
+
+        kek                32 bytes, mode 0600: the key-encryption key, unless the unit's credential has it
+        keys.db            the key store and audit log (SQLite, mode 0600), unless configured elsewhere
+        broker.pem         the key that guests pin, mode 0600
+        simulated-root/    the root of the simulated platform, where that is allowed
+        console/           what guests write on their consoles
+        images/            the image store, unless configured elsewhere
+    """
+
+    root: Path
+
+    @property
+    def kek(self) -> Path:
+        """The key-encryption key."""
+        return self.root / "kek"
+
+    @property
+    def identity(self) -> Path:
+        """The broker's TLS key and certificate."""
+        return self.root / "broker.pem"
+
+    @property
+    def simulated_root(self) -> Path:
+        """The simulated platform's root."""
+        return self.root / "simulated-root"
+
+    @property
+    def console(self) -> Path:
+        """Console logs."""
+        return self.root / "console"
+
+
+def credentials_directory() -> Path | None:
+    """Where the service manager put the unit's credentials."""
+    found = os.environ.get("CREDENTIALS_DIRECTORY")
+    return Path(found) if found else None
+
+
+def open_store(config: Config, state: StateFiles) -> Store:
+    """Open the key store. A database file is made readable for us alone before anything is in it."""
+    if not config.broker.database:
+        os.close(os.open(state.root / "keys.db", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    return Store.open(config.database_url, load_kek(state.kek, credentials_directory()))
+
+
+def warnings(config: Config, state: StateFiles) -> tuple[str, ...]:
+    """What an administrator should know, a sentence each."""
+    found = ["the key broker runs in this service: whoever rules this host can read the keys of its images"]
+    credentials = credentials_directory()
+    if credentials is None or not (credentials / CREDENTIAL).exists():
+        found.append(
+            f"the key-encryption key is a file beside the keys, {state.kek}: better give the unit {CREDENTIAL}"
+        )
+    if config.broker.allow_simulated:
+        found.append("reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing")
+    if os.geteuid() == 0:
+        found.append("the service runs as root: nothing it does needs that; use its unit")
+    return tuple(found)
+
+
+class Service:
+    """The parts of the service, started and stopped together."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded, self._config = loaded, loaded.config
+        self._state = StateFiles(root=self._config.service.state_dir)
+        self._stack = contextlib.AsyncExitStack()
+        self.bus: Connection | None = None
+
+    async def start(self) -> Connection:
+        """Start everything; when this returns, calls are answered.
+
+        Raises:
+            JindiskError, OSError: something is in the way; `stop` undoes what was started.
+        """
+        config, state, stack = self._config, self._state, self._stack
+        for directory in (state.root, config.service.runtime_dir, config.images_dir):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o711)
+        images = ImageStore(config.images_dir)
+        stack.enter_context(images.owned())
+        store = await asyncio.to_thread(open_store, config, state)
+        stack.callback(store.close)
+        identity = await asyncio.to_thread(TlsIdentity.load_or_create, state.identity)
+
+        jobs = JobManager(keep_s=config.service.job_keep_s)
+        image_service = ImageService(images, KeyPort(store), broker_spki_sha256=identity.spki_sha256)
+        domains = await self._domains(images, store, identity)
+        await image_service.reconcile()
+
+        bus = self.bus = await connect_to(BusType.SYSTEM)
+        stack.push_async_callback(bus.aclose)
+        on_bus = BusService(
+            bus,
+            images=ImagesBackend(image_service, store, domains, config),
+            guests=GuestsBackend(domains),
+            keys=KeysBackend(store),
+            jobs=jobs,
+            facts=ServiceFacts(
+                version=jindiskd.__version__,
+                deployment=config.broker.deployment.value,
+                allow_simulated=config.broker.allow_simulated,
+                broker_spki_sha256=identity.spki_sha256,
+                warnings=warnings(config, state),
+                settings=tuple((item.name, item.value, item.origin) for item in self._loaded.settings),
+            ),
+        )
+        stack.push_async_callback(on_bus.close)
+        # Before the bus goes: what jobs made is undone, and clients learn of it.
+        stack.push_async_callback(jobs.close)
+        await on_bus.start()
+        await domains.start()
+        stack.push_async_callback(domains.stop)
+        return bus
+
+    async def _domains(self, images: ImageStore, store: Store, identity: TlsIdentity) -> DomainService:
+        """The domains, with a broker that listens for each of them alone."""
+        config, state = self._config, self._state
+        verifiers = [SnpVerifier(roots=AMD_ROOTS)]
+        if config.broker.allow_simulated:
+            root = await asyncio.to_thread(SimulatedRoot.load_or_create, state.simulated_root)
+            verifiers.append(SnpVerifier(roots=root.roots))
+        broker = Broker(
+            store=store,
+            verifiers=verifiers,
+            allow_simulated=config.broker.allow_simulated,
+            limits=BrokerLimits(
+                session_lifetime_s=config.broker.session_lifetime_s, sessions=config.broker.max_sessions
+            ),
+            on_event=lambda event: tell_domains(domains, event),
+        )
+
+        async def open_broker(path: Path, domain_uuid: str, image_id: str) -> Closing:
+            peer = Peer(description=f"domain {domain_uuid}", domain_uuid=domain_uuid, image_id=image_id)
+            return await listen_unix(broker, identity, path, peer)
+
+        domains = DomainService(
+            uri=config.domains.libvirt_uri,
+            images=images,
+            open_broker=open_broker,
+            settings=DomainSettings(
+                runtime_dir=config.service.runtime_dir,
+                console_dir=state.console,
+                simulated_root=state.simulated_root if config.broker.allow_simulated else None,
+                vhost_device_vsock=config.domains.vhost_device_vsock,
+                memory_mib=config.domains.memory_mib,
+                launch_timeout_s=config.domains.launch_timeout_s,
+            ),
+        )
+        return domains
+
+    async def stop(self) -> None:
+        """Stop everything that was started, last first."""
+        await self._stack.aclose()
+
+
+def tell_domains(domains: DomainService, event: BrokerEvent) -> None:
+    """Tell the domains what the broker decided about one of them."""
+    uuid = event.peer.domain_uuid
+    if uuid is None:
+        return
+    if event.kind == "attested":
+        domains.on_attested(uuid)
+    elif event.kind == "released":
+        domains.on_released(uuid)
+    elif event.kind == "refused":
+        domains.on_refused(uuid, "; ".join(finding.text for finding in event.findings))
+
+
+async def _watchdog(interval_s: float) -> None:
+    """Signs of life. They come from the event loop, so they prove that it turns."""
+    while True:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
+
+
+def _check_again(path: Path) -> None:
+    """On SIGHUP: say whether the configuration is right. What changed takes effect at the next start."""
+    reloading()
+    try:
+        load(path)
+        log.info("the configuration is right; changes take effect at the next start")
+    except JindiskError as exc:
+        log.error("the configuration is wrong; the service would not start with it", problem=str(exc))
+    notify("READY=1")
+
+
+async def serve(loaded: Loaded, path: Path) -> int:
+    """Run until a signal ends it (status 0) or the bus does (69)."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGHUP, _check_again, path)
+    service = Service(loaded)
+    tasks: list[asyncio.Task[object]] = []
+    try:
+        bus = await service.start()
+        interval_s = watchdog_interval_s()
+        if interval_s is not None:
+            tasks.append(loop.create_task(_watchdog(interval_s)))
+        notify("READY=1", "STATUS=serving")
+        log.info("ready", version=jindiskd.__version__)
+        told = loop.create_task(ended.wait())
+        lost = loop.create_task(bus.wait_disconnected())
+        tasks += [told, lost]
+        await asyncio.wait({told, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not told.done():
+            log.error("the connection to the bus was lost", reason=lost.result())
+            return EXIT_UNAVAILABLE
+        return 0
+    finally:
+        notify("STOPPING=1")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await service.stop()
+        log.info("stopped")
+
+
+@click.command()
+@click.version_option(jindiskd.__version__, prog_name="jindiskd")
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help=f"The configuration, instead of {DEFAULT_FILE}; its drop-ins are in a directory of its name with .d added.",
+)
+@click.option("--check-config", is_flag=True, help="Only check the configuration: exit status 0 or 2.")
+@click.option("--show-config", is_flag=True, help="Only print the settings in effect, as JSON.")
+def cli(path: Path | None, check_config: bool, show_config: bool) -> int:
+    """Serve images, domains and keys on the system bus."""
+    if path is not None and not path.exists():
+        raise NotFound("configuration file", str(path))
+    loaded = load(path or DEFAULT_FILE)
+    if show_config:
+        document = [{"name": s.name, "value": json.loads(s.value), "origin": s.origin} for s in loaded.settings]
+        click.echo(json.dumps({"settings": document}, indent=2))
+    if check_config or show_config:
+        return 0
+    faulthandler.enable()  # what the watchdog's SIGABRT prints: stacks, no values
+    # Keys are in this memory: no core dumps, and no debugger but root's.
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+    logs.setup(loaded.config.service.log_level.value)
+    return asyncio.run(serve(loaded, path or DEFAULT_FILE))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return int(cli.main(words, prog_name="jindiskd", standalone_mode=False) or 0)
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except JindiskError as exc:
+        click.echo(f"jindiskd: {exc}", err=True)
+        return exc.exit_code
+    except OSError as exc:
+        click.echo(f"jindiskd: {exc.filename or 'it'}: {exc.strerror or exc}", err=True)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
