@@ -1,0 +1,325 @@
+"""Building an image: base in, encrypted disk, boot files and manifest out. Runs in a worker process, step by step.
+
+Everything named is written to one staging directory, and holds nothing secret at any moment: the disk with cipher text,
+the kernel, the initrd, the command line, modules on their way into the initrd. Clear text of the root file system (the
+private copy that is amended, a converted qcow2 image, a spooled tar stream) is kept in unlinked files of the same file
+system, which the kernel frees however the process ends. Killed at any step, it leaves the staging directory, which the
+store's `clean` removes.
+
+Apart from keys and UUIDs the result depends on the base and the request alone; with a seed it does so wholly.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from jindiskd.base import document
+from jindiskd.base.files import replace_file
+from jindiskd.base.process import ToolFailed
+from jindiskd.base.secret import Secret
+from jindiskd.errors import InvalidArgument, NoSpace
+from jindiskd.guest import config as guest
+from jindiskd.image import base, bootparts, gpt, initrd, randomness, tarroot
+from jindiskd.image import kernel as kernels
+from jindiskd.image import manifest as manifests
+from jindiskd.image.amend import amend
+from jindiskd.image.cmdline import ROOT, command_line
+from jindiskd.image.debugfs import FileSystem, FileSystemNotWritten
+from jindiskd.image.ext4 import Superblock, read_superblock, used_ranges
+from jindiskd.image.manifest import BootFile, Manifest, Partition, Shape
+from jindiskd.image.measurement import launch_digest, suitable_firmware
+from jindiskd.image.refusals import RootDamaged
+from jindiskd.image.request import BaseKind, BuildTask, Progress, VolumeFormat, resource_of
+from jindiskd.image.sparse import copy_ranges, data_ranges, path_of, unlinked_file
+from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL
+from jindiskd.image.tools import tool
+from jindiskd.image.volume import SealedVolume, prepare_volume
+
+Report = Callable[[Progress], None]
+ROOT_DEVICE = "/dev/vda3"
+"""The disk is the guest's first virtio disk, the root its third partition: a locator, no identity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClearRoot:
+    """The private copy of the root, amended and checked, at the start of an unlinked file."""
+
+    fd: int
+    superblock: Superblock
+    size_bytes: int
+    base_sha256: Callable[[], bytes]
+    distribution: str
+    changes: tuple[str, ...]
+    kernel_release: str
+
+
+def build(task: BuildTask, base_fd: int, key: Secret, report: Report) -> Manifest:
+    """Build the image that `task` describes in its staging directory.
+
+    Args:
+        task: checked request and what the service decided.
+        base_fd: the base: a regular file for a disk, anything readable for a tar stream.
+        key: 32 bytes; what the broker will release to the guest.
+        report: called with progress.
+
+    Raises:
+        BaseRefused: one of the family; the base cannot be built from.
+        NoSpace: the file system is full.
+        JindiskError: others, each saying what to do.
+    """
+    task.request.check()
+    try:
+        with ExitStack() as stack:
+            return _Build(task, key, report, stack).run(base_fd)
+    except OSError as exc:
+        if exc.errno == errno.ENOSPC:
+            raise NoSpace(task.staging) from exc
+        raise
+    except (ToolFailed, FileSystemNotWritten) as exc:
+        said = exc.stderr if isinstance(exc, ToolFailed) else str(exc)
+        if os.strerror(errno.ENOSPC) in said:
+            raise NoSpace(task.staging) from exc
+        raise
+
+
+def _free_bytes(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+class _Build:
+    """One build. Its steps are methods in the order in which they run."""
+
+    def __init__(self, task: BuildTask, key: Secret, report: Report, stack: ExitStack) -> None:
+        self.task, self.request, self.key, self.report, self.stack = task, task.request, key, report, stack
+        self.staging = Path(task.staging)
+        self.work = self.staging / "work"
+        self.identities = task.request.stream("identities")
+
+    def run(self, base_fd: int) -> Manifest:
+        firmware = suitable_firmware(self.request)
+        line = command_line(self.request.format, self.request.cmdline, debug=self.request.debug)
+        self.work.mkdir()
+        root = self.clear_root(base_fd)
+        self.report(Progress(stage="boot", fraction=None))
+        volume = self.stack.enter_context(prepare_volume(self.task, self.key, root.size_bytes))
+        self.boot_files(root, volume, line)
+        digest = launch_digest(self.request, self.staging, line)
+        partitions, disk_uuid, contents = self.lay_out(root, volume)
+        disk_bytes = gpt.disk_bytes([part.size_bytes for part in partitions])
+        sealed = self.write_disk(root, volume, partitions, disk_uuid, contents, disk_bytes)
+        self.report(Progress(stage="finish", fraction=None))
+        shutil.rmtree(self.work)
+        manifest = Manifest(
+            schema=manifests.SCHEMA,
+            image_id=self.task.image_id,
+            name=self.request.name,
+            created=self.task.created,
+            platform=self.request.platform,
+            base_sha256=root.base_sha256(),
+            base_kind=self.request.base_kind,
+            distribution=root.distribution,
+            kernel_release=root.kernel_release,
+            disk_size_bytes=disk_bytes,
+            partitions=tuple(
+                Partition(
+                    name=part.name,
+                    uuid=part.uuid,
+                    type_uuid=part.type_uuid,
+                    offset_bytes=part.offset_bytes,
+                    size_bytes=part.size_bytes,
+                )
+                for part in partitions
+            ),
+            volume=sealed,
+            kernel=self.boot_file(KERNEL),
+            initrd=self.boot_file(INITRD),
+            cmdline=self.boot_file(CMDLINE),
+            shape=Shape(
+                firmware=self.request.firmware,
+                firmware_sha256=firmware.sha256,
+                vcpus=self.request.vcpus,
+                cpu_model=self.request.cpu_model,
+                guest_features=self.request.guest_features,
+            ),
+            launch_digest=digest,
+            broker_spki_sha256=self.task.broker_spki_sha256,
+            resource=resource_of(self.task.image_id),
+            seeded=self.request.seed is not None,
+            changes=root.changes,
+        )
+        replace_file(self.staging / manifests.FILE, document.dump(manifest))
+        return manifest
+
+    def owned(self, fd: int) -> int:
+        """Close `fd` when the build ends."""
+        self.stack.callback(os.close, fd)
+        return fd
+
+    def clear_root(self, base_fd: int) -> ClearRoot:
+        """The private copy of the root, amended; the kernel and its modules go to the staging directory."""
+        others: tuple[FileSystem, ...] = ()
+        if self.request.base_kind is BaseKind.DISK:
+            hashing = base.Digest(base_fd)
+            self.stack.callback(hashing.stop)
+            self.report(Progress(stage="read", fraction=None))
+            disk = base.open_disk(base_fd, self.staging)
+            if disk != base_fd:
+                self.owned(disk)
+            found = base.find_root(disk)
+            self.require_room(found.superblock)
+            fd = self.owned(unlinked_file(self.staging))
+            base.copy_root(found, fd, lambda done, total: self.share("read", done, total))
+            others = tuple(FileSystem(disk, offset) for offset in found.others)
+            self.resize(fd, found.superblock)
+            base_sha256 = hashing.result
+        else:
+            fd, digest = self.tar_root(base_fd)
+            base_sha256 = lambda: digest  # noqa: E731 (the disk's is waited for at the end, this one is known)
+        self.report(Progress(stage="prepare", fraction=None))
+        superblock = read_superblock(fd)
+        assert superblock is not None
+        system = FileSystem(fd, now=superblock.write_time)
+        changes = amend(system, ROOT[self.request.format])
+        if self.request.debug:
+            changes = (*changes, "debug image: its command line may open it to whoever has the console")
+        found_kernel = kernels.find_kernel(system, others)
+        kernels.extract_kernel(found_kernel, self.staging / KERNEL)
+        kernels.extract_modules(
+            system, found_kernel.release, self.work, lambda tree: initrd.wanted_modules(self.guest_config(None), tree)
+        )
+        problem = system.check()
+        if problem is not None:
+            raise RootDamaged(f"after the builder's alterations: {problem}")
+        superblock = read_superblock(fd)
+        assert superblock is not None
+        return ClearRoot(
+            fd=fd,
+            superblock=superblock,
+            size_bytes=-(-superblock.size_bytes // 4096) * 4096,
+            base_sha256=base_sha256,
+            distribution=base.distribution(system),
+            changes=changes,
+            kernel_release=found_kernel.release,
+        )
+
+    def require_room(self, found: Superblock) -> None:
+        """Fail early instead of after minutes: the private copy and the encrypted disk are there at the same time."""
+        needed = 2 * found.used_bytes
+        if _free_bytes(self.staging) < needed:
+            raise NoSpace(self.task.staging, needed)
+
+    def resize(self, fd: int, found: Superblock) -> None:
+        """Grow the file system to the size asked for."""
+        wanted = self.request.size_bytes
+        if wanted is None or wanted == found.size_bytes:
+            return
+        if wanted < found.size_bytes:
+            text = f"the base's root file system has {found.size_bytes} bytes, and is not made smaller"
+            raise InvalidArgument("size of the root file system", wanted, text)
+        os.truncate(fd, wanted)
+        blocks = wanted // found.block_bytes
+        system = FileSystem(fd, now=found.write_time)
+        argv = ["resize2fs", "-f", path_of(fd), str(blocks)]
+        tool(argv, pass_fds=(fd,), env=system.environment)
+
+    def tar_root(self, stream_fd: int) -> tuple[int, bytes]:
+        self.report(Progress(stage="read", fraction=None))
+        spooled, digest = tarroot.spool(stream_fd, self.staging)
+        self.owned(spooled)
+        items = tarroot.read_items(spooled)
+        size = self.request.size_bytes or tarroot.needed_bytes(items)
+        uuid = randomness.new_uuid(self.identities)
+        self.report(Progress(stage="prepare", fraction=None))
+        fd = self.owned(tarroot.make_root(spooled, items, size_bytes=size, uuid=uuid, scratch=self.staging))
+        return fd, digest
+
+    def guest_config(self, volume: SealedVolume | None) -> guest.GuestConfig:
+        """What the guest is told; without a volume yet, enough to know which modules it will need."""
+        luks2 = self.request.format is VolumeFormat.LUKS2
+        if volume is None:
+            blank = guest.Luks2Expectation(
+                header_bytes=0, header_sha256=b"", uuid="", cipher="", key_bytes=0, sector_bytes=0
+            )
+            expected: tuple[guest.Luks2Expectation | None, guest.JindiskExpectation | None]
+            expected = (blank, None) if luks2 else (None, guest.JindiskExpectation(version=2, uuid=""))
+        else:
+            expected = (volume.luks2, volume.jindisk)
+        return guest.GuestConfig(
+            schema=guest.SCHEMA,
+            image_id=self.task.image_id,
+            platform=self.request.platform,
+            broker=guest.BrokerPin(spki_sha256=self.task.broker_spki_sha256),
+            root=guest.RootVolume(
+                device=ROOT_DEVICE, resource=resource_of(self.task.image_id), luks2=expected[0], jindisk=expected[1]
+            ),
+            modules=(),
+        )
+
+    def boot_files(self, root: ClearRoot, volume: SealedVolume, line: str) -> None:
+        """Write initrd and command line; the latter without its NUL or a line end, as QEMU is given it."""
+        initrd.build_initrd(
+            config=self.guest_config(volume),
+            modules_dir=self.work / root.kernel_release,
+            output=self.staging / INITRD,
+            source_date_epoch=0,
+        )
+        replace_file(self.staging / CMDLINE, line.encode("ascii"))
+
+    def lay_out(self, root: ClearRoot, volume: SealedVolume) -> tuple[tuple[gpt.Entry, ...], str, tuple[int, int]]:
+        """Make the two clear partitions, and place all three; also returns the disk's UUID."""
+        time = root.superblock.write_time
+        files = {name: self.staging / name for name in (KERNEL, INITRD, CMDLINE)}
+        boot = self.owned(bootparts.make_boot(files, randomness.new_uuid(self.identities), time, self.staging))
+        uefi = self.owned(bootparts.make_uefi(self.identities(4), time, self.staging))
+        disk_uuid, *uuids = (randomness.new_uuid(self.identities) for _ in range(4))
+        entries = gpt.lay_out(
+            [
+                (gpt.TYPE_BOOT, uuids[0], "boot", os.fstat(boot).st_size),
+                (gpt.TYPE_ESP, uuids[1], "UEFI", os.fstat(uefi).st_size),
+                (volume.partition_type, uuids[2], "jindisk-rootfs", volume.size_bytes),
+            ]
+        )
+        return entries, disk_uuid, (boot, uefi)
+
+    def write_disk(
+        self,
+        root: ClearRoot,
+        volume: SealedVolume,
+        entries: tuple[gpt.Entry, ...],
+        disk_uuid: str,
+        contents: tuple[int, int],
+        size_bytes: int,
+    ) -> manifests.Volume:
+        """Write the disk image: table, clear partitions, encrypted root; synced."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        disk = self.owned(os.open(self.staging / DISK, flags, 0o644))
+        os.truncate(disk, size_bytes)
+        gpt.write_table(disk, size_bytes, disk_uuid, entries)
+        for entry, content in zip(entries[:2], contents, strict=True):
+            copy_ranges(content, disk, data_ranges(content), target_offset=entry.offset_bytes)
+        ranges = used_ranges(root.fd, root.superblock)
+        sealed = volume.fill(
+            root.fd, disk, ranges, entries[2].offset_bytes, lambda done, total: self.share("encrypt", done, total)
+        )
+        os.fsync(disk)
+        return sealed
+
+    def share(self, stage: str, done: int, total: int) -> None:
+        self.report(Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total))
+
+    def boot_file(self, name: str) -> BootFile:
+        """Describe a boot file, and make it durable."""
+        with (self.staging / name).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").digest()
+            os.fchmod(stream.fileno(), 0o644)
+            os.fsync(stream.fileno())
+            size = os.fstat(stream.fileno()).st_size
+        return BootFile(file=name, size_bytes=size, sha256=digest)

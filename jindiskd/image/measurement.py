@@ -1,0 +1,44 @@
+"""What an image will measure as, and whether the firmware makes that measurement mean anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, inspect_firmware
+from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
+from jindiskd.image.request import BuildRequest
+
+
+def suitable_firmware(request: BuildRequest) -> FirmwareInfo:
+    """Look into the firmware of a build, and refuse one that would start any kernel under an unchanged measurement.
+
+    A simulated platform proves nothing in any case, so that the general-purpose firmware will do for it.
+
+    Raises:
+        FirmwareUnsuitable: it does not check kernel hashes, or is of an unknown build that nobody vouches for.
+        NotFound: no such file.
+    """
+    path = Path(request.firmware)
+    info = inspect_firmware(path)
+    if request.platform.simulated:
+        return info
+    if info.enforces_kernel_hashes is False:
+        raise FirmwareUnsuitable(path, "does not check kernels against the measured hashes")
+    if info.enforces_kernel_hashes is None and not request.vouch_firmware:
+        raise FirmwareUnsuitable(path, "is of an unknown build: vouch for it if it checks kernel hashes; otherwise")
+    return info
+
+
+def launch_digest(request: BuildRequest, directory: Path, cmdline: str) -> bytes:
+    """The launch digest, 48 bytes, of the image whose boot files lie in `directory`."""
+    return snp_launch_digest(
+        LaunchInputs(
+            firmware=Path(request.firmware),
+            kernel=directory / "vmlinuz",
+            initrd=directory / "initrd",
+            cmdline=cmdline,
+            vcpus=request.vcpus,
+            cpu_model=request.cpu_model,
+            guest_features=request.guest_features,
+        )
+    )

@@ -1,0 +1,130 @@
+"""What can be asked of a build, checked before anything is done."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+from jindiskd.base.platform import Platform, Tee
+from jindiskd.errors import InvalidArgument, NotSupported
+from jindiskd.image import randomness
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+KEY_BYTES = 32
+MIN_ROOT_BYTES = 8 << 20
+MAX_ROOT_BYTES = 16 << 40
+GRANULE_BYTES = 4096
+MAX_SEED_BYTES = 1024
+
+
+class BaseKind(enum.StrEnum):
+    """What the base is."""
+
+    DISK = "disk"
+    """An image of a disk with a GPT, raw or qcow2."""
+    ROOTFS = "rootfs"
+    """A tar stream of a root file system."""
+
+
+class VolumeFormat(enum.StrEnum):
+    """How the root is encrypted."""
+
+    LUKS2 = "luks2"
+    JINDISK = "jindisk"
+    """JinDisk 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """A build, without the base itself. `check` refuses what cannot be built."""
+
+    name: str
+    platform: Platform
+    format: VolumeFormat
+    base_kind: BaseKind
+    firmware: str
+    """Path of the firmware image on this host, that the guest will be launched with."""
+    vcpus: int
+    cpu_model: str
+    """QEMU's name of a processor model, such as `EPYC-v4`."""
+    guest_features: int = 1
+    size_bytes: int | None = None
+    """Length of the root file system, at least that of the base's; None leaves a disk's as it is and gives a tar
+    stream's content half as much again."""
+    cmdline: str = ""
+    """Words to add to the kernel command line."""
+    seed: bytes | None = None
+    """Makes every random choice, keys included, follow from these bytes."""
+    debug: bool = False
+    """Permit command line words that open the guest to whoever has its console."""
+    vouch_firmware: bool = False
+    """The owner knows that a firmware of an unknown build checks the kernel against the measured hashes."""
+
+    def stream(self, purpose: str) -> randomness.Rng:
+        """Randomness for one purpose of this build; with a seed it follows from that, the image's name and the purpose.
+
+        The name is in it so that no two images ever have one key.
+        """
+        return randomness.stream(self.seed, f"{self.name}/{purpose}")
+
+    def check(self) -> None:
+        """Check all that can be checked without the base.
+
+        Raises:
+            InvalidArgument: a value is out of its range.
+            NotSupported: the platform cannot be built for yet.
+        """
+        check_name(self.name)
+        if self.platform.tee is not Tee.SNP:
+            raise NotSupported(f"building for {self.platform}", f"build for {Platform.SNP} or {Platform.SIMULATED_SNP}")
+        size = self.size_bytes
+        if size is not None and (not MIN_ROOT_BYTES <= size <= MAX_ROOT_BYTES or size % GRANULE_BYTES):
+            text = f"it is a multiple of {GRANULE_BYTES} between {MIN_ROOT_BYTES} and {MAX_ROOT_BYTES} bytes"
+            raise InvalidArgument("size of the root file system", size, text)
+        if self.seed is not None and not 1 <= len(self.seed) <= MAX_SEED_BYTES:
+            raise InvalidArgument("seed length", len(self.seed), f"it has 1 to {MAX_SEED_BYTES} bytes")
+        if not self.firmware.startswith("/"):
+            raise InvalidArgument("firmware", self.firmware, "an absolute path is needed")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no image can have: it is a directory's name, and part of messages and listings.
+
+    Raises:
+        InvalidArgument: anything but 1 to 63 letters, digits, dots, underscores and hyphens, letter or digit first.
+    """
+    if not NAME.fullmatch(name):
+        text = "it has 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit"
+        raise InvalidArgument("image name", name, text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildTask:
+    """What the service adds to a request, and the worker reads from its standard input."""
+
+    request: BuildRequest
+    image_id: str
+    created: str
+    """RFC 3339, UTC."""
+    broker_spki_sha256: bytes
+    staging: str
+    """An empty directory on the store's file system; the worker writes nowhere else."""
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a build is."""
+
+    stage: str
+    """One word for people: `read`, `prepare`, `boot`, `encrypt`, `finish`."""
+    fraction: float | None
+    """Of the stage, 0 to 1; None where it cannot be told."""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+def resource_of(image_id: str) -> str:
+    """The key's resource path at the broker."""
+    return f"default/{image_id}/root"

@@ -1,0 +1,118 @@
+"""One build in a process of its own: `python -m jindiskd.image.worker --key FD --base FD`.
+
+Standard input carries one line, a `BuildTask` as JSON, and then stays open: its end means that whoever wanted the build
+is gone, and ends this process at once, with the tools it started. The key comes as 32 bytes by a descriptor. Standard
+output carries JSON lines: `{"progress": …}`, then one of `{"manifest": name}` and `{"error": code, "message": text}`.
+
+The process parses what others made, holds one key, and ends. It removes nothing: what it leaves in the staging
+directory is the starter's to remove, who must be able to do so after a kill anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import threading
+import time
+
+import structlog
+
+from jindiskd.base import document
+from jindiskd.base.log import setup
+from jindiskd.base.secret import Secret
+from jindiskd.errors import EXIT_FAILED, Internal, JindiskError
+from jindiskd.image.builder import build
+from jindiskd.image.request import KEY_BYTES, BuildTask, Progress
+
+log = structlog.get_logger(__name__)
+REQUEST_LIMIT_BYTES = 1 << 16
+PROGRESS_INTERVAL_S = 0.2
+
+
+def say(message: dict[str, object]) -> None:
+    """Write one line to the starter; it is gone if that fails, and so are we."""
+    try:
+        os.write(sys.stdout.fileno(), json.dumps(message).encode() + b"\n")
+    except OSError:
+        os._exit(EXIT_FAILED)
+
+
+def read_line(fd: int) -> bytes:
+    """The first line of the request's descriptor."""
+    data = b""
+    while not data.endswith(b"\n") and len(data) <= REQUEST_LIMIT_BYTES:
+        piece = os.read(fd, REQUEST_LIMIT_BYTES)
+        if not piece:
+            os._exit(EXIT_FAILED)
+        data += piece
+    return data
+
+
+def end_with(fd: int) -> None:
+    """Wait for the end of the request's descriptor, then end the process, whatever it is doing."""
+    while os.read(fd, 4096):
+        pass
+    os._exit(EXIT_FAILED)
+
+
+class Reporter:
+    """Passes progress on, a few times a second at most, and each change of stage."""
+
+    def __init__(self) -> None:
+        self._stage, self._next = "", 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """Report, or not if it is too soon."""
+        now = time.monotonic()
+        if progress.stage == self._stage and now < self._next and progress.fraction != 1.0:
+            return
+        self._stage, self._next = progress.stage, now + PROGRESS_INTERVAL_S
+        say({"progress": document.to_plain(progress)})
+
+
+def read_key(fd: int) -> Secret:
+    """The key, from a descriptor that has exactly that."""
+    buffer = bytearray(KEY_BYTES + 1)
+    length = 0
+    with os.fdopen(fd, "rb", buffering=0) as stream:
+        while length < len(buffer) and (count := stream.readinto(memoryview(buffer)[length:])):
+            length += count
+    if length != KEY_BYTES:
+        buffer[:] = bytes(len(buffer))
+        raise ValueError(f"the key has {length} bytes")
+    key = Secret(memoryview(buffer)[:KEY_BYTES])
+    buffer[:] = bytes(len(buffer))
+    return key
+
+
+def main() -> int:
+    """Do one build; the exit status is the error's."""
+    parser = argparse.ArgumentParser(prog="jindiskd.image.worker")
+    parser.add_argument("--key", type=int, required=True)
+    parser.add_argument("--base", type=int, required=True)
+    arguments = parser.parse_args()
+    setup()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would have the key in it
+    try:
+        task = document.load(BuildTask, read_line(sys.stdin.fileno()), document="build task")
+        threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+        with read_key(arguments.key) as key:
+            manifest = build(task, arguments.base, key, Reporter())
+    except JindiskError as exc:
+        say({"error": exc.code, "message": str(exc)})
+        return exc.exit_code
+    except Exception:  # the starter must get an answer, and the journal the reason
+        reference = f"build-{os.getpid()}"
+        log.exception("build failed", reference=reference)
+        error = Internal(reference)
+        say({"error": error.code, "message": str(error)})
+        return error.exit_code
+    say({"manifest": manifest.name})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
