@@ -84,7 +84,7 @@ class Agent:
         self.progress.stage(Stage.BOOT)
         device = Path(config.root.device)
         with failing_with(Code.DEVICE_MISSING):
-            devices.wait_for_device(device, min(self._began_s + config.timeout_s, time.monotonic() + DEVICE_WAIT_S))
+            devices.wait_for_device(device, time.monotonic() + min(DEVICE_WAIT_S, config.timeout_s / 2))
         node = self._open_luks(config, platform, device)
         with failing_with(Code.ROOT_MOUNT):
             mounts.mount_root(os.fspath(node), SYSROOT, config.root.filesystem, config.root.options)
@@ -139,7 +139,7 @@ class Agent:
             broker = client.KbsClient(
                 connect,
                 spki_sha256=config.broker.spki_sha256,
-                deadline_s=self._began_s + config.timeout_s - reserve_s,
+                deadline=self._began_s + config.timeout_s - reserve_s,
             )
             key = broker.fetch(platform.tee.value, config.root.resource, prove)
         self.progress.stage(Stage.ATTESTED)

@@ -60,7 +60,7 @@ class Progress:
         """Tell the host why the guest powers off, with a budget of its own, and wait until it was taken."""
         self._left_s = BUDGET_S
         self._send(f"fail {code.value}\n")
-        if self._stream is not None:
+        if self._stream is not None and self._stream.family == socket.AF_VSOCK:
             with contextlib.suppress(OSError):
                 # Closing a vsock stream then waits, so many seconds at most, for the host's side to confirm the end;
                 # without that the machine may be off before the line has left it.

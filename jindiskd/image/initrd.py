@@ -58,10 +58,9 @@ SCSI_MODULES = ("virtio_scsi", "sd_mod")
 LUKS2_MODULES = ("dm_mod", "dm_crypt", "xts")
 LUKS2_OPTIONAL = ("ecb", "aes_generic", "aesni_intel", "aes_ce_blk")
 JINDISK_MODULES = ("nbd",)
-TEE_OPTIONAL = {
-    Tee.SNP: ("configfs", "tsm", "tsm_report", "sev_guest"),
-    Tee.TDX: ("configfs", "tsm", "tsm_report", "tdx_guest"),
-}
+TEE_MODULES = {Tee.SNP: ("sev_guest",), Tee.TDX: ("tdx_guest",)}
+"""Without these a guest on the real platform gets no report; Debian 12's kernels lack both."""
+TEE_OPTIONAL = ("configfs", "tsm", "tsm_report")
 
 # Prints the modules that an import set needs: name to file, for those that come from a file.
 _LISTER = """
@@ -169,7 +168,8 @@ def wanted_modules(config: GuestConfig, modules_dir: Path) -> tuple[Path, ...]:
     must.append(config.root.filesystem)
     platform = Platform(config.platform)
     if not platform.simulated:
-        may += TEE_OPTIONAL.get(platform.tee, ())
+        must += TEE_MODULES.get(platform.tee, ())
+        may += TEE_OPTIONAL
     return kmod.needed_modules(modules_dir, must, optional=may)
 
 

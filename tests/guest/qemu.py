@@ -125,16 +125,18 @@ class Machine:
             assert device is not None
             link = self.directory / "vhost"
             options = f"guest-cid={self.cid},socket={link},uds-path={self.directory / 'vsock'}"
-            log = self.directory.joinpath("vsock.log").open("wb")
-            self.processes.append(subprocess.Popen([device, "--vm", options], stdout=log, stderr=log))
+            self._spawn([os.fspath(device), "--vm", options], "vsock.log")
             limit = time.monotonic() + 10
             while not link.exists():
                 assert time.monotonic() < limit, self.directory.joinpath("vsock.log").read_text()
                 time.sleep(0.02)
             arguments += ["-chardev", f"socket,id=vsock,path={link}", "-device", "vhost-user-vsock-pci,chardev=vsock"]
         self.began = time.monotonic()
-        log = self.directory.joinpath("qemu.log").open("wb")
-        self.processes.append(subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        self._spawn(arguments, "qemu.log")
+
+    def _spawn(self, arguments: list[str], name: str) -> None:
+        with self.directory.joinpath(name).open("wb") as log:
+            self.processes.append(subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
 
     def wait(self, timeout: float) -> float:
         """Wait until the guest is off; returns how many seconds it ran."""

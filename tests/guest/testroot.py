@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 import subprocess
@@ -69,6 +70,7 @@ def make_root(directory: Path, *, init: str = INIT, init_path: str = "usr/sbin/i
         archive.directory(name)
     initrd.add_python(archive, ("json", "ctypes", "os", "socket", "time", "encodings.ascii", "struct"))
     archive.file("etc/secret", b"inside")
+    archive.file("etc/broken-init", b"no program", 0o755)
     archive.file(init_path, init.format(python=initrd.python_name()).encode(), 0o755)
     tree, image = directory / "tree", directory / "root.ext4"
     write_tree(archive, tree)
@@ -110,3 +112,21 @@ def encrypt_root(image: Path, target: Path) -> EncryptedDisk:
     )
     check.parse_and_check(header, expectation)
     return EncryptedDisk(path=target, key=key, expectation=expectation)
+
+
+def rewrite_to_cipher_null(disk: Path) -> None:
+    """What a hostile host does: another cipher in both headers' data segment, checksums made right, key slot kept."""
+    with disk.open("r+b") as file:
+        for copy in range(2):
+            file.seek(copy * layout.HEADER_BYTES)
+            head = bytearray(file.read(layout.HEADER_BYTES))
+            end = head.index(b"\0", layout.BINARY_BYTES)
+            values = json.loads(bytes(head[layout.BINARY_BYTES : end]))
+            values["segments"]["0"]["encryption"] = "cipher_null-ecb"
+            text = json.dumps(values).encode()
+            head[layout.BINARY_BYTES :] = text.ljust(layout.JSON_BYTES, b"\0")
+            # The checksum field is 64 bytes at offset 448, zero while it is computed (LUKS2 specification, section 2).
+            head[448:512] = bytes(64)
+            head[448:480] = hashlib.sha256(head).digest()
+            file.seek(copy * layout.HEADER_BYTES)
+            file.write(head)

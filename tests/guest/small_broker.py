@@ -1,0 +1,102 @@
+"""A broker of a few lines for guests under test: honest unless told otherwise. The real one has tests of its own."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from jindiskd.kbs import binding, evidence, jwe
+
+ERROR = "https://github.com/confidential-containers/kbs/errors/"
+
+
+class SmallBroker:
+    """TLS and the four steps; `answers` may replace the answer to a step by (status, body)."""
+
+    def __init__(self, directory: Path, key: bytes) -> None:
+        private = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "broker")])
+        now = dt.datetime.now(dt.UTC)
+        certificate = (
+            x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(private.public_key())
+            .serial_number(7).not_valid_before(now).not_valid_after(now + dt.timedelta(days=2))
+            .sign(private, hashes.SHA256())
+        )  # fmt: skip
+        pem = directory / "broker.pem"
+        pem.write_bytes(
+            private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            + certificate.public_bytes(Encoding.PEM)
+        )
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(pem)
+        spki = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        self.spki_sha256 = hashlib.sha256(spki).digest()
+        self.key = key
+        self.answers: dict[str, tuple[int, bytes]] = {}
+        self.asked: list[str] = []
+        self.bound: list[bool] = []
+        self.session = os.urandom(16).hex()
+        self.nonce = "bm9uY2Ugbm9uY2Ugbm9uY2Ugbm9uY2Ugbm9uY2U="
+        self.recipient: dict[str, str] = {}
+        self.more: Callable[[str, dict], tuple[int, bytes]] | None = None
+
+    def refuse(self, step: str, kind: str) -> None:
+        self.answers[step] = (401, json.dumps({"type": ERROR + kind, "detail": ""}).encode())
+
+    def serve(self, raw: socket.socket) -> None:
+        raw.settimeout(30)
+        try:
+            with self.context.wrap_socket(raw, server_side=True) as stream, stream.makefile("rwb") as file:
+                while line := file.readline():
+                    method, path, _ = line.decode().split()
+                    length = 0
+                    while (field := file.readline().strip()) != b"":
+                        if field.lower().startswith(b"content-length:"):
+                            length = int(field.split(b":")[1])
+                    step = path.split("/")[3]
+                    self.asked.append(f"{method} {path}")
+                    status, body = self._answer(step, json.loads(file.read(length) or b"{}"))
+                    head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n"
+                    head += f"Set-Cookie: kbs-session-id={self.session}\r\n\r\n"
+                    file.write(head.encode() + body)
+                    file.flush()
+        except (ssl.SSLError, OSError):
+            return
+
+    def _answer(self, step: str, body: dict) -> tuple[int, bytes]:
+        if step in self.answers:
+            return self.answers[step]
+        if step == "auth":
+            return 200, json.dumps({"nonce": self.nonce, "extra-params": {}}).encode()
+        if step == "attest":
+            runtime = body["runtime-data"]
+            self.recipient = runtime["tee-pubkey"]
+            report, _ = evidence.snp_from_json(body["tee-evidence"]["primary_evidence"])
+            self.bound.append(report[0x50:0x90] == binding.report_data(runtime["nonce"], self.recipient))
+            return 200, b'{"token":"x.y.z"}'
+        if step == "resource":
+            return 200, jwe.seal(self.key, self.recipient).encode()
+        assert self.more is not None
+        return self.more(step, body)
+
+
+def firmware(stream: socket.socket) -> None:
+    """The simulated firmware's side of the wire, with a report that nobody signed."""
+    magic, version, data = struct.unpack("<4sI64s", stream.recv(72, socket.MSG_WAITALL))
+    assert (magic, version) == (b"JSIM", 1)
+    report = bytearray(1184)
+    report[0:4] = (3).to_bytes(4, "little")
+    report[0x50:0x90] = data
+    stream.sendall(struct.pack("<II", 0, len(report)) + report + struct.pack("<I", 0))
