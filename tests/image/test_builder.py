@@ -243,7 +243,7 @@ def test_tar_stream_becomes_a_root(builder, tar_stream, root_image, tmp_path, ki
     assert files_of(second) == files_of(staging)
     automatic, _ = builder(path, base_kind=BaseKind.ROOTFS)
     assert automatic.partitions[2].size_bytes >= 64 * MIB
-    large, content = kit.tree_entries()[-1][0], bytes(10 * MIB - 65536)
+    large, content = kit.tree_entries()[-1][0], os.urandom(10 * MIB - 65536)
     large.size = len(content)
     path.write_bytes(kit.make_tar([(large, content)]))
     refusal(builder, path, InvalidArgument, "the tree alone", base_kind=BaseKind.ROOTFS, size_bytes=8 * MIB)
