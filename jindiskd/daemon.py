@@ -91,9 +91,11 @@ def credentials_directory() -> Path | None:
 
 def open_store(config: Config, state: StateFiles) -> Store:
     """Open the key store. A database file is made readable for us alone before anything is in it."""
+    database = state.root / "keys.db"
+    fresh = bool(config.broker.database) or not database.exists() or database.stat().st_size == 0
     if not config.broker.database:
-        os.close(os.open(state.root / "keys.db", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    return Store.open(config.database_url, load_kek(state.kek, credentials_directory()))
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    return Store.open(config.database_url, load_kek(state.kek, credentials_directory(), create=fresh))
 
 
 def warnings(config: Config, state: StateFiles) -> tuple[str, ...]:

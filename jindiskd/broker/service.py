@@ -160,6 +160,9 @@ class Broker:
         except JindiskError as exc:
             log.error("fault while serving a guest", problem=str(exc))
             return _error("PluginInternalError", "internal error")
+        except Exception:  # whatever it is, a guest is told nothing of it
+            log.exception("fault while serving a guest")
+            return _error("PluginInternalError", "internal error")
 
     async def _auth(self, request: web.Request, peer: Peer) -> web.Response:
         asked = parse_request(await _body(request))

@@ -53,7 +53,7 @@ class DomainObject(Object, spec="org.jindisk1.Domain"):
         return job_path(self._jobs.start(Operation.DOMAIN_STOP, [view.name], caller.uid, work).number)
 
     async def undefine(self, caller: Caller, options: Options) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
-        """Remove its definition and its disk."""
+        """Remove its definition; the image stays."""
         view = self._view
 
         async def work(job: Job) -> None:

@@ -155,16 +155,16 @@ async def _stop(app: App, name: str, force: bool, yes: bool, wait: bool) -> None
 @common
 @pass_app
 def undefine(app: App, name: str, yes: bool) -> None:
-    """Remove a domain that is off, and its disk; the image stays."""
+    """Remove a domain that is off; the image and its disk stay."""
     run(_undefine(app, name, yes))
 
 
 async def _undefine(app: App, name: str, yes: bool) -> None:
     async with connected() as client:
         path, found = await find(client, name)
-        app.confirm(f"Remove domain {found['Name']} and its disk?", f"removing domain {name}", yes=yes)
+        app.confirm(f"Remove domain {found['Name']}?", f"removing domain {name}", yes=yes)
         await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Undefine", {}), wait=True)
-    app.show({"undefined": found["Name"]}, lambda: f"Removed domain {clean(found['Name'])} and its disk.")
+    app.show({"undefined": found["Name"]}, lambda: f"Removed domain {clean(found['Name'])}; its image stays.")
 
 
 @domain.command()

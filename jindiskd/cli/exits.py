@@ -39,6 +39,7 @@ BY_CODE: Mapping[str, int] = {
     "ImageDamaged": EXIT_INTEGRITY,
     "ImageFormatRefused": EXIT_USAGE,
     "InvalidArgument": EXIT_USAGE,
+    "KekMissing": EXIT_INTEGRITY,
     "KekUnusable": EXIT_INTEGRITY,
     "KeyUnreadable": EXIT_INTEGRITY,
     "LaunchRefused": EXIT_REFUSED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -121,7 +122,7 @@ async def _audit_list(app: App, limit: int, image: str | None) -> None:
             row["kind"],
             row["image-id"],
             row["peer"],
-            "simulated" if row["simulated"] else "hardware",
+            _evidence(row),
             " ".join(row["findings"]),
         )
         for row in rows
@@ -166,3 +167,10 @@ async def _config(app: App) -> None:
     document = [{"name": name, "value": json.loads(value), "origin": origin} for name, value, origin in settings]
     rows = [tuple(setting) for setting in settings]
     app.show({"settings": document}, lambda: table(("SETTING", "VALUE", "FROM"), rows, legend=app.legend))
+
+
+def _evidence(row: Mapping[str, Any]) -> str:
+    """What kind of report a row is about; most rows are about none."""
+    if not row["measurement"]:
+        return "-"
+    return "simulated" if row["simulated"] else "hardware"

@@ -3,7 +3,7 @@
     images   image_id, name, platform, resource, state, launch digests, wrapped key, created
     audit    number, time, kind, image_id, peer, simulated, measurement, detail (JSON), previous digest, digest
 
-A key leaves by `release` alone, which writes its audit row in the same transaction before it opens the key. Audit rows
+A key leaves by `release` alone, which writes its audit row in the same transaction before the key leaves. Audit rows
 are chained: a row's digest covers the digest before it, so a row that was changed or taken out shows.
 Calls block; call them in a thread.
 """
@@ -148,7 +148,11 @@ class Store:
             raise AlreadyExists("image", name) from exc
 
     def activate(self, image_id: str, launch_digests: Sequence[bytes]) -> None:
-        """Allow release to guests with one of these launch digests. Repeating it is no error."""
+        """Allow release to guests with one of these launch digests. Repeating it is no error, and changes nothing.
+
+        Raises:
+            NotFound: no such image.
+        """
         values = {"state": KeyState.ACTIVE.value, "launch_digests": [digest.hex() for digest in launch_digests]}
         with self._writing, self._engine.begin() as connection:
             changed = connection.execute(
@@ -158,6 +162,7 @@ class Store:
             )
             if changed.rowcount:
                 self._audit(connection, "activated", image_id, detail={"launch_digests": values["launch_digests"]})
+        self.image(image_id)
 
     def forget(self, image_id: str) -> None:
         """Delete a key for good; no error if it is not there."""
@@ -216,7 +221,7 @@ class Store:
     # Decisions
 
     def release(self, image_id: str, *, peer: str, measurement: bytes, simulated: bool) -> Secret:
-        """Give a key out; the audit row is durable before the key is opened.
+        """Give a key out; the audit row is durable before the key leaves.
 
         Raises:
             NotFound, ReleaseRefused, KeyUnreadable: no key leaves.
@@ -227,9 +232,10 @@ class Store:
                 raise NotFound("key of image", image_id)
             if row["state"] != KeyState.ACTIVE.value:
                 raise ReleaseRefused(image_id, KeyState(row["state"]))
-            wrapped = bytes(row["wrapped"])
+            # A key that does not open is not released: the row must not say so. One that does leaves after the commit.
+            key = wrap.unwrap(self._kek, bytes(row["wrapped"]), purpose=PURPOSE, owner=image_id)
             self._audit(connection, "released", image_id, peer=peer, simulated=simulated, measurement=measurement)
-        return wrap.unwrap(self._kek, wrapped, purpose=PURPOSE, owner=image_id)
+        return key
 
     def record_refusal(
         self,

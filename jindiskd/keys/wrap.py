@@ -39,15 +39,25 @@ class KekUnusable(JindiskError, code="KekUnusable", exit_code=EXIT_INTEGRITY):
         super().__init__(f"the key-encryption key in {where} is not {KEK_BYTES} bytes long: restore it from its backup")
 
 
-def load_kek(file: Path, credentials: Path | None) -> Secret:
+class KekMissing(JindiskError, code="KekMissing", exit_code=EXIT_INTEGRITY):
+    """There are keys, but not the key that opens them."""
+
+    def __init__(self, where: str) -> None:
+        """`where` it was looked for."""
+        super().__init__(f"the key-encryption key is not in {where}, but keys are stored: restore it from its backup")
+
+
+def load_kek(file: Path, credentials: Path | None, *, create: bool = True) -> Secret:
     """The key-encryption key: the systemd credential `jindisk.kek` if there is one, else `file`, made if absent.
 
     Args:
         file: 32 raw bytes, mode 0600; drawn on first use.
         credentials: the unit's credentials directory.
+        create: whether it may be drawn now; not where keys are stored already, which it would not open.
 
     Raises:
         KekUnusable: it is there and has another length.
+        KekMissing: it is not there and may not be drawn.
     """
     for path in ([credentials / CREDENTIAL] if credentials else []) + [file]:
         try:
@@ -57,6 +67,8 @@ def load_kek(file: Path, credentials: Path | None) -> Secret:
         if len(data) != KEK_BYTES:
             raise KekUnusable(str(path))
         return Secret(data)
+    if not create:
+        raise KekMissing(str(file))
     kek = Secret.random(KEK_BYTES)
     replace_file(file, kek.reveal(), 0o600)
     return kek

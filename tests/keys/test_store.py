@@ -9,7 +9,7 @@ from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, NotFound
 from jindiskd.keys.store import AuditBroken, KeyState, ReleaseRefused, Store
-from jindiskd.keys.wrap import KekUnusable, KeyUnreadable, load_kek
+from jindiskd.keys.wrap import KekMissing, KekUnusable, KeyUnreadable, load_kek
 
 IMAGE = "11111111-1111-4111-8111-111111111111"
 KEY = bytes(range(32))
@@ -72,6 +72,7 @@ def test_another_key_encryption_key_opens_nothing(tmp_path: Path) -> None:
     stolen = Store.open(f"sqlite:///{tmp_path / 'keys.db'}", Secret.random(32))
     with pytest.raises(KeyUnreadable):
         give(stolen)
+    assert [row["kind"] for row in stolen.audit_rows()] == ["activated"], "what did not happen is not in the log"
     stolen.close()
 
 
@@ -113,6 +114,8 @@ def test_the_key_encryption_key_is_made_once_for_its_owner_alone(tmp_path: Path)
     assert load_kek(file, None) == first
     (tmp_path / "jindisk.kek").write_bytes(b"k" * 32)
     assert load_kek(file, tmp_path) == Secret(b"k" * 32)
+    with pytest.raises(KekMissing):
+        load_kek(tmp_path / "absent", None, create=False)
     file.write_bytes(b"short")
     with pytest.raises(KekUnusable):
         load_kek(file, None)
