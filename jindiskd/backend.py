@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jindiskd.image.worker  # noqa: F401 (registers the errors that a build worker can name)
 from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
 from jindiskd.base import document
 from jindiskd.base.platform import Platform

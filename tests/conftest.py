@@ -1,8 +1,10 @@
 """What all tests share."""
 
+import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,25 +39,49 @@ BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus
 """
 
 
-@pytest.fixture
-def private_bus(tmp_path: Path) -> Iterator[str]:
-    """Address of a message bus of one's own, whose policy lets everybody do everything."""
+@contextlib.contextmanager
+def message_bus() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A message bus whose policy lets everybody do everything: address and process."""
     if shutil.which("dbus-daemon") is None:
         pytest.skip("dbus-daemon is not installed")
-    socket = tmp_path / "bus"
-    configuration = tmp_path / "bus.conf"
-    configuration.write_text(BUS_CONFIGURATION.format(socket=socket))
-    tmp_path.chmod(0o755)  # other users of the bus must get at its socket
-    with subprocess.Popen(
-        ["dbus-daemon", f"--config-file={configuration}", "--nofork", "--nopidfile", "--print-address=1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as daemon:
-        try:
-            assert daemon.stdout is not None
-            address = daemon.stdout.readline().decode().strip()
-            assert address, "dbus-daemon did not start"
-            yield address
-        finally:
-            daemon.terminate()
-            daemon.wait(timeout=10)
+    with tempfile.TemporaryDirectory(prefix="jindiskd-bus-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # other users of the bus must get at its socket
+        configuration = folder / "bus.conf"
+        configuration.write_text(BUS_CONFIGURATION.format(socket=folder / "bus"))
+        words = ["dbus-daemon", f"--config-file={configuration}", "--nofork", "--nopidfile", "--print-address=1"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as daemon:
+            try:
+                assert daemon.stdout is not None
+                address = daemon.stdout.readline().decode().strip()
+                assert address, "dbus-daemon did not start"
+                yield address, daemon
+            finally:
+                daemon.terminate()
+                daemon.wait(timeout=10)
+
+
+@pytest.fixture
+def bus_of_one() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A message bus for one test: address and process."""
+    with message_bus() as found:
+        yield found
+
+
+@pytest.fixture
+def private_bus(bus_of_one: tuple[str, subprocess.Popen[bytes]]) -> str:
+    """Address of the message bus of this test."""
+    return bus_of_one[0]
+
+
+@pytest.fixture
+def bus_process(bus_of_one: tuple[str, subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """The message bus of this test."""
+    return bus_of_one[1]
+
+
+@pytest.fixture(scope="session")
+def session_bus() -> Iterator[str]:
+    """Address of a message bus for tests that leave nothing on it."""
+    with message_bus() as found:
+        yield found[0]

@@ -12,7 +12,7 @@ from jindiskd.bus.keyfd import take_regular_file
 from jindiskd.bus.objects import Object, ObjectPath, Options, Row
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import BuildOrder, Guests, Images, Keys, LaunchOrder, ServiceFacts
-from jindiskd.errors import InvalidArgument, NotFound
+from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager, Work
 
@@ -42,7 +42,7 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         order = self._images.checked(build_order(name, options))
         with contextlib.suppress(NotFound):
             self._images_on_bus.find(name)
-            raise InvalidArgument("image name", name, "an image of that name exists already; choose another")
+            raise AlreadyExists("image", name)
         taken = Descriptor(take_regular_file(base))
         fd = taken.fileno()
 

@@ -1,0 +1,222 @@
+"""Images by the command line, the bus, and the processes behind them."""
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from jindiskd.base.platform import Platform
+from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
+
+pytestmark = pytest.mark.usefixtures("vectors")
+
+
+def left_behind(daemon) -> list[str]:
+    """What is in the store besides its lock."""
+    return sorted(path.name for path in (daemon.state / "images").iterdir() if path.name != ".lock")
+
+
+def test_an_image_from_build_to_removal(daemon, rootfs):
+    """Built, listed, shown, measured, revoked, reinstated, removed; each verb says what it did."""
+    out = daemon.ctl("image", "build", "demo", "--rootfs", str(rootfs), "--vcpus", "2")
+    assert out == "Built simulated image demo (luks2, {}) for simulated-snp.\n".format(
+        out.split("(luks2, ")[1].split(")")[0]
+    )
+    listed = daemon.ctl("image", "list").splitlines()
+    assert listed[0].split() == ["NAME", "PLATFORM", "FORMAT", "SIZE", "KEY", "DIGEST", "CREATED"]
+    assert listed[1].split()[:3] == ["demo", "simulated-snp", "luks2"]
+    assert daemon.ctl("image", "list", "--no-legend").count("\n") == 1
+    image = daemon.json("image", "show", "demo")["image"]
+    assert image["Simulated"] is True
+    assert image["State"] == "active"
+    assert image["Distribution"] == "Test Linux 1"
+    assert image["Vcpus"] == 2
+    assert daemon.ctl("image", "measure", "demo").strip() == image["LaunchDigest"]
+    assert "proves nothing" in daemon.ctl("image", "show", "demo")
+    assert daemon.json("key", "list")["keys"][0]["launch-digests"] == [image["LaunchDigest"]]
+    daemon.ctl("image", "revoke", "demo")
+    assert daemon.json("image", "list")["images"][0]["State"] == "revoked"
+    daemon.ctl("image", "reinstate", image["ImageId"])
+    assert daemon.json("image", "list")["images"][0]["State"] == "active"
+    assert "--yes" in daemon.ctl("image", "remove", "demo", status=2)
+    daemon.ctl("image", "remove", "demo", "--yes")
+    assert daemon.json("image", "list")["images"] == []
+    assert daemon.json("key", "list")["keys"] == []
+    assert left_behind(daemon) == []
+    kinds = [row["kind"] for row in daemon.json("audit", "list")["rows"]]
+    assert kinds == ["activated", "revoked", "reinstated", "forgotten"]
+    assert daemon.json("audit", "verify")["rows"] == 4
+    assert daemon.ctl("status").count("0 images") == 1
+
+
+def test_a_directory_becomes_an_archive(daemon, rootfs, tmp_path):
+    """--rootfs takes a directory as well, and keeps who owns what is in it."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    subprocess.run(["tar", "-xf", rootfs, "-C", tree], check=True)
+    daemon.ctl("image", "build", "demo", "--rootfs", str(tree))
+    assert daemon.json("image", "list")["images"][0]["Name"] == "demo"
+
+
+def test_a_name_is_taken_once(stock, rootfs):
+    """The second build is refused before any work is done."""
+    assert "choose another" in stock.ctl("image", "build", "stock", "--rootfs", str(rootfs), status=6)
+    assert len(stock.json("image", "list")["images"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        (["image", "build", "../x", "--rootfs", "{rootfs}"], 2, "image name '../x'"),
+        (["image", "build", "x", "--rootfs", "{rootfs}", "--firmware", "/etc/passwd"], 2, "firmware_dirs"),
+        (["image", "build", "x", "--rootfs", "{rootfs}", "--size", "1000"], 2, "multiple of 4096"),
+        (["image", "build", "x", "--rootfs", "{rootfs}", "--size", "lots"], 2, "not a size"),
+        (["image", "build", "x", "--rootfs", "{rootfs}", "--platform", "tdx"], 1, "not supported"),
+        (["image", "build", "x", "--rootfs", "{rootfs}", "--cpu-model", "i486"], 2, "i486"),
+        (["image", "build", "x", "--base", "/etc/passwd"], 2, "GPT"),
+        (["image", "build", "x"], 2, "either --base or --rootfs"),
+        (["image", "build", "x", "--base", "/dev/null"], 2, "regular file"),
+        (["image", "show", "none"], 3, "no image 'none'"),
+        (["image", "remove", "none", "--yes"], 3, "no image 'none'"),
+        (["launch", "none"], 3, "no image 'none'"),
+        (["domain", "show", "none"], 3, "no domain 'none'"),
+        (["domain", "console", "none"], 3, "no domain 'none'"),
+        (["job", "cancel", "17"], 3, "no job '17'"),
+        (["image", "frobnicate"], 2, "No such command"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_its_status(shared, rootfs, words, status, text):
+    """The statuses of the manual page, by the names of the errors on the bus; nothing is left."""
+    assert text in shared.ctl(*[word.format(rootfs=rootfs) for word in words], status=status)
+    assert set(left_behind(shared)) <= {"stock"}
+
+
+def test_interrupting_a_build_undoes_it(daemon, large_rootfs):
+    """^C cancels the job, its end is awaited, the status is 130, and neither image nor key is left."""
+    process = daemon.spawn("--log-json", "image", "build", "big", "--rootfs", str(large_rootfs))
+    for line in process.stderr:
+        if json.loads(line).get("stage"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    events = [json.loads(line) for line in err.splitlines()]
+    assert [event for event in events if event.get("finished")] == [events[-1]]
+    assert events[-1]["id"] == "Cancelled"
+    assert daemon.json("job", "list")["jobs"][-1]["State"] == "cancelled"
+    assert left_behind(daemon) == []
+    assert daemon.json("key", "list")["keys"] == []
+    assert b"jindiskd.image.worker" not in b"".join(_command_lines(daemon))
+
+
+def _command_lines(daemon) -> list[bytes]:
+    """Command lines and environments of the service's children."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if int(parent) == daemon.process.pid:
+                found.append((folder / "cmdline").read_bytes() + (folder / "environ").read_bytes())
+    return found
+
+
+def test_a_job_is_watched_and_cancelled_by_another_process(daemon, large_rootfs):
+    """--no-wait prints the job; job list, show and cancel work on it."""
+    job = json.loads(daemon.ctl("--json", "image", "build", "big", "--rootfs", str(large_rootfs), "--no-wait"))["job"]
+    assert job["Operation"] == "image-build"
+    assert job["Objects"] == ["big"]
+    assert job["OwnerUID"] == os.getuid()
+    shown = daemon.json("job", "show", str(job["Id"]))["job"]
+    assert shown["State"] == "running"
+    assert "big" in daemon.ctl("job", "list")
+    assert daemon.ctl("job", "cancel", str(job["Id"])) == f"Job {job['Id']} was cancelled.\n"
+    assert "cancelled" in daemon.ctl("job", "show", str(job["Id"]), "--wait", status=130)
+    assert left_behind(daemon) == []
+
+
+def test_a_killed_service_leaves_nothing_half_done(unstarted, large_rootfs):
+    """SIGKILL in the middle of a build: after the next start there is neither image nor key nor staging directory."""
+    unstarted.start()
+    process = unstarted.spawn("--log-json", "image", "build", "big", "--rootfs", str(large_rootfs))
+    for line in process.stderr:
+        if json.loads(line).get("stage"):
+            break
+    unstarted.stop(signal.SIGKILL)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 69, err
+    deadline = time.monotonic() + 20
+    unstarted.start()
+    # The worker of the killed service ends by itself when it notices; its directory is locked until then.
+    while left_behind(unstarted) and time.monotonic() < deadline:
+        unstarted.stop()
+        unstarted.start()
+    assert left_behind(unstarted) == []
+    assert unstarted.json("key", "list")["keys"] == []
+
+
+def test_stopping_the_service_cancels_what_it_does(daemon, large_rootfs):
+    """SIGTERM during a build: the job ends as cancelled, its client learns it, the status is 0."""
+    process = daemon.spawn("--log-json", "image", "build", "big", "--rootfs", str(large_rootfs))
+    for line in process.stderr:
+        if json.loads(line).get("stage"):
+            break
+    assert daemon.stop() == 0
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in {130, 69}, err
+    assert left_behind(daemon) == []
+
+
+def test_keys_are_nowhere_but_in_the_store(daemon, rootfs, firmware):
+    """Neither the bus traffic nor logs, command lines, environments or files hold the key of an image."""
+    with subprocess.Popen(
+        ["dbus-monitor", "--pcap", "--address", daemon.address], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as monitor:
+        build = daemon.spawn("image", "build", "demo", "--rootfs", str(rootfs), "--seed", "a public seed")
+        lines = []
+        while build.poll() is None:
+            lines += _command_lines(daemon)
+            time.sleep(0.01)
+        assert build.returncode == 0, build.communicate()
+        build.communicate()
+        for words in (
+            ["image", "measure", "demo"],
+            ["key", "list"],
+            ["audit", "list"],
+            ["daemon", "config"],
+            ["status"],
+        ):
+            daemon.ctl(*words)
+        monitor.terminate()
+        traffic = monitor.communicate()[0]
+    assert b"BuildImage" in traffic
+    assert any(b"image.worker" in line for line in lines)
+    request = BuildRequest(
+        name="demo", platform=Platform.SIMULATED_SNP, format=VolumeFormat.LUKS2, base_kind=BaseKind.ROOTFS,
+        firmware=str(firmware), vcpus=1, cpu_model="EPYC-v4", seed=b"a public seed",
+    )  # fmt: skip
+    key = request.stream("root key")(32)
+    kek = (daemon.state / "kek").read_bytes()
+    files = [path.read_bytes() for path in daemon.state.rglob("*") if path.is_file() and path.name != "kek"]
+    for secret in (key, kek):
+        for form in (secret, secret.hex().encode(), secret.hex().upper().encode(), base64.b64encode(secret)[:40]):
+            for place in (traffic, daemon.log.read_bytes(), *lines, *files):
+                assert form not in place
+
+
+def test_a_damaged_image_does_not_measure(stock):
+    """A changed initrd is found, with the status for integrity."""
+    initrd = stock.state / "images/stock/initrd"
+    data = bytearray(initrd.read_bytes())
+    data[100] ^= 1
+    initrd.write_bytes(data)
+    try:
+        assert "initrd" in stock.ctl("image", "measure", "stock", status=8)
+    finally:
+        data[100] ^= 1
+        initrd.write_bytes(data)

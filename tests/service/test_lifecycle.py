@@ -1,0 +1,165 @@
+"""Starting, being watched, and ending: what a service manager and an administrator see."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from jindiskd.bus import contract
+from jindiskd.daemon import main
+
+PROGRAM = Path(sys.executable).with_name("jindiskd")
+INTERFACES = Path(contract.__file__).resolve().parents[2] / "dbus"
+
+
+def canonical(element: ET.Element) -> str:
+    for item in element.iter():
+        item.text = item.tail = None
+    return ET.canonicalize(ET.tostring(element, encoding="unicode"))
+
+
+def shipped(name: str) -> str:
+    return canonical(ET.parse(INTERFACES / f"{name}.xml").getroot().find("interface"))
+
+
+def test_what_runs_is_what_the_contract_says(stock):
+    """Seen by another implementation of D-Bus, every object's introspection is the XML in dbus/, unchanged."""
+
+    def look(path: str) -> ET.Element:
+        words = ["gdbus", "introspect", "--xml", "--address", stock.address, "--dest", "org.jindisk1"]
+        return ET.fromstring(subprocess.run([*words, "--object-path", path], check=True, capture_output=True).stdout)
+
+    stock.ctl("image", "measure", "stock")  # so that there is a job to look at
+    found = {}
+    paths = ["/org/jindisk1"]
+    while paths:
+        path = paths.pop()
+        node = look(path)
+        for interface in node.findall("interface"):
+            if interface.get("name").startswith("org.jindisk1."):
+                found[interface.get("name")] = canonical(interface)
+        paths += [f"{path}/{child.get('name')}" for child in node.findall("node")]
+    assert set(found) == {"org.jindisk1.Manager", "org.jindisk1.Image", "org.jindisk1.Job"}
+    for name, text in found.items():
+        assert text == shipped(name)
+
+
+def test_properties_read_as_an_independent_client_sees_them(stock):
+    """busctl understands every object, and its values are those that the command line shows."""
+    image = stock.json("image", "list")["images"][0]
+    path = subprocess.run(
+        ["busctl", f"--address={stock.address}", "--json=short", "call", "org.jindisk1", "/org/jindisk1",
+         "org.jindisk1.Manager", "GetImage", "s", "stock"],
+        check=True, capture_output=True,
+    ).stdout  # fmt: skip
+    path = json.loads(path)["data"][0]
+    for name, value in image.items():
+        out = subprocess.run(
+            ["busctl", f"--address={stock.address}", "--json=short", "get-property", "org.jindisk1", path,
+             "org.jindisk1.Image", name],
+            check=True, capture_output=True,
+        ).stdout  # fmt: skip
+        assert json.loads(out)["data"] == value
+
+
+def test_it_is_watched(unstarted):
+    """Signs of life come twice in the time that the service manager allows, and only if it asks for them."""
+    unstarted.start(WATCHDOG_USEC="400000")
+    began = time.monotonic()
+    for _ in range(4):
+        unstarted.told("WATCHDOG=1", seconds=2)
+    assert 0.3 < time.monotonic() - began < 2
+
+
+def test_it_ends_in_order_when_told(daemon):
+    """SIGTERM: STOPPING is told, the status is 0, the name is free and the store can be used again."""
+    assert daemon.stop() == 0
+    daemon.told("STOPPING=1")
+    assert "not available" in daemon.ctl("status", status=69)
+    daemon.start()
+    daemon.ctl("status")
+
+
+def test_a_reload_checks_the_configuration(daemon):
+    """SIGHUP with a wrong file is logged and changes nothing."""
+    daemon.configuration.with_name("jindiskd.toml.d").mkdir()
+    (daemon.configuration.with_name("jindiskd.toml.d") / "x.toml").write_text("[broker]\nallow_simulatd = true\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.told("RELOADING=1")
+    daemon.told("READY=1")
+    daemon.ctl("status")
+    assert "did you mean allow_simulated?" in daemon.log.read_text()
+
+
+def test_losing_the_bus_ends_it(unstarted, private_bus, bus_process):
+    """With a status that makes the service manager start it again."""
+    unstarted.start()
+    bus_process.terminate()
+    assert unstarted.process.wait(timeout=10) == 69
+    unstarted.process = None
+
+
+def test_a_second_service_does_not_start(daemon, unstarted):
+    """Neither on the same store nor under the same name."""
+    other = subprocess.run(
+        [PROGRAM, "--config", daemon.configuration], env=daemon.environment, capture_output=True, timeout=20
+    )
+    assert other.returncode == 6
+    assert b"another service uses it" in other.stderr
+    elsewhere = daemon.folder / "other"
+    text = daemon.configuration.read_text().replace(str(daemon.state), str(elsewhere))
+    elsewhere.mkdir()
+    (elsewhere / "x.toml").write_text(text.replace("allow_simulated = true", "allow_simulated = false"))
+    other = subprocess.run(
+        [PROGRAM, "--config", elsewhere / "x.toml"], env=daemon.environment, capture_output=True, timeout=20
+    )
+    assert other.returncode == 6
+    assert b"org.jindisk1" in other.stderr
+    daemon.ctl("status")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+def test_it_runs_without_any_privilege(unstarted, rootfs):
+    """As an ordinary user it builds, measures and removes; nobody else can look into its memory or its keys."""
+    for path in (unstarted.folder, unstarted.state):
+        os.chown(path, 5, 5)
+    for path in (unstarted.state / "simulated-root").rglob("*"):
+        os.chown(path, 5, 5)
+    os.chown(unstarted.state / "simulated-root", 5, 5)
+    unstarted.start(uid=5)
+    status = Path(f"/proc/{unstarted.process.pid}/status").read_text()
+    assert "CapEff:\t0000000000000000" in status
+    # The kernel gives the files of a process that cannot be dumped to root.
+    assert Path(f"/proc/{unstarted.process.pid}/environ").stat().st_uid == 0
+    unstarted.ctl("image", "build", "demo", "--rootfs", str(rootfs))
+    unstarted.ctl("image", "measure", "demo")
+    assert not [line for line in unstarted.json("status")["service"]["Warnings"] if "runs as root" in line]
+    for secret in ("kek", "keys.db", "broker.pem"):
+        assert (unstarted.state / secret).stat().st_mode & 0o077 == 0
+        assert (unstarted.state / secret).stat().st_uid == 5
+    unstarted.ctl("image", "remove", "demo", "--yes")
+
+
+@pytest.mark.parametrize("damage", ["kek", "broker.pem"])
+def test_damaged_state_is_named_and_not_replaced(unstarted, damage):
+    """A key-encryption key or identity that is not one stops the start; making a new one would lose every image."""
+    (unstarted.state / damage).write_bytes(b"not it")
+    unstarted.start(wait=False)
+    assert unstarted.process.wait(timeout=20) == 8
+    assert damage in unstarted.log.read_text()
+    assert (unstarted.state / damage).read_bytes() == b"not it"
+    unstarted.process = None
+
+
+def test_a_wrong_configuration_stops_it_with_every_fault(unstarted):
+    """--check-config shows them too, and exits 2; a right one exits 0."""
+    assert main(["--config", str(unstarted.configuration), "--check-config"]) == 0
+    unstarted.configuration.write_text("[broker]\nmax_sessions = 0\n[imges]\n")
+    assert main(["--config", str(unstarted.configuration), "--check-config"]) == 2
+    assert main(["--config", "/nowhere.toml", "--check-config"]) == 3
