@@ -19,6 +19,7 @@ from jindiskd.image.sparse import path_of
 from jindiskd.image.tools import tool
 
 MAX_READ_BYTES = 1 << 20
+MAX_COMMAND_BYTES = 8000  # debugfs reads lines of 8191 bytes, and takes the rest of a longer one for a command
 _LINE = re.compile(rb"/(\d+)/([0-7]{6})/(\d+)/(\d+)/(.*)/(\d*)/")
 _QUIET = re.compile(rb"debugfs( 1\.[0-9.]+ \(.*\)|: .*)|Allocated inode: \d+|")
 _ATTRIBUTE = re.compile(r"([a-z]+\.\S+) \(\d+\)( = .*)?")
@@ -156,8 +157,11 @@ class FileSystem:
         Raises:
             FileSystemNotWritten: debugfs complained about one.
         """
+        lines = [os.fsencode(command) + b"\n" for command in commands]
+        if too_long := [line for line in lines if len(line) > MAX_COMMAND_BYTES]:
+            raise FileSystemNotWritten(f"the names in {os.fsdecode(too_long[0][:80])!r} are too long")
         with os.fdopen(os.memfd_create("commands", 0), "wb") as script:
-            script.write(b"".join(os.fsencode(command) + b"\n" for command in commands))
+            script.write(b"".join(lines))
             script.flush()
             # Errors come on standard error, and only in the order of the commands if both go to one place.
             shell = ["sh", "-c", 'exec debugfs "$@" 2>&1', "debugfs"]
@@ -207,7 +211,8 @@ def write_commands(path: str, fd: int, about: About) -> list[str]:
 
 def inode_commands(name: str, about: About) -> list[str]:
     """Commands that set what the inode of `name`, in the current directory, says."""
-    word = quote(name)
+    # With "./" in front no name is taken for an option (-x) or for the number of an inode (<5>).
+    word = quote(f"./{name}")
     values = {"mode": f"0{about.mode:o}", "uid": about.uid, "gid": about.gid}
     times = dict.fromkeys(("atime", "ctime", "mtime", "crtime"), f"@{about.time}")
     return [

@@ -21,6 +21,7 @@ ALIGNMENT_BYTES = 1 << 20
 ENTRIES = 128
 ENTRY_BYTES = 128
 MAX_ENTRIES = 1024
+MAX_SECTOR = 1 << 50  # keeps offsets in bytes within what the kernel's calls take
 TABLE_SECTORS = ENTRIES * ENTRY_BYTES // SECTOR_BYTES
 FIRST_USABLE_SECTOR = 2 + TABLE_SECTORS
 NAME_CHARACTERS = 36
@@ -88,8 +89,8 @@ def _read_copy(fd: int, lba: int) -> tuple[Entry, ...] | str:
         return "of an unknown revision"
     if zlib.crc32(sector[:16] + bytes(4) + sector[20:length]) != crc or mine != lba:
         return "not what its checksum says"
-    if not 0 < count <= MAX_ENTRIES or entry_bytes != ENTRY_BYTES:
-        return f"of {count} entries of {entry_bytes} bytes"
+    if not 0 < count <= MAX_ENTRIES or entry_bytes != ENTRY_BYTES or table > MAX_SECTOR:
+        return f"of {count} entries of {entry_bytes} bytes at sector {table}"
     raw = os.pread(fd, count * entry_bytes, table * SECTOR_BYTES)
     if len(raw) != count * entry_bytes or zlib.crc32(raw) != table_crc:
         return "not what the checksum of its entries says"

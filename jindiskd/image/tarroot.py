@@ -76,6 +76,7 @@ def read_items(spooled: int) -> list[Item]:
     found: dict[str, Item] = {}
     try:
         with os.fdopen(os.dup(spooled), "rb") as raw:
+            length = raw.seek(0, os.SEEK_END)
             raw.seek(0)
             with tarfile.open(fileobj=raw, mode="r:", errors="surrogateescape") as tar:
                 for count, info in enumerate(tar):
@@ -88,7 +89,7 @@ def read_items(spooled: int) -> list[Item]:
                             raise TarRefused(f"{path!r} is a link to {info.linkname!r}, which is no earlier file")
                         target.links.append(path)
                         continue
-                    _check(path, info)
+                    _check(path, info, length)
                     found[path] = Item(path=path, info=info)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as exc:
         raise TarRefused(f"it is not a tar stream that can be read ({exc})") from exc
@@ -110,9 +111,13 @@ def _path(name: str) -> str:
     return path
 
 
-def _check(path: str, info: tarfile.TarInfo) -> None:
+def _check(path: str, info: tarfile.TarInfo, stream_bytes: int) -> None:
     if not (info.isreg() or info.isdir() or info.issym() or info.ischr() or info.isblk() or info.isfifo()):
         raise TarRefused(f"{path!r} is of the unknown type {info.type!r}")
+    if info.isreg() and (info.size < 0 or info.offset_data + info.size > stream_bytes):
+        raise TarRefused(f"it ends within {path!r}")
+    if not (0 <= info.devmajor < 1 << 12 and 0 <= info.devminor < 1 << 20):
+        raise TarRefused(f"{path!r} has a device number out of range")
     if info.issparse():
         raise TarRefused(f"{path!r} is stored as a sparse file; make the stream without --sparse")
     if not (0 <= info.uid < 1 << 32 and 0 <= info.gid < 1 << 32 and 0 <= int(info.mtime) < 1 << 33):

@@ -30,6 +30,8 @@ from jindiskd.image.request import KEY_BYTES, BuildTask, Progress
 log = structlog.get_logger(__name__)
 REQUEST_LIMIT_BYTES = 1 << 16
 PROGRESS_INTERVAL_S = 0.2
+MEMORY_BYTES = 4 << 30
+"""For this process and each tool: a hostile base may make them want any amount, and must not take the host's."""
 
 
 def say(message: dict[str, object]) -> None:
@@ -96,6 +98,7 @@ def main() -> int:
     arguments = parser.parse_args()
     setup()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would have the key in it
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     try:
         task = document.load(BuildTask, read_line(sys.stdin.fileno()), document="build task")
         threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()

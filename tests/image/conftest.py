@@ -23,7 +23,7 @@ from jindiskd.image.request import BaseKind, BuildRequest, BuildTask, VolumeForm
 MIB = 1 << 20
 RELEASES = ("6.1.0-9-test", "6.1.0-13-test")
 MODULES = (
-    "virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport", "dm-mod", "dm-crypt", "xts", "nbd", "ext4",
+    "virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport", "sev-guest", "dm-mod", "dm-crypt", "xts", "nbd", "ext4",
 )  # fmt: skip
 KEY = hashlib.sha256(b"a test key").digest()
 IMAGE_ID = "0b5c1f0e-7a63-4c39-9d0a-2d6a3c1f9e11"
@@ -79,6 +79,8 @@ def tree_entries() -> list[tuple[tarfile.TarInfo, bytes]]:
     add("dev/big", kind=tarfile.BLKTYPE, mode=0o660, gid=6, dev=(259, 300))
     add("dev/pipe", kind=tarfile.FIFOTYPE, mode=0o600)
     add('home/user/a name with "quotes" and ünïcode', b"x" * 5000, uid=1000, gid=70000)
+    for name in ("-x", "<5>", "#comment", "!true", "~", "a;b", "back\\slash"):
+        add(f"home/user/{name}", name.encode(), uid=7, xattrs={"user.name": name.encode()})
     add("home/user/empty", uid=1000, gid=1000)
     add("home/user/binary-attribute", b"1", xattrs={"user.raw": bytes(range(256)), "user.long": b"v" * 3000})
     add("home/user/long-link", kind=tarfile.SYMTYPE, link="/" + "x" * 200)

@@ -1,10 +1,12 @@
 """Partition tables: what we write others read, what others write we read, and damage is named."""
 
+import dataclasses
 import json
 import os
 import random
 import subprocess
 import uuid
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -91,8 +93,6 @@ def test_overlap_is_damage(tmp_path) -> None:
     """Partitions that share sectors make the table unbelievable."""
     path = tmp_path / "disk"
     entries = list(written(path, [4 * MIB, 4 * MIB]))
-    import dataclasses
-
     entries[1] = dataclasses.replace(entries[1], offset_bytes=2 * MIB)
     with path.open("r+b") as stream:
         gpt.write_table(stream.fileno(), path.stat().st_size, DISK, entries)
@@ -116,3 +116,20 @@ def test_any_damage_ends_in_a_refusal_or_the_true_table(tmp_path_factory, data) 
         assert read(path) == entries
     except BaseRefused:
         pass
+
+
+def test_table_at_an_absurd_place(tmp_path) -> None:
+    """Right checksums around a table beyond every disk are no crash."""
+    path = tmp_path / "disk"
+    written(path, [MIB])
+    with path.open("r+b") as stream:
+        for lba in (1, path.stat().st_size // 512 - 1):
+            stream.seek(lba * 512)
+            header = bytearray(stream.read(92))
+            header[72:80] = b"\xff" * 8
+            header[16:20] = bytes(4)
+            header[16:20] = zlib.crc32(header).to_bytes(4, "little")
+            stream.seek(lba * 512)
+            stream.write(header)
+    with pytest.raises(PartitionTableDamaged, match="at sector"):
+        read(path)

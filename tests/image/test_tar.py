@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jindiskd.image import tarroot
+from jindiskd.image.debugfs import FileSystemNotWritten
 from jindiskd.image.refusals import TarRefused
 from jindiskd.image.tarstream import stream_directory
 
@@ -160,6 +161,7 @@ def entry(name: str, **more) -> tuple[tarfile.TarInfo, bytes]:
         ([entry("a", mtime=-5)], "out of range"),
         ([entry("a", uid=1 << 40)], "out of range"),
         ([entry("a", type=b"Z")], "unknown type"),
+        ([entry("a", type=tarfile.CHRTYPE, devmajor=4096)], "device number"),
         ([entry("a", pax_headers={"SCHILY.xattr.user.x": "v" * 5000})], "extended attribute"),
     ],
 )
@@ -237,3 +239,23 @@ def test_tar_stream_of_python_matches_gnu_tar(tmp_path) -> None:
     value = found["/file"].pax_headers["SCHILY.xattr.user.binary"]
     assert os.fsencode(value) == bytes(range(1, 200))
     assert io.BytesIO(stream).read(1)
+
+
+def test_names_too_long_for_a_command(tmp_path, kit) -> None:
+    """debugfs would take the tail of an overlong line for a command of its own: it is never sent one."""
+    name, other = ("/".join(['"' * 250] * 12 + [last]) for last in "xy")
+    link = entry(other, type=tarfile.LNKTYPE, linkname=name)
+    with pytest.raises(FileSystemNotWritten, match="too long"):
+        spool_and_make(kit.make_tar([entry(name), link]), tmp_path)
+
+
+def test_size_beyond_the_stream(tmp_path, kit) -> None:
+    """An entry that claims more than is there is refused before room is made for it."""
+    stream = bytearray(kit.make_tar([entry("a"), entry("b")]))
+    header = stream[512:1024]
+    header[124:136] = b"77777777777\0"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    stream[512:1024] = header
+    with pytest.raises(TarRefused, match="ends within"):
+        items_of(bytes(stream), tmp_path)
