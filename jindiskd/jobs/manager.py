@@ -16,6 +16,8 @@ KEEP_S = 60.0
 LIMIT = 64
 """Jobs that run at once."""
 LIMIT_PER_OWNER = 32
+KEEP_LIMIT = 256
+"""Jobs that have ended and can still be looked at."""
 Work = Callable[[Job], Awaitable[str | None]]
 """The work: reports to the job it is given, returns what came of it in a word, or None."""
 
@@ -113,6 +115,8 @@ class JobManager:
             state = JobState.SUCCEEDED
         else:
             assert isinstance(exc, JindiskError)
+            # The error is kept for a minute; the frames of its traceback, with all they hold, are not.
+            exc.__traceback__ = exc.__cause__ = exc.__context__ = None
             state, error = (JobState.CANCELLED if isinstance(exc, Cancelled) else JobState.FAILED), exc
         result = task.result() if error is None else ""
         bound = log.bind(job=job.number, operation=job.operation.value, objects=job.objects, uid=job.owner_uid)
@@ -123,6 +127,8 @@ class JobManager:
         if at_end is not None:
             at_end()
         del self._tasks[job.number]
+        while len(self._forget) >= KEEP_LIMIT:
+            self._drop(self._jobs[min(self._forget)])
         self._forget[job.number] = asyncio.get_running_loop().call_later(self._keep_s, self._drop, job)
         job.become(state, result=result, error=error)
 

@@ -1,0 +1,160 @@
+"""The real polkit decides, asked by a service that is not root."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+POLKITD = Path("/usr/lib/polkit-1/polkitd")
+POLICY = Path(__file__).resolve().parents[2] / "dbus/org.jindisk1.policy"
+NOBODY, SERVICE = 65534, 5
+
+pytestmark = [
+    pytest.mark.skipif(os.getuid() != 0, reason="needs root to become other users and to mount"),
+    pytest.mark.skipif(not POLKITD.exists(), reason="polkitd is not installed"),
+]
+
+# In its own mount namespace polkitd finds our actions and rules, and knows the service's user by its name.
+START = """
+set -e
+mount --bind {folder}/actions /usr/share/polkit-1/actions
+mount --bind {folder}/rules.d /etc/polkit-1/rules.d
+mount --bind {folder}/passwd /etc/passwd
+exec {polkitd} --no-debug
+"""
+
+
+class Rules:
+    """What the administrator decided."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "rules.d/50-test.rules"
+
+    def write(self, body: str) -> None:
+        """Decide by the body of a rule."""
+        self.file.write_text(f"polkit.addRule(function (action, subject) {{ {body} }});\n")
+
+
+@pytest.fixture
+def polkit(unstarted, private_bus) -> Iterator[Rules]:
+    """polkitd on the private bus."""
+    folder = unstarted.folder / "polkit"
+    for name in ("actions", "rules.d"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(POLICY, folder / "actions")
+    lines = [line for line in Path("/etc/passwd").read_text().splitlines() if f":{SERVICE}:" not in line]
+    lines.append(f"jindiskd:x:{SERVICE}:{SERVICE}::/:/usr/sbin/nologin")
+    (folder / "passwd").write_text("\n".join(lines) + "\n")
+    rules = Rules(folder)
+    rules.write("")
+    with (folder / "log").open("wb") as log:
+        words = ["unshare", "--mount", "sh", "-c", START.format(folder=folder, polkitd=POLKITD)]
+        process = subprocess.Popen(words, env=unstarted.environment, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 10
+        while (
+            b"org.freedesktop.PolicyKit1"
+            not in subprocess.run(
+                ["busctl", f"--address={private_bus}", "list", "--no-legend"], capture_output=True
+            ).stdout
+        ):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < until, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield rules
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def service(unstarted):
+    """The service under a user of its own."""
+    for path in (unstarted.folder, unstarted.state, *(unstarted.state / "simulated-root").rglob("*")):
+        os.chown(path, SERVICE, SERVICE)
+    os.chown(unstarted.state / "simulated-root", SERVICE, SERVICE)
+    unstarted.start(uid=SERVICE)
+    return unstarted
+
+
+def ctl(service, *words: str) -> tuple[int, str]:
+    """jindiskctl as nobody: status and all its output."""
+    program = Path(sys.executable).with_name("jindiskctl")
+    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    out = subprocess.run(
+        [*user, program, *words], env=service.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=60, cwd="/",
+    )  # fmt: skip
+    return out.returncode, out.stdout + out.stderr
+
+
+def settled(service, rules: Rules, body: str, *words: str) -> tuple[int, str]:
+    """Change the rules, and call until polkitd, which watches its folder, has noticed."""
+    before = ctl(service, *words)
+    rules.write(body)
+    until = time.monotonic() + 5
+    while (now := ctl(service, *words)) == before and time.monotonic() < until:
+        time.sleep(0.1)
+    return now
+
+
+def test_polkit_decides_what_each_user_may_do(polkit, service, rootfs):
+    """Looking is free, rights are asked one by one, and what is asked names the thing in question."""
+    assert ctl(service, "status")[0] == 0
+    assert ctl(service, "image", "list")[0] == 0
+    status, text = ctl(service, "key", "list")
+    assert (status, "needs authentication" in text) == (5, True)
+
+    allow_inspect = 'if (action.id == "org.jindisk1.inspect" && subject.user == "nobody") return polkit.Result.YES;'
+    assert settled(service, polkit, allow_inspect, "key", "list")[0] == 0
+    assert ctl(service, "audit", "verify")[0] == 0
+    archive = service.folder / "root.tar"
+    shutil.copy(rootfs, archive)
+    archive.chmod(0o644)
+    assert ctl(service, "image", "build", "mine", "--rootfs", str(archive))[0] == 5
+
+    refuse = "return polkit.Result.NO;"
+    status, text = settled(service, polkit, refuse, "key", "list")
+    assert (status, "not authorised for org.jindisk1.inspect" in text) == (5, True)
+
+    # Root is not asked. The name of the image is a detail that only the service may tell polkit.
+    for name in ("one", "two"):
+        service.ctl("image", "build", name, "--rootfs", str(archive))
+    only_one = (
+        'if (action.id == "org.jindisk1.manage-images" && action.lookup("image") == "one") return polkit.Result.YES;'
+    )
+    assert settled(service, polkit, only_one, "image", "remove", "one", "--yes")[0] == 0
+    assert ctl(service, "image", "remove", "two", "--yes")[0] == 5
+    assert [image["Name"] for image in service.json("image", "list")["images"]] == ["two"]
+    # Whoever may decide about keys may also look.
+    imply = 'if (action.id == "org.jindisk1.manage-keys") return polkit.Result.YES;'
+    assert settled(service, polkit, imply, "image", "revoke", "two")[0] == 0
+    assert ctl(service, "key", "list")[0] == 0
+
+
+def test_somebody_elses_job_needs_a_right_and_ones_own_does_not(polkit, service, large_rootfs):
+    """Cancelling is for the starter, root, and who may cancel others' jobs."""
+    archive = service.folder / "root.tar"
+    shutil.copy(large_rootfs, archive)
+    archive.chmod(0o644)
+    service.ctl("image", "build", "roots", "--rootfs", str(archive), "--no-wait")
+    assert ctl(service, "job", "cancel", "1")[0] == 5
+    service.ctl("job", "cancel", "1")
+    allow = 'if (action.id == "org.jindisk1.build-image") return polkit.Result.YES;'
+    status, text = settled(service, polkit, allow, "image", "build", "own", "--rootfs", str(archive), "--no-wait")
+    assert (status, text) == (0, "job 2\n")
+    status, text = ctl(service, "job", "cancel", "2")
+    assert (status, text.splitlines()[0]) == (0, "Job 2 was cancelled.")
+
+
+def test_without_polkit_only_root_may(service):
+    """And the refusal says why."""
+    status, text = ctl(service, "key", "list")
+    assert (status, "only root may do this" in text) == (5, True)
+    assert ctl(service, "status")[0] == 0
+    service.ctl("key", "list")
