@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,10 @@ from jindiskd.errors import AlreadyExists, JindiskError, NotFound, ServiceUnavai
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
-STOPPED, CRASHED, STARTED = 5, 8, 2  # virDomainEventType
+UNDEFINED, STARTED, STOPPED, CRASHED = 1, 2, 5, 8  # virDomainEventType
 RETRY_S = 2.0
+MAX_SENTENCE, MAX_LINES = 600, 3
+_STAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ")
 UNREACHABLE = frozenset({libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_NO_CONNECT})
 
 
@@ -29,10 +32,19 @@ class LibvirtFailed(JindiskError, code="LibvirtFailed"):
         super().__init__(f"{what} failed: {said}")
 
 
+def sentence(message: str) -> str:
+    """libvirt's message on one line, without the warnings that QEMU prints before it says what is wrong."""
+    lines = [_STAMP.sub("", line).strip() for line in message.splitlines()]
+    kept = [line for line in lines if line and ": warning: " not in line]
+    if kept and len(kept) < len(lines) and kept[-1] != lines[0]:
+        kept = kept[-MAX_LINES:]
+    return " ".join(kept or lines[-1:])[-MAX_SENTENCE:]
+
+
 def translate(exc: libvirt.libvirtError, what: str) -> JindiskError:
     """The typed error for an error of libvirt, by its code and never by its text."""
     code = exc.get_error_code()
-    said = " ".join(str(exc.get_error_message() or exc).split())[:600]
+    said = sentence(str(exc.get_error_message() or exc))
     if code == libvirt.VIR_ERR_NO_DOMAIN:
         return NotFound("domain", what)
     if code in UNREACHABLE:
@@ -58,6 +70,7 @@ class Connection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
+        self._registration = -1
 
     @property
     def connected(self) -> bool:
@@ -76,10 +89,10 @@ class Connection:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        self._loop = None  # what libvirt's thread still has to say goes nowhere
         if self._conn is not None:
             conn, self._conn = self._conn, None
-            with contextlib.suppress(libvirt.libvirtError):
-                await asyncio.get_running_loop().run_in_executor(self._calls, conn.close)
+            await asyncio.get_running_loop().run_in_executor(self._calls, self._close, conn)
         self._calls.shutdown(wait=False)
 
     async def call(self, what: str, function: Callable[[libvirt.virConnect], T]) -> T:
@@ -116,8 +129,18 @@ class Connection:
         conn = libvirt.open(self._uri)
         conn.setKeepAlive(5, 3)
         conn.registerCloseCallback(self._closed, None)
-        conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+        self._registration = conn.domainEventRegisterAny(
+            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None
+        )
         return conn
+
+    def _close(self, conn: libvirt.virConnect) -> None:
+        # Registered callbacks hold the connection, so that closing alone would not end it.
+        with contextlib.suppress(libvirt.libvirtError):
+            conn.domainEventDeregisterAny(self._registration)
+            conn.unregisterCloseCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            conn.close()
 
     def _closed(self, _conn: Any, _reason: int, _opaque: Any) -> None:
         self._to_loop(self._lost.set)
@@ -126,8 +149,9 @@ class Connection:
         self._to_loop(self._on_event, dom.UUIDString(), event)
 
     def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *args)
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function, *args)
 
 
 def _start_event_thread() -> None:

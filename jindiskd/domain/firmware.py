@@ -55,6 +55,9 @@ class FirmwareProcess:
                 assert process.stdout is not None
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 answer = json.loads(await process.stdout.readline() or b"{}")
+        except asyncio.CancelledError:
+            await asyncio.shield(terminate(process))
+            raise
         except (TimeoutError, ValueError, ConnectionError) as exc:
             await terminate(process)
             raise LaunchFailed(name, "the simulated firmware did not start") from exc

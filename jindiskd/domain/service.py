@@ -1,6 +1,7 @@
 """The domains of our images: launching them, following them, and telling the truth about them.
 
-What libvirt says is re-read at start and after each reconnect; an event is only a reason to look.
+What libvirt says is re-read at start and after each reconnect; an event is only a reason to look. Everything here runs
+in the event loop; libvirt is called in a thread of its own.
 """
 
 from __future__ import annotations
@@ -12,38 +13,29 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 import libvirt
 import structlog
 
+from jindiskd.base.platform import Platform
 from jindiskd.domain import connection as events
-from jindiskd.domain import vsock, xml
+from jindiskd.domain import console, inventory, vsock, xml
+from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
-from jindiskd.domain.firmware import FirmwareProcess
-from jindiskd.domain.progress import ProgressListener
+from jindiskd.domain.guest import Closing, Guest, OpenBroker
 from jindiskd.domain.state import ACTIVE, NEXT, DomainState, DomainView, LaunchFailed, LaunchRefused
 from jindiskd.errors import Busy, JindiskError, NotFound, TimedOut
-from jindiskd.guest.codes import Code
-from jindiskd.guest.config import FIRMWARE_PORT, KBS_PORT, PROGRESS_PORT
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.store import ImageStore
 
+__all__ = ["Closing", "DomainService", "DomainSettings", "OpenBroker"]
+
 log = structlog.get_logger(__name__)
+_STARTING = DomainState.STARTING
 FIRST_CID = 3
 SETTLE_S = 3.0
 SHUTDOWN_S = 90.0
-
-
-class Closing(Protocol):
-    """Something that listens."""
-
-    async def close(self) -> None:
-        """Stop listening."""
-
-
-OpenBroker = Callable[[Path, str, str], Awaitable[Closing]]
-"""Opens the broker (or the relay to one) on a unix socket for the guest of a domain: path, domain UUID, image id."""
+UNFINISHED = "the service ended while the domain was starting; launch it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +49,8 @@ class DomainSettings:
     vhost_device_vsock: Path
     memory_mib: int = 1024
     launch_timeout_s: int = 300
-
-
-class _Guest:
-    """One domain of ours and what was opened for it."""
-
-    def __init__(self, view: DomainView) -> None:
-        self.view = view
-        self.broker: Closing | None = None
-        self.progress: ProgressListener | None = None
-        self.firmware: FirmwareProcess | None = None
-        self.changed = asyncio.Event()
+    bindings_dir: Path | None = None
+    """Where it is recorded which domain is of which image; `domains` beside `console_dir` if None."""
 
 
 class DomainService:
@@ -76,9 +59,13 @@ class DomainService:
     def __init__(self, *, uri: str, images: ImageStore, open_broker: OpenBroker, settings: DomainSettings) -> None:
         """Nothing is connected or opened before `start`."""
         self._images, self._open_broker, self._settings = images, open_broker, settings
-        self._guests: dict[str, _Guest] = {}
+        self._bindings = Bindings(settings.bindings_dir or settings.console_dir.parent / "domains")
+        self._guests: dict[str, Guest] = {}
         self._subscribers: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reading = asyncio.Lock()
+        self.ready = asyncio.Event()
+        """Set once the domains have been read for the first time."""
         self.connection = Connection(uri, on_event=self._on_event, on_connected=self._on_connected)
 
     async def start(self) -> None:
@@ -93,7 +80,7 @@ class DomainService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for guest in self._guests.values():
-            await self._close(guest)
+            await guest.close()
         await self.connection.stop()
 
     def list(self) -> Sequence[DomainView]:
@@ -134,42 +121,61 @@ class DomainService:
         """
         stored = await asyncio.to_thread(self._images.get, image_name)
         manifest = stored.manifest
-        for other in self._guests.values():
-            if other.view.image_id == manifest.image_id and other.view.state in ACTIVE:
-                raise Busy(f"image {image_name!r}", f"domain {other.view.name!r} uses it; stop that first")
         name = name or image_name
-        old = next((guest.view for guest in self._guests.values() if guest.view.name == name), None)
-        identity = old.uuid if old else str(uuid_module.uuid4())
+        old = next((guest for guest in self._guests.values() if guest.view.name == name), None)
+        identity = old.view.uuid if old else str(uuid_module.uuid4())
+        guest = self._claim(identity, name, manifest.name, manifest.image_id, manifest.platform)
+        guest.follower = progress
+        progress(guest.view.state.value)
+        log.info("launch", domain=name, image=image_name, simulated=guest.view.simulated)
+        seconds = timeout_s or self._settings.launch_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                if old is not None:
+                    await old.retire()
+                spec = await self._define(guest, stored.path, manifest, memory_mib or self._settings.memory_mib)
+                await self._power_on(guest, spec)
+                await self._follow(guest)
+        except BaseException as exc:
+            reached = guest.view.state
+            guest.follower = None
+            await asyncio.shield(self._abandon(guest, exc))
+            if isinstance(exc, TimeoutError):
+                raise TimedOut(f"the startup of domain {name!r} (it came as far as {reached})", seconds) from exc
+            raise
+        guest.follower = None
+        return guest.view
+
+    def _claim(self, identity: str, name: str, image: str, image_id: str, platform: Platform) -> Guest:
+        """A new guest in `starting`, which holds its name, its image and a context id from now on.
+
+        Raises:
+            Busy: the name or the image is in use.
+        """
+        for other in self._guests.values():
+            if other.view.state in ACTIVE:
+                if other.view.image_id == image_id:
+                    raise Busy(f"image {image!r}", f"domain {other.view.name!r} uses it; stop that first")
+                if other.view.name == name:
+                    raise Busy(f"domain {name!r}", f"it runs with image {other.view.image!r}; stop it first")
         view = DomainView(
             uuid=identity,
             name=name,
-            image=manifest.name,
-            image_id=manifest.image_id,
-            platform=manifest.platform,
+            image=image,
+            image_id=image_id,
+            platform=platform,
             state=DomainState.STARTING,
             reason="",
             since=datetime.now(UTC),
             cid=self._free_cid(),
             console=str(self._settings.console_dir / f"{identity}.log"),
         )
-        guest = self._guests[identity] = _Guest(view)
+        guest = self._guests[identity] = Guest(view, self._vsock_dir / identity)
         self._tell(guest)
-        log.info("launch", domain=name, image=image_name, simulated=view.simulated)
-        seconds = timeout_s or self._settings.launch_timeout_s
-        try:
-            async with asyncio.timeout(seconds):
-                spec = await self._define(guest, stored.path, manifest, memory_mib or self._settings.memory_mib)
-                await self._power_on(guest, spec)
-                await self._follow(guest, progress)
-        except BaseException as exc:
-            await asyncio.shield(self._abandon(guest, exc))
-            if isinstance(exc, TimeoutError):
-                raise TimedOut(f"the startup of domain {name!r}", seconds) from exc
-            raise
-        return guest.view
+        return guest
 
-    async def _define(self, guest: _Guest, directory: Path, manifest: Manifest, memory_mib: int) -> xml.DomainSpec:
-        view, home = guest.view, self._home(guest)
+    async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> xml.DomainSpec:
+        view = guest.view
         spec = xml.from_manifest(
             manifest,
             directory,
@@ -177,23 +183,21 @@ class DomainService:
             uuid=view.uuid,
             memory_mib=memory_mib,
             console_log=Path(view.console),
-            vsock=home / "device.sock",
+            vsock=guest.device_socket,
         )
         text = xml.write(spec)
-        record = vsock.Record(uuid=view.uuid, image=view.image, cid=view.cid)
-        await vsock.start_device(self._settings.vhost_device_vsock, home, record)
-        guest.broker = await self._open_broker(vsock.socket_path(home, KBS_PORT), view.uuid, view.image_id)
-        guest.progress = ProgressListener(
-            vsock.socket_path(home, PROGRESS_PORT), lambda word: self._on_word(guest, word)
-        )
-        await guest.progress.start()
-        await self.connection.call(
-            f"defining domain {view.name!r}",
-            lambda conn: conn.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE),
-        )
+        await guest.start_device(self._settings.vhost_device_vsock)
+        await guest.listen(self._open_broker, lambda word: self._on_word(guest, word))
+        self._bindings.put(view.uuid, spec.binding)
+
+        def define(conn: libvirt.virConnect) -> str:
+            dom = conn.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+            return str(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+        self._compare(view, text, await self.connection.call(f"defining domain {view.name!r}", define))
         return spec
 
-    async def _power_on(self, guest: _Guest, spec: xml.DomainSpec) -> None:
+    async def _power_on(self, guest: Guest, spec: xml.DomainSpec) -> None:
         """Start the machine paused, measure what libvirt really has, then let it run."""
         view = guest.view
 
@@ -203,34 +207,26 @@ class DomainService:
             return str(dom.XMLDesc())
 
         live = await self.connection.call(f"starting domain {view.name!r}", create)
-        boot = xml.boot_inputs(xml.parse(live))
-        if boot != spec.boot:
-            raise LaunchFailed(view.name, "libvirt starts something else than was asked for; see `virsh dumpxml`")
-        await self._start_firmware(guest, boot)
+        self._compare(view, xml.write(spec), live)
+        await guest.start_firmware(xml.boot_inputs(xml.parse(live)), self._settings.simulated_root)
         await self.connection.call(
             f"resuming domain {view.name!r}", lambda conn: conn.lookupByUUIDString(view.uuid).resume()
         )
         self._set(guest, DomainState.STARTED)
 
-    async def _start_firmware(self, guest: _Guest, boot: xml.BootInputs) -> None:
-        if not guest.view.simulated:
-            return
-        if self._settings.simulated_root is None:
-            raise LaunchFailed(guest.view.name, "its platform is simulated, and broker.allow_simulated is off")
-        guest.firmware = await FirmwareProcess.start(
-            guest.view.name,
-            boot,
-            root=self._settings.simulated_root,
-            socket=vsock.socket_path(self._home(guest), FIRMWARE_PORT),
-        )
+    @staticmethod
+    def _compare(view: DomainView, wanted: str, got: str) -> None:
+        different = xml.differences(xml.parse(wanted), xml.parse(got))
+        if different:
+            raise LaunchFailed(
+                view.name, f"libvirt has another {', '.join(different)} than was asked for; see `virsh dumpxml`"
+            )
 
-    async def _follow(self, guest: _Guest, progress: Callable[[str], None]) -> None:
-        told: DomainState | None = None
+    @staticmethod
+    async def _follow(guest: Guest) -> None:
+        """Wait for a state in which the launch is decided."""
         while True:
             view = guest.view
-            if view.state != told:
-                told = view.state
-                progress(view.state.value)
             if view.state is DomainState.RUNNING:
                 return
             if view.state is DomainState.REFUSED:
@@ -240,12 +236,11 @@ class DomainService:
             guest.changed.clear()
             await guest.changed.wait()
 
-    async def _abandon(self, guest: _Guest, why: BaseException) -> None:
+    async def _abandon(self, guest: Guest, why: BaseException) -> None:
         """End a launch that did not get there."""
         with contextlib.suppress(JindiskError):
             await self._power_off(guest)
-        await self._close(guest)
-        await asyncio.to_thread(vsock.clear, self._home(guest))
+        await guest.clear()
         if guest.view.state in ACTIVE:
             reason = str(why) if isinstance(why, JindiskError) else "the launch was given up"
             self._set(guest, DomainState.FAILED, reason)
@@ -290,11 +285,10 @@ class DomainService:
                     raise
 
         await self.connection.call(f"removing domain {guest.view.name!r}", remove)
-        self._guests.pop(guest.view.uuid, None)
-        await asyncio.to_thread(vsock.clear, self._home(guest))
+        await self._forget(guest)
         self._notify()
 
-    async def _power_off(self, guest: _Guest) -> None:
+    async def _power_off(self, guest: Guest) -> None:
         def destroy(conn: libvirt.virConnect) -> None:
             try:
                 dom = conn.lookupByUUIDString(guest.view.uuid)
@@ -321,113 +315,139 @@ class DomainService:
         guest = self._guests.get(domain_uuid)
         if guest is not None and guest.view.state in ACTIVE - {DomainState.RUNNING, DomainState.UNLOCKED}:
             self._set(guest, DomainState.REFUSED, reason)
-            self._spawn(self._settle(guest))
+            self._spawn(self._settle, guest)
 
-    def _on_word(self, guest: _Guest, word: str) -> None:
-        if word == "boot" and guest.view.state in NEXT and guest.view.state is not DomainState.STARTED:
+    def _on_word(self, guest: Guest, word: str) -> None:
+        state = guest.view.state
+        if word == "boot" and state is not DomainState.STARTED:
             self._advance(guest.view.uuid, DomainState.STARTED)  # the guest was reset: it attests again
         elif word == "unlocked":
             self._advance(guest.view.uuid, DomainState.UNLOCKED)
         elif word == "running":
             self._advance(guest.view.uuid, DomainState.RUNNING)
-        elif word.startswith("fail ") and guest.view.state in ACTIVE:
-            code = word.removeprefix("fail ")
-            sentence = next((known.sentence for known in Code if known == code), "the guest gave an unknown code")
-            self._set(guest, DomainState.FAILED, f"{sentence} ({code})")
-            self._spawn(self._settle(guest))
+            if guest.view.state is DomainState.RUNNING:
+                guest.mark_running()
+        elif word.startswith("fail ") and state in ACTIVE - {DomainState.STARTING}:
+            self._set(guest, DomainState.FAILED, console.sentence(word.removeprefix("fail ")))
+            self._spawn(self._settle, guest)
 
     def _advance(self, domain_uuid: str, state: DomainState) -> None:
         guest = self._guests.get(domain_uuid)
-        if guest is not None and state in NEXT[guest.view.state]:
+        if guest is not None and state in NEXT[guest.view.state] and guest.view.state in ACTIVE - {_STARTING}:
             self._set(guest, state)
 
     def _on_event(self, domain_uuid: str, event: int) -> None:
         guest = self._guests.get(domain_uuid)
         if guest is not None and event in {events.STOPPED, events.CRASHED}:
-            self._spawn(self._ended(guest))
+            self._spawn(self._ended, guest)
+        elif guest is not None and event == events.UNDEFINED:
+            self._spawn(self._reconcile)
 
-    async def _ended(self, guest: _Guest) -> None:
-        """The machine is off: say so, and close what was open for it."""
+    async def _ended(self, guest: Guest) -> None:
+        """The machine seems to be off: look; if so, say so, and close what was open for it."""
         if guest.view.state is DomainState.STARTING:
             return  # an earlier machine of this name; the launch under way looks after itself
+        identity = guest.view.uuid
+
+        def active(conn: libvirt.virConnect) -> bool:
+            return bool(conn.lookupByUUIDString(identity).isActive())
+
+        with contextlib.suppress(NotFound):
+            if await self.connection.call(f"looking at domain {guest.view.name!r}", active):
+                return
+        if self._guests.get(identity) is not guest:
+            return  # launched anew meanwhile
         if guest.view.state in ACTIVE:
             came_up = guest.view.state is DomainState.RUNNING
-            reason = "" if came_up else "the guest stopped before its system ran; see its console log"
-            self._set(guest, DomainState.STOPPED if came_up else DomainState.FAILED, reason)
-        await self._close(guest)
-        await asyncio.to_thread(vsock.clear, self._home(guest))
+            reason = "" if came_up else await asyncio.to_thread(console.diagnose, Path(guest.view.console))
+            if not came_up and not reason:
+                reason = "the guest stopped before its system ran; see its console log"
+            if guest.view.state in ACTIVE:
+                self._set(guest, DomainState.STOPPED if came_up else DomainState.FAILED, reason)
+        await guest.clear()
 
-    async def _settle(self, guest: _Guest) -> None:
+    async def _settle(self, guest: Guest) -> None:
         """A refused guest powers itself off; one that does not is switched off."""
         await asyncio.sleep(SETTLE_S)
-        if guest.view.state not in ACTIVE:
+        if guest.view.state not in ACTIVE and self._guests.get(guest.view.uuid) is guest:
             with contextlib.suppress(JindiskError):
                 await self._power_off(guest)
 
+    # Reading everything anew
+
     def _on_connected(self) -> None:
-        self._spawn(self._reconcile())
+        self._spawn(self._reconcile)
 
     async def _reconcile(self) -> None:
-        """Read all domains anew: adopt what runs, note what ended, clear what was left behind."""
-
-        def read(conn: libvirt.virConnect) -> Sequence[tuple[str, str, bool, str]]:
-            return [(d.UUIDString(), d.name(), bool(d.isActive()), d.XMLDesc()) for d in conn.listAllDomains()]
-
-        try:
-            found = await self.connection.call("listing domains", read)
-        except JindiskError as exc:
-            log.warning("domains could not be listed", problem=str(exc))
-            return
-        running = set()
-        for identity, name, active, text in found:
-            root = xml.parse(text)
-            binding = xml.binding_of(root)
-            if binding is None:
-                continue
-            if active:
-                running.add(identity)
-            if identity not in self._guests:
-                await self._adopt(identity, name, binding, xml.boot_inputs(root), active=active)
-            elif not active and self._guests[identity].view.state in ACTIVE - {DomainState.STARTING}:
-                await self._ended(self._guests[identity])
-        for home in self._vsock_dir.iterdir():
-            known = self._guests.get(home.name)
-            if home.name not in running and (known is None or known.view.state not in ACTIVE):
-                log.info("cleared what an ended domain left behind", domain=home.name)
-                await asyncio.to_thread(vsock.clear, home)
-        self._notify()
-
-    async def _adopt(
-        self, identity: str, name: str, binding: xml.Binding, boot: xml.BootInputs, *, active: bool
-    ) -> None:
-        record = vsock.read_record(self._vsock_dir / identity)
-        guest = self._guests[identity] = _Guest(
-            DomainView(
-                uuid=identity,
-                name=name,
-                image=binding.image,
-                image_id=binding.image_id,
-                platform=binding.platform,
-                # Whether a guest found running got its key was seen by an earlier process; that it runs is known.
-                state=DomainState.RUNNING if active else DomainState.STOPPED,
-                reason="",
-                since=datetime.now(UTC),
-                cid=record.cid if record else 0,
-                console=str(self._settings.console_dir / f"{identity}.log"),
+        """Read all domains: adopt what runs, note what ended, drop what is gone, clear what was left behind."""
+        async with self._reading:
+            before = {identity: guest.view for identity, guest in self._guests.items()}
+            found = await self.connection.call(
+                "listing domains", lambda conn: inventory.read(conn, lambda uuid: self._bindings.get(uuid) is not None)
             )
+            for item in found:
+                guest = self._guests.get(item.uuid)
+                binding = self._bindings.get(item.uuid)
+                if binding is None:
+                    log.info("a domain claims an image but was not made by us", domain=item.name)
+                elif guest is None:
+                    await self._adopt(item, binding)
+                elif not item.active and guest.view.state in ACTIVE:
+                    await self._ended(guest)
+            there = {item.uuid for item in found}
+            for identity, view in before.items():
+                guest = self._guests.get(identity)
+                if identity not in there and guest is not None and guest.view is view and view.state is not _STARTING:
+                    log.info("a domain is gone", domain=view.name)
+                    await self._forget(guest)
+            for home in self._vsock_dir.iterdir():
+                known = self._guests.get(home.name)
+                if known is None or known.view.state not in ACTIVE:
+                    log.info("cleared what an ended domain left behind", domain=home.name)
+                    vsock.clear(home)
+            self.ready.set()
+            self._notify()
+
+    async def _adopt(self, item: inventory.Found, binding: Binding) -> None:
+        """Take over a domain that an earlier process of this service made."""
+        home = self._vsock_dir / item.uuid
+        record = vsock.read_record(home) if item.active else None
+        state, reason = (DomainState.RUNNING, "") if item.active else (DomainState.DEFINED, "")
+        if item.active and record is None:
+            reason = "its vsock device is not known to this service; it cannot attest again"
+        interrupted = record is not None and not record.running
+        if interrupted:
+            state, reason = DomainState.FAILED, UNFINISHED
+        view = DomainView(
+            uuid=item.uuid,
+            name=item.name,
+            image=binding.image,
+            image_id=binding.image_id,
+            platform=binding.platform,
+            state=state,
+            reason=reason,
+            since=datetime.now(UTC),
+            cid=record.cid if record and not interrupted else 0,
+            console=str(self._settings.console_dir / f"{item.uuid}.log"),
         )
-        if not active or record is None:
-            return
-        home = self._home(guest)
+        guest = self._guests[item.uuid] = Guest(view, home)
+        log.info("found a domain", domain=item.name, state=state.value, simulated=view.simulated)
         try:
-            guest.broker = await self._open_broker(vsock.socket_path(home, KBS_PORT), identity, binding.image_id)
-            guest.progress = ProgressListener(
-                vsock.socket_path(home, PROGRESS_PORT), lambda word: self._on_word(guest, word)
-            )
-            await guest.progress.start()
-            await self._start_firmware(guest, boot)
-        except JindiskError as exc:
-            log.warning("a running domain was found but not served", domain=name, problem=str(exc))
+            if interrupted:
+                await self._power_off(guest)
+                await guest.clear()
+            elif record is not None:
+                await guest.listen(self._open_broker, lambda word: self._on_word(guest, word))
+                if item.boot is not None:
+                    await guest.start_firmware(item.boot, self._settings.simulated_root)
+        except (JindiskError, OSError) as exc:
+            log.warning("a running domain was found but is not served", domain=item.name, problem=str(exc))
+
+    async def _forget(self, guest: Guest) -> None:
+        if self._guests.get(guest.view.uuid) is guest:
+            del self._guests[guest.view.uuid]
+        self._bindings.drop(guest.view.uuid)
+        await guest.clear()
 
     # Small things
 
@@ -435,10 +455,7 @@ class DomainService:
     def _vsock_dir(self) -> Path:
         return self._settings.runtime_dir / "vsock"
 
-    def _home(self, guest: _Guest) -> Path:
-        return self._vsock_dir / guest.view.uuid
-
-    def _find(self, key: str) -> _Guest:
+    def _find(self, key: str) -> Guest:
         for guest in self._guests.values():
             if key in {guest.view.uuid, guest.view.name}:
                 return guest
@@ -448,27 +465,18 @@ class DomainService:
         used = {guest.view.cid for guest in self._guests.values() if guest.view.state in ACTIVE}
         return next(cid for cid in range(FIRST_CID, FIRST_CID + len(used) + 1) if cid not in used)
 
-    async def _close(self, guest: _Guest) -> None:
-        broker, guest.broker = guest.broker, None
-        progress, guest.progress = guest.progress, None
-        firmware, guest.firmware = guest.firmware, None
-        if broker is not None:
-            await broker.close()
-        if progress is not None:
-            await progress.close()
-        if firmware is not None:
-            await firmware.stop()
-
-    def _set(self, guest: _Guest, state: DomainState, reason: str = "") -> None:
+    def _set(self, guest: Guest, state: DomainState, reason: str = "") -> None:
         old = guest.view.state
         if state not in NEXT[old]:
             raise RuntimeError(f"{old} cannot become {state}")
         cid = guest.view.cid if state in ACTIVE else 0
         guest.view = replace(guest.view, state=state, reason=reason, since=datetime.now(UTC), cid=cid)
         log.info("domain", domain=guest.view.name, state=state.value, reason=reason, simulated=guest.view.simulated)
+        if guest.follower is not None:
+            guest.follower(state.value)
         self._tell(guest)
 
-    def _tell(self, guest: _Guest) -> None:
+    def _tell(self, guest: Guest) -> None:
         guest.changed.set()
         self._notify()
 
@@ -476,12 +484,14 @@ class DomainService:
         for subscriber in self._subscribers:
             subscriber()
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, function: Callable[..., Awaitable[None]], *args: Guest) -> None:
         async def guarded() -> None:
             try:
-                await work
+                await function(*args)
             except asyncio.CancelledError:
                 raise
+            except JindiskError as exc:
+                log.warning("a domain could not be followed", problem=str(exc))
             except Exception:  # a fault in following one domain must not stop the others
                 log.exception("fault while following a domain")
 

@@ -41,11 +41,18 @@ class Record:
     pid: int = 0
     start_time: int = 0
     """Clock ticks since boot, field 22 of /proc/PID/stat: with the pid it names one process for good."""
+    running: bool = False
+    """Whether the guest reported a running system since its machine was made."""
 
 
 def socket_path(directory: Path, port: int) -> Path:
     """Where a guest's connections to a port of the host arrive."""
     return directory / f"guest_{port}"
+
+
+def device_path(directory: Path) -> Path:
+    """Where QEMU connects to the device."""
+    return directory / "device.sock"
 
 
 def start_time(pid: int) -> int:
@@ -65,6 +72,13 @@ def read_record(directory: Path) -> Record | None:
         return None
 
 
+def mark_running(directory: Path) -> None:
+    """Note in the record that the guest came up."""
+    record = read_record(directory)
+    if record is not None and not record.running:
+        replace_file(directory / RECORD, document.dump(replace(record, running=True)), 0o600)
+
+
 async def start_device(program: Path, directory: Path, record: Record) -> Record:
     """Start the device of a domain in `directory`, which is made; returns once it listens.
 
@@ -73,7 +87,7 @@ async def start_device(program: Path, directory: Path, record: Record) -> Record
     """
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     replace_file(directory / RECORD, document.dump(record), 0o600)
-    device = directory / "device.sock"
+    device = device_path(directory)
     device.unlink(missing_ok=True)
     argv = [
         os.fspath(program),
@@ -127,9 +141,26 @@ def end_device(record: Record) -> None:
             os.killpg(record.pid, signal.SIGKILL)
 
 
+def _unrecorded(directory: Path) -> int | None:
+    """The pid of a device that was started for `directory` by a process that died before it could write it down."""
+    mark = f"socket={device_path(directory)},".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[1:2] == [b"--vm"] and mark in words[2]:
+                    return int(entry.name)
+    return None
+
+
 def clear(directory: Path) -> None:
     """End the device of a directory and remove all of it; what is not there is no error."""
     record = read_record(directory)
     if record is not None:
         end_device(record)
+    if directory.exists() and (record is None or not record.pid):
+        pid = _unrecorded(directory)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
     shutil.rmtree(directory, ignore_errors=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jindiskd.base.platform import Platform
+from jindiskd.domain.binding import Binding
 from jindiskd.errors import EXIT_INTEGRITY, JindiskError, NotSupported
 from jindiskd.image.manifest import Manifest
 
@@ -26,15 +27,6 @@ class MalformedDomain(JindiskError, code="MalformedDomain", exit_code=EXIT_INTEG
     def __init__(self, problem: str) -> None:
         """`problem` names the element."""
         super().__init__(f"the domain's XML cannot be used: {problem}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Binding:
-    """What our metadata element in a domain says: which image it is of. A request, not a proof."""
-
-    image: str
-    image_id: str
-    platform: Platform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,3 +201,35 @@ def boot_inputs(root: ET.Element) -> BootInputs:
         vcpus=int(root.findtext("vcpu") or "1"),
         cpu_model=model or "",
     )
+
+
+def differences(wanted: ET.Element, got: ET.Element) -> tuple[str, ...]:
+    """The elements that decide what is measured and protected and in which two definitions differ, by name.
+
+    libvirt drops what it does not know, without a word, and completes what is missing; the former must not pass.
+    """
+    found = []
+    for tag in ("os/loader", "os/kernel", "os/initrd", "os/cmdline", "vcpu", "cpu/model", "devices/disk/source"):
+        a, b = wanted.find(tag), got.find(tag)
+        if (a is None) != (b is None) or (a is not None and b is not None and _signature(a) - _signature(b)):
+            found.append(f"<{tag.rpartition('/')[2]}>")
+    a, b = wanted.find("launchSecurity"), got.find("launchSecurity")
+    if (a is None) != (b is None):
+        found.append("<launchSecurity>")
+    elif a is not None and b is not None:
+        missing = _signature(a) - _signature(b)
+        for child in a:
+            other = b.find(child.tag)
+            if other is None or _signature(child) - _signature(other):
+                missing.add((child.tag, ""))
+        if missing:
+            found.append("<launchSecurity>")
+    return tuple(found)
+
+
+def _signature(element: ET.Element) -> set[tuple[str, str]]:
+    """Attributes and text of an element; a number as its value, since libvirt writes it in a form of its own."""
+    text = (element.text or "").strip()
+    if text.startswith("0x"):
+        text = str(int(text, 16))
+    return {*element.attrib.items(), ("", text)}

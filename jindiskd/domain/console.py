@@ -1,0 +1,44 @@
+"""The console log of a guest: what its end says about why the machine stopped.
+
+The guest writes it, so it is bounded, and nothing of it is shown but fixed codes and a kernel's printable last words.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jindiskd.guest.codes import Code
+
+TAIL_BYTES = 16384
+_CODE = re.compile(rb"^jindisk: (E\d\d)\r?$", re.MULTILINE)
+_PANIC = re.compile(rb"Kernel panic - not syncing: ([ -~]{1,120})")
+
+
+def tail(path: Path, limit_bytes: int = TAIL_BYTES) -> bytes:
+    """The last bytes of a console log; empty where there is none."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - limit_bytes))
+            return stream.read(limit_bytes)
+    except OSError:
+        return b""
+
+
+def sentence(code: str) -> str:
+    """What a guest's code means, with the code; a code that is not known is named as such."""
+    known = next((item.sentence for item in Code if item == code), "the guest gave a code that is not known here")
+    return f"{known} ({code})"
+
+
+def diagnose(path: Path) -> str:
+    """One sentence on how the guest ended by its console's end, or empty where that says nothing."""
+    data = tail(path)
+    codes = _CODE.findall(data)
+    if codes:
+        return sentence(codes[-1].decode())
+    panic = _PANIC.findall(data)
+    if panic:
+        return f"the guest's kernel stopped: {panic[-1].decode().strip()}"
+    return ""

@@ -1,0 +1,100 @@
+"""One domain of ours and what is open for it on the host: vsock device, broker, progress, simulated firmware."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+from jindiskd.domain import vsock
+from jindiskd.domain.firmware import FirmwareProcess
+from jindiskd.domain.progress import ProgressListener
+from jindiskd.domain.state import DomainView, LaunchFailed
+from jindiskd.domain.xml import BootInputs
+from jindiskd.guest.config import FIRMWARE_PORT, KBS_PORT, PROGRESS_PORT
+
+
+class Closing(Protocol):
+    """Something that listens."""
+
+    async def close(self) -> None:
+        """Stop listening."""
+
+
+OpenBroker = Callable[[Path, str, str], Awaitable[Closing]]
+"""Opens the broker (or the relay to one) on a unix socket for the guest of a domain: path, domain UUID, image id."""
+
+
+class Guest:
+    """The view of a domain, and its resources; owned by the service, used in its event loop."""
+
+    def __init__(self, view: DomainView, home: Path) -> None:
+        """`home` is the domain's directory below the runtime directory; nothing is made yet."""
+        self.view, self.home = view, home
+        self.changed = asyncio.Event()
+        self.follower: Callable[[str], None] | None = None
+        """Told each state's name as it is reached, while somebody waits for the launch."""
+        self._lock = asyncio.Lock()
+        self._retired = False
+        self._broker: Closing | None = None
+        self._progress: ProgressListener | None = None
+        self._firmware: FirmwareProcess | None = None
+
+    async def start_device(self, program: Path) -> None:
+        """Make the home directory and start the vsock device in it."""
+        record = vsock.Record(uuid=self.view.uuid, image=self.view.image, cid=self.view.cid)
+        await vsock.start_device(program, self.home, record)
+
+    async def listen(self, open_broker: OpenBroker, heard: Callable[[str], None]) -> None:
+        """Open the broker and the progress port for this guest alone."""
+        self._broker = await open_broker(vsock.socket_path(self.home, KBS_PORT), self.view.uuid, self.view.image_id)
+        self._progress = ProgressListener(vsock.socket_path(self.home, PROGRESS_PORT), heard)
+        await self._progress.start()
+
+    async def start_firmware(self, boot: BootInputs, simulated_root: Path | None) -> None:
+        """Start the simulated firmware over what the machine boots; for other platforms nothing.
+
+        Raises:
+            LaunchFailed: simulation is off, or the files cannot be measured.
+        """
+        if not self.view.simulated:
+            return
+        if simulated_root is None:
+            raise LaunchFailed(self.view.name, "its platform is simulated, and broker.allow_simulated is off")
+        self._firmware = await FirmwareProcess.start(
+            self.view.name, boot, root=simulated_root, socket=vsock.socket_path(self.home, FIRMWARE_PORT)
+        )
+
+    @property
+    def device_socket(self) -> Path:
+        """Where QEMU finds the vsock device."""
+        return vsock.device_path(self.home)
+
+    def mark_running(self) -> None:
+        """Record that the guest came up, for a later process of this service."""
+        vsock.mark_running(self.home)
+
+    async def close(self) -> None:
+        """Stop listening and end the firmware. The vsock device stays: it belongs to the machine."""
+        broker, self._broker = self._broker, None
+        progress, self._progress = self._progress, None
+        firmware, self._firmware = self._firmware, None
+        if broker is not None:
+            await broker.close()
+        if progress is not None:
+            await progress.close()
+        if firmware is not None:
+            await firmware.stop()
+
+    async def clear(self) -> None:
+        """Close, end the vsock device, and remove the home directory: the machine is off."""
+        async with self._lock:
+            if not self._retired:
+                await self.close()
+                vsock.clear(self.home)  # a few files in memory, and no gap in which a new machine could come up
+
+    async def retire(self) -> None:
+        """Clear for the last time: from now on the home directory belongs to a new machine of this domain."""
+        await self.clear()
+        self._retired = True

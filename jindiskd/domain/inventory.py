@@ -1,0 +1,67 @@
+"""What libvirt has: every domain that concerns us, read in one go. Runs in the libvirt thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import libvirt
+import structlog
+
+from jindiskd.domain import xml
+from jindiskd.domain.binding import Binding
+from jindiskd.domain.xml import BootInputs, MalformedDomain
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """One domain as libvirt has it."""
+
+    uuid: str
+    name: str
+    active: bool
+    paused: bool
+    claim: Binding | None
+    """What our metadata element claims."""
+    boot: BootInputs | None
+    """What it boots; None where that is not a direct boot of ours."""
+
+
+def read(conn: libvirt.virConnect, is_ours: Callable[[str], bool]) -> tuple[Found, ...]:
+    """All domains that carry our metadata or that `is_ours` knows by UUID. One that cannot be read is left out."""
+    found = []
+    for dom in conn.listAllDomains():
+        try:
+            item = _read(dom, is_ours)
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone since it was listed
+                log.warning("a domain cannot be read", problem=str(exc))
+        except MalformedDomain as exc:
+            log.warning("a domain is left alone", domain=dom.UUIDString(), problem=str(exc))
+        else:
+            if item is not None:
+                found.append(item)
+    return tuple(found)
+
+
+def _read(dom: libvirt.virDomain, is_ours: Callable[[str], bool]) -> Found | None:
+    identity = dom.UUIDString()
+    root = xml.parse(dom.XMLDesc())
+    claim = xml.binding_of(root)
+    if claim is None and not is_ours(identity):
+        return None
+    try:
+        boot: BootInputs | None = xml.boot_inputs(root)
+    except MalformedDomain:
+        boot = None
+    state = dom.state()[0]
+    return Found(
+        uuid=identity,
+        name=dom.name(),
+        active=bool(dom.isActive()),
+        paused=state == libvirt.VIR_DOMAIN_PAUSED,
+        claim=claim,
+        boot=boot,
+    )

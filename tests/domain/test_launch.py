@@ -1,0 +1,252 @@
+"""Launches on a real libvirtd: QEMU, firmware and the vsock device are real; broker and guest are played."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from jindiskd.domain.state import LaunchFailed, LaunchRefused
+from jindiskd.errors import AlreadyExists, Busy, TimedOut
+
+pytestmark = pytest.mark.host
+
+
+def virsh(*words: str) -> str:
+    return subprocess.run(["virsh", "-q", *words], check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+async def test_a_launch_runs_through_its_states(bench) -> None:
+    """From nothing to `running` in order; the domain is virsh's too; off again, nothing is left."""
+    service = await bench.service()
+    stages: list[str] = []
+    view = await bench.launch(service, progress=stages.append)
+    assert stages == ["starting", "started", "attested", "released", "unlocked", "running"]
+    assert view.simulated
+    assert view.cid == 3
+    assert "running" in virsh("list")
+    assert Path(view.console).exists()
+    assert bench.opened[0][1:] == (view.uuid, view.image_id)
+    home = bench.settings.runtime_dir / "vsock" / view.uuid
+    assert {path.name for path in home.iterdir()} >= {"guest_19012", "guest_19013", "guest_19014", "binding.json"}
+    await service.stop_domain("demo", force=True)
+    assert service.get("demo").state == "stopped"
+    await bench.until(lambda: not home.exists())
+    await bench.until(lambda: bench.strays() == [])
+    await service.undefine("demo")
+    assert service.list() == []
+    assert virsh("list", "--all").strip() == ""
+
+
+async def test_the_simulated_firmware_measures_what_libvirt_started(bench) -> None:
+    """A file that changed after the build is measured as it is, and the report says so: refusing is the broker's."""
+    from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
+    from jindiskd.attest.snp_report import parse_report
+
+    initrd = bench.images.root / "demo" / "initrd"
+    initrd.write_bytes(initrd.read_bytes() + b"!")
+    service = await bench.service()
+    view = await bench.launch(service)
+    home = bench.settings.runtime_dir / "vsock" / view.uuid
+    reader, writer = await asyncio.open_unix_connection(home / "guest_19013")
+    writer.write(b"JSIM" + (1).to_bytes(4, "little") + bytes(64))
+    answer = await reader.read()
+    writer.close()
+    directory = bench.images.root / "demo"
+    shape = bench.images.get("demo").manifest.shape
+    expected = snp_launch_digest(
+        LaunchInputs(
+            firmware=Path(shape.firmware),
+            kernel=directory / "vmlinuz",
+            initrd=initrd,
+            cmdline=(directory / "cmdline").read_text(),
+            vcpus=shape.vcpus,
+            cpu_model=shape.cpu_model,
+            guest_features=1,
+        )
+    )
+    assert parse_report(answer[8 : 8 + 1184]).measurement == expected
+
+
+async def test_one_image_runs_once(bench) -> None:
+    """A second launch of an image, and one under a name that runs, are refused before anything is made."""
+    service = await bench.service()
+    await bench.launch(service)
+    with pytest.raises(Busy, match="demo"):
+        await service.launch("demo", name="other")
+    bench.add_image("second")
+    with pytest.raises(Busy, match="demo"):
+        await service.launch("second", name="demo")
+    assert len(service.list()) == 1
+
+
+async def test_two_images_run_side_by_side(bench) -> None:
+    """Each domain has its own context id and its own listeners."""
+    bench.add_image("second")
+    service = await bench.service()
+    first, second = await bench.launch(service), await bench.launch(service, "second")
+    assert {first.cid, second.cid} == {3, 4}
+    assert len({path for path, _, _ in bench.opened}) == 2
+
+
+async def test_a_refusal_is_told_and_the_machine_is_off(bench) -> None:
+    """The broker's findings reach the caller in one sentence; nothing goes on running."""
+    service = await bench.service()
+    task = asyncio.create_task(service.launch("demo"))
+    await bench.until(lambda: any(view.state == "started" for view in service.list()))
+    service.on_refused(service.get("demo").uuid, "the launch digest is not one of this image's")
+    with pytest.raises(LaunchRefused, match="launch digest"):
+        await task
+    assert service.get("demo").state == "refused"
+    assert virsh("list").strip() == ""
+    await bench.until(lambda: bench.strays() == [])
+
+
+async def test_a_guest_that_gives_up_is_explained(bench) -> None:
+    """A code from the guest becomes its sentence."""
+    service = await bench.service()
+    task = asyncio.create_task(service.launch("demo"))
+    await bench.until(lambda: any(view.state == "started" for view in service.list()))
+    await bench.say(service.get("demo").uuid, "boot\nfail E41\n")
+    with pytest.raises(LaunchFailed, match=r"header.*E41"):
+        await task
+    await bench.until(lambda: bench.strays() == [])
+
+
+async def test_a_machine_that_is_killed_is_noticed(bench) -> None:
+    """Somebody else's `virsh destroy` during a launch fails it; after it, the view says stopped."""
+    service = await bench.service()
+    task = asyncio.create_task(service.launch("demo"))
+    await bench.until(lambda: any(view.state == "started" for view in service.list()))
+    virsh("destroy", "demo")
+    with pytest.raises(LaunchFailed, match="stopped before"):
+        await task
+    await bench.launch(service)
+    virsh("destroy", "demo")
+    await bench.until(lambda: service.get("demo").state == "stopped")
+    await bench.until(lambda: bench.strays() == [])
+
+
+async def test_time_runs_out(bench) -> None:
+    """A guest that never says anything is ended when its time is over, and the sentence says how far it came."""
+    service = await bench.service()
+    began = time.monotonic()
+    with pytest.raises(TimedOut, match="started"):
+        await service.launch("demo", timeout_s=6)
+    assert time.monotonic() - began < 15
+    assert service.get("demo").state == "failed"
+    await bench.until(lambda: bench.strays() == [])
+
+
+async def test_a_cancelled_launch_leaves_nothing(bench) -> None:
+    """Whenever the cancellation comes."""
+    service = await bench.service()
+    for delay in (0.0, 0.1, 0.3, 0.6, 1.0, 1.5):
+        task = asyncio.create_task(service.launch("demo"))
+        await asyncio.sleep(delay)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert virsh("list").strip() == ""
+        await bench.until(lambda: bench.strays() == [])
+        assert not list((bench.settings.runtime_dir / "vsock").iterdir())
+
+
+async def test_a_reset_guest_attests_again(bench) -> None:
+    """A simulated guest is reset in place: same machine, same listeners, and the view follows it around again."""
+    service = await bench.service()
+    view = await bench.launch(service)
+    virsh("reset", "demo")
+    await bench.say(view.uuid, "boot\n")
+    await bench.until(lambda: service.get("demo").state == "started")
+    service.on_attested(view.uuid)
+    service.on_released(view.uuid)
+    await bench.say(view.uuid, "unlocked\nrunning\n")
+    await bench.until(lambda: service.get("demo").state == "running")
+    assert service.get("demo").uuid == view.uuid
+
+
+async def test_a_name_that_is_taken(bench) -> None:
+    """A foreign domain of that name is not touched."""
+    conn = libvirt.open("qemu:///system")
+    dom = conn.defineXML("<domain type='qemu'><name>demo</name><memory>1024</memory><os><type>hvm</type></os></domain>")
+    service = await bench.service()
+    try:
+        with pytest.raises(AlreadyExists):
+            await service.launch("demo")
+        assert [d.name() for d in conn.listAllDomains()] == ["demo"]
+    finally:
+        dom.undefine()
+        conn.close()
+
+
+async def test_a_new_service_finds_its_domains(bench) -> None:
+    """After a restart the running guest is served as before: broker, progress, firmware; the off one is known."""
+    bench.add_image("second")
+    service = await bench.service()
+    view = await bench.launch(service)
+    await bench.launch(service, "second")
+    await service.stop_domain("second", force=True)
+    await service.stop()
+    again = await bench.service()
+    assert again.get("demo").state == "running"
+    assert again.get("demo").cid == view.cid
+    assert again.get("second").state == "defined"
+    home = bench.settings.runtime_dir / "vsock" / view.uuid
+    reader, writer = await asyncio.open_unix_connection(home / "guest_19013")
+    writer.write(b"JSIM" + (1).to_bytes(4, "little") + bytes(64))
+    assert (await reader.read())[:4] == bytes(4)
+    writer.close()
+    await bench.launch(again, "second")
+
+
+async def test_what_virsh_removes_is_gone(bench) -> None:
+    """`virsh undefine` takes a domain off the list."""
+    service = await bench.service()
+    await bench.launch(service)
+    await service.stop_domain("demo", force=True)
+    virsh("undefine", "demo")
+    await bench.until(lambda: service.list() == [])
+
+
+DAEMON = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from conftest import Bench
+async def main():
+    bench = Bench(Path(sys.argv[1]))
+    service = await bench.service()
+    task = asyncio.create_task(service.launch("demo"))
+    await bench.until(lambda: any(v.state == "started" for v in service.list()))
+    service.on_attested(service.get("demo").uuid)
+    await task
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_killed_at_any_moment(bench, directory) -> None:
+    """SIGKILL at many moments of a launch: the next start ends the machine and everything made for it."""
+    for step in range(8):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-uc", DAEMON, str(directory), str(Path(__file__).parent),
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            while b"launch " not in await process.stdout.readline():
+                pass
+        await asyncio.sleep(0.15 * step)
+        process.kill()
+        await process.wait()
+        service = await bench.service()
+        await bench.until(lambda: bench.strays() == [])
+        assert virsh("list").strip() == ""
+        assert not list((bench.settings.runtime_dir / "vsock").iterdir())
+        await service.stop()
