@@ -65,7 +65,7 @@ class Agent:
         """
         with failing_with(Code.MOUNTS):
             mounts.mount_kernel_filesystems()
-            silence()
+            power.silence()
         with failing_with(Code.CONFIG):
             config = document.load(
                 GuestConfig, Path("/", guest_config.PATH).read_bytes(), document="guest configuration"
@@ -170,15 +170,6 @@ def broker_failures() -> Iterator[None]:
         raise GuestFailure(Code.BROKER_MISBEHAVED) from None
     except OSError:
         raise GuestFailure(Code.BROKER_UNREACHABLE) from None
-
-
-def silence() -> None:
-    """Take the console away from our standard streams: an interpreter's words on a fault are not for the host."""
-    null = os.open("/dev/null", os.O_RDWR)
-    for descriptor in range(3):
-        os.dup2(null, descriptor, inheritable=False)
-    if null > 2:
-        os.close(null)
 
 
 def harden_kernel() -> str:

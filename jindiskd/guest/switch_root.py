@@ -47,6 +47,15 @@ def find_init(root: Path, init: str) -> bool:
     return stat.S_ISREG(found) and bool(found & 0o111)
 
 
+def keep_initrd(at: Path = Path("/run/initramfs")) -> None:
+    """Keep the initrd's files reachable: systemd-shutdown goes back there, and runs `shutdown` in it.
+
+    The initrd is in memory already, so it is bound there, not copied. The storage process has it as its root as well.
+    """
+    at.mkdir(mode=0o755)
+    kernel.mount("/", at, "", kernel.MS_BIND)
+
+
 def move_mounts(target: Path) -> None:
     """Move /dev, /proc, /sys and /run to the same names below `target`; what has no place there is detached."""
     for name in MOVED:

@@ -39,6 +39,9 @@ from jindiskd.image import kmod
 from jindiskd.image.cpio import Archive
 
 ENTRY = "jindiskd.guest.agent"
+SHUTDOWN_ENTRY = "jindiskd.guest.shutdown"
+STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.storage")
+"""For a root that a process of ours serves."""
 LATE_IMPORTS = (
     # What is imported only when it is needed, and would be missed then.
     "encodings.ascii",
@@ -130,7 +133,11 @@ def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source
         archive.link(name, f"usr/{name}")
     # Standard streams for the time before devtmpfs is mounted.
     archive.node("dev/console", 5, 1)
-    add_python(archive, (ENTRY, *LATE_IMPORTS))
+    if config.root.jindisk is None:
+        add_python(archive, (ENTRY, *LATE_IMPORTS))
+    else:
+        add_python(archive, (ENTRY, *STORAGE_ENTRIES, *LATE_IMPORTS))
+        archive.file("shutdown", shutdown_script(), 0o755)
     loaded = []
     for file in wanted_modules(config, modules_dir):
         relative = file.relative_to(modules_dir)
@@ -147,7 +154,16 @@ def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source
 
 def init_script() -> bytes:
     """The first program: `-I` ignores environment and user directories, `-S` loads no site, `-B` writes no bytecode."""
-    return f"#!/usr/bin/{python_name()} -ISB\nfrom {ENTRY} import main\nmain()\n".encode()
+    return _script(ENTRY)
+
+
+def shutdown_script() -> bytes:
+    """What systemd-shutdown runs at the very end, when the initrd is kept for a served root."""
+    return _script(SHUTDOWN_ENTRY)
+
+
+def _script(entry: str) -> bytes:
+    return f"#!/usr/bin/{python_name()} -ISB\nfrom {entry} import main\nmain()\n".encode()
 
 
 def python_name() -> str:

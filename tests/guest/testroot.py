@@ -68,7 +68,7 @@ def make_root(directory: Path, *, init: str = INIT, init_path: str = "usr/sbin/i
         archive.link(name, f"usr/{name}")
     for name in ("dev", "proc", "sys", "run", "etc", "tmp"):
         archive.directory(name)
-    initrd.add_python(archive, ("json", "ctypes", "os", "socket", "time", "encodings.ascii", "struct"))
+    initrd.add_python(archive, ("json", "ctypes", "os", "signal", "socket", "time", "encodings.ascii", "struct"))
     archive.file("etc/secret", b"inside")
     archive.file("etc/broken-init", b"no program", 0o755)
     archive.file(init_path, init.format(python=initrd.python_name()).encode(), 0o755)

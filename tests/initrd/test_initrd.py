@@ -130,7 +130,7 @@ def test_lsinitramfs_agrees(built) -> None:
 
 def test_closure_is_pinned() -> None:
     """These modules of others are in the initrd. If a change is wanted, JINDISK_REGENERATE=1 writes it down."""
-    names = [module.name for module in closure((initrd.ENTRY, *initrd.LATE_IMPORTS))]
+    names = [module.name for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))]
     names = [name for name in names if name.partition(".")[0] != "jindiskd"]
     versions = f"# Python {sys.version_info.major}.{sys.version_info.minor}, cryptography {cryptography.__version__}"
     text = "\n".join([versions, *names]) + "\n"
@@ -144,7 +144,7 @@ def test_closure_is_pinned() -> None:
 
 def test_closure_respects_the_layers() -> None:
     """Of our own packages the guest has only those that the agent may import, and no heavy library."""
-    names = [module.name for module in closure((initrd.ENTRY, *initrd.LATE_IMPORTS))]
+    names = [module.name for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))]
     ours = {".".join(name.split(".")[:2]) for name in names if name.startswith("jindiskd.")}
     assert ours <= {f"jindiskd.{name}" for name in ("errors", "base", "guest", "kbs", "luks2", "jindisk")}
     assert not {"jindiskd.base.log", "jindiskd.base.process", "jindiskd.luks2.populate"} & set(names)
@@ -231,7 +231,11 @@ def test_shared_libraries_against_readelf(built) -> None:
     """Each NEEDED name of each binary in the archive is in the archive (readelf as second opinion)."""
     if not shutil.which("readelf"):
         pytest.skip("the program readelf is missing; install the package binutils")
-    files = [module.file for module in closure((initrd.ENTRY, *initrd.LATE_IMPORTS)) if module.file.suffix == ".so"]
+    files = [
+        module.file
+        for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))
+        if module.file.suffix == ".so"
+    ]
     present = {Path(name).name for name in listing(built[0])}
     for file in [initrd.base_interpreter(), *files]:
         shown = subprocess.check_output(["readelf", "-d", os.fspath(file)], text=True)

@@ -1,0 +1,219 @@
+"""The root storage process: serves the root's block device from user space, from before the root is mounted until
+after it is unmounted.
+
+It is forked from the agent, keeps the initrd as its root directory, and survives the change of root and the end of all
+other processes: its command line begins with `@` (systemd, "Root Storage Daemons"). Nothing it needs is on the root it
+serves: its modules are loaded, its memory is locked, and the kernel is told that it must not wait for writing out its
+own dirty pages (PR_SET_IO_FLUSHER). At shutdown it is told over a control socket to close the volume.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from jindiskd.guest import kernel, nbd
+
+NODE = Path("/dev/nbd0")
+CONTROL = Path("/run/jindisk/storage")
+BLOCK_BYTES = 4096
+OOM_NEVER = "-1000"
+READY = b"R"
+CLOSE = b"close"
+DONE = b"done"
+FAILED = b"failed"
+PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+CONTROL_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 60.0
+
+
+class Served(nbd.Volume, Protocol):
+    """An open volume."""
+
+    def close(self) -> None:
+        """Make everything durable, close the volume for good, and tell who must know. Raises on failure."""
+
+    def tick(self) -> float:
+        """Called between requests; seconds until it wants to be called again. Must not block."""
+
+
+class StorageFailed(Exception):
+    """The storage process did not come up. Carries what it said about itself."""
+
+    def __init__(self, said: bytes) -> None:
+        """`said` is what its opening function's failure was turned into, or empty."""
+        super().__init__("the storage process did not start")
+        self.said = said
+
+
+def start(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes]) -> int:
+    """Fork the storage process, have it open the volume and attach it as `/dev/nbd0`; returns its process id.
+
+    Args:
+        open_volume: runs in the new process, which then is the only one with what it makes.
+        explain: turns what `open_volume` raised into bytes for the caller, at most 16.
+
+    Raises:
+        StorageFailed: it failed; the process has ended.
+    """
+    ours, theirs = socket.socketpair()
+    process = os.fork()
+    if process == 0:
+        ours.close()
+        _run(open_volume, explain, theirs)
+    theirs.close()
+    with ours:
+        ours.settimeout(START_TIMEOUT_S)
+        try:
+            said = ours.recv(16)
+        except OSError:
+            said = b""
+    if said != READY:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        raise StorageFailed(said)
+    return process
+
+
+def _run(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes], report: socket.socket) -> NoReturn:
+    """The life of the storage process."""
+    status = 1
+    try:
+        try:
+            harden()
+            volume = open_volume()
+            ours, kernels = socket.socketpair()
+            nbd.attach(kernels.fileno(), volume.size_bytes, BLOCK_BYTES)
+            kernels.close()
+            control = listen(CONTROL)
+        except Exception as exc:  # noqa: BLE001 - the agent turns it into a code
+            report.sendall(explain(exc)[:16] or b"?")
+        else:
+            report.sendall(READY)
+            report.close()
+            serve(ours, control, volume)
+            status = 0
+    finally:
+        os._exit(status)
+
+
+def harden() -> None:
+    """Make this process one that survives, stays in memory and leaves no dump."""
+    mark_survivor()
+    os.setsid()
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    kernel.prctl(kernel.PR_SET_NAME, b"jindisk-storage")
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Path("/proc/self/oom_score_adj").write_text(OOM_NEVER, encoding="ascii")
+    kernel.lock_memory()
+    kernel.prctl(kernel.PR_SET_IO_FLUSHER, 1)
+
+
+def mark_survivor() -> None:
+    """Begin our command line with `@`, in place: the kernel shows others the bytes that are there."""
+    fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    ctypes.memset(int(fields[45]), ord("@"), 1)  # arg_start, field 48 of proc(5); the split begins at field 3
+
+
+def listen(path: Path) -> socket.socket:
+    """The control socket, for root alone."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(os.fspath(path))
+    path.chmod(0o600)
+    listener.listen(4)
+    return listener
+
+
+def serve(requests: socket.socket, control: socket.socket, volume: Served) -> None:
+    """Serve the kernel's requests and the control socket until the volume is closed and the kernel let go.
+
+    A volume that was closed answers every request with an error, so nothing can be lost silently after that.
+    """
+    closed = False
+    with selectors.DefaultSelector() as selector:
+        selector.register(requests, selectors.EVENT_READ)
+        selector.register(control, selectors.EVENT_READ)
+        while True:
+            wait_s = None if closed else max(0.0, volume.tick())
+            for key, _ in selector.select(wait_s):
+                if key.fileobj is control:
+                    closed = _control(control, volume, closed)
+                    continue
+                try:
+                    nbd.serve_one(requests, Closed(volume.size_bytes) if closed else volume)
+                except nbd.Disconnected:
+                    if not closed:
+                        volume.close()
+                    return
+
+
+class Closed:
+    """A volume after its end."""
+
+    def __init__(self, size_bytes: int) -> None:
+        """As large as it was."""
+        self.size_bytes = size_bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Fail: offset and length do not matter any more."""
+        raise OSError(errno.EIO, f"closed: {length} bytes at {offset}")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Fail."""
+        self.read(offset, len(data))
+
+    def flush(self) -> None:
+        """Nothing is left to be made durable."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Fail."""
+        self.read(offset, length)
+
+
+def _control(control: socket.socket, volume: Served, closed: bool) -> bool:
+    """Take one control connection; returns whether the volume is closed."""
+    try:
+        stream, _ = control.accept()
+    except OSError:
+        return closed
+    with stream:
+        stream.settimeout(CONTROL_TIMEOUT_S)
+        try:
+            _, user, _ = PEER.unpack(stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+            if user != 0 or stream.recv(16) != CLOSE:
+                return closed
+            answer = DONE
+            if not closed:
+                try:
+                    volume.close()
+                    closed = True
+                except Exception:  # noqa: BLE001 - it stays open, and the one who asked is told
+                    answer = FAILED
+            stream.send(answer)
+        except OSError:
+            return closed
+    return closed
+
+
+def ask_to_close(path: Path = CONTROL, timeout_s: float = 30.0) -> bool:
+    """Have the storage process close the volume; whether it did. Called when the root is unmounted."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stream:
+            stream.settimeout(timeout_s)
+            stream.connect(os.fspath(path))
+            stream.send(CLOSE)
+            return stream.recv(16) == DONE
+    except OSError:
+        return False
