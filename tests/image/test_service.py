@@ -180,7 +180,7 @@ async def test_cancelling_leaves_nothing(setting, request_for, disk_image, stage
     assert (setting.left(), setting.states()) == ([], {})
 
 
-@pytest.mark.parametrize("stage", ["prepare", "encrypt"])
+@pytest.mark.parametrize("stage", ["prepare", "boot"])
 async def test_killed_worker(setting, request_for, disk_image, stage: str) -> None:
     """A worker that is killed is an error, and nothing is left of the build."""
     before = processes()
