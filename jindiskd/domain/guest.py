@@ -77,22 +77,27 @@ class Guest:
 
     async def close(self) -> None:
         """Stop listening and end the firmware. The vsock device stays: it belongs to the machine."""
-        broker, self._broker = self._broker, None
-        progress, self._progress = self._progress, None
-        firmware, self._firmware = self._firmware, None
-        if broker is not None:
-            await broker.close()
-        if progress is not None:
-            await progress.close()
-        if firmware is not None:
-            await firmware.stop()
+        async with self._lock:
+            await self._close()
 
     async def clear(self) -> None:
         """Close, end the vsock device, and remove the home directory: the machine is off."""
         async with self._lock:
             if not self._retired:
-                await self.close()
+                await self._close()
                 vsock.clear(self.home)  # a few files in memory, and no gap in which a new machine could come up
+
+    async def _close(self) -> None:
+        # Forgotten only once closed: whoever calls again after a cancellation finishes the work.
+        if self._broker is not None:
+            await self._broker.close()
+            self._broker = None
+        if self._progress is not None:
+            await self._progress.close()
+            self._progress = None
+        if self._firmware is not None:
+            await self._firmware.stop()
+            self._firmware = None
 
     async def retire(self) -> None:
         """Clear for the last time: from now on the home directory belongs to a new machine of this domain."""
