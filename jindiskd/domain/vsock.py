@@ -17,7 +17,6 @@ import os
 import pwd
 import shutil
 import signal
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from jindiskd.errors import TimedOut
 
 READY_S = 5.0
 RECORD = "binding.json"
+LOG = "device.log"
 QEMU_USER = "libvirt-qemu"
 
 
@@ -97,24 +97,20 @@ async def start_device(program: Path, directory: Path, record: Record) -> Record
     found = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
     if found is None:
         raise ToolMissing(argv[0])
-    with (directory / "device.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            found,
-            *argv[1:],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
-    started = replace(record, pid=process.pid, start_time=start_time(process.pid))
+    # Not a child of the event loop, which would want to see it end: the device outlives this service.
+    quiet = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    said = (os.POSIX_SPAWN_OPEN, 1, os.fspath(directory / LOG), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    streams = [quiet, said, (os.POSIX_SPAWN_DUP2, 1, 2)]
+    pid = os.posix_spawn(found, argv, ENVIRONMENT, file_actions=streams, setsid=True)  # noqa: ASYNC221 - does not wait
+    started = replace(record, pid=pid, start_time=start_time(pid))
     replace_file(directory / RECORD, document.dump(started), 0o600)
     try:
         async with asyncio.timeout(READY_S):
             while not device.exists():
-                if process.returncode is not None:
-                    said = (directory / "device.log").read_text(errors="replace")[-500:]
-                    raise ToolFailed(argv, process.returncode, said)
+                ended, status = os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
+                if ended:
+                    tail = (directory / LOG).read_text(errors="replace")[-500:]
+                    raise ToolFailed(argv, os.waitstatus_to_exitcode(status), tail)
                 await asyncio.sleep(0.02)
     except TimeoutError as exc:
         end_device(started)
@@ -137,8 +133,14 @@ def _admit_qemu(device: Path) -> None:
 def end_device(record: Record) -> None:
     """End the device of a record, if it is still that process."""
     if record.pid and record.start_time and start_time(record.pid) == record.start_time:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(record.pid, signal.SIGKILL)
+        _kill(record.pid)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):  # the child of an earlier process of this service is not ours to reap
+        os.waitpid(pid, 0)
 
 
 def _unrecorded(directory: Path) -> int | None:
@@ -161,6 +163,5 @@ def clear(directory: Path) -> None:
     if directory.exists() and (record is None or not record.pid):
         pid = _unrecorded(directory)
         if pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            _kill(pid)
     shutil.rmtree(directory, ignore_errors=True)
