@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,23 @@ def vectors() -> Path:
     if not found.is_dir():
         pytest.skip(f"the recorded test data is not at {found}; set JINDISK_VECTORS to its folder")
     return found
+
+
+def own_children() -> set[int]:
+    """Processes whose parent is this one, ended but not waited for included."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                found.add(int(stat.parent.name))
+    return found
+
+
+@pytest.fixture
+def left_processes() -> Callable[[], set[int]]:
+    """Child processes that the test has started and not ended; services that other tests share do not count."""
+    before = own_children()
+    return lambda: own_children() - before
 
 
 BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"

@@ -92,7 +92,7 @@ class Host:
         return list(rows[-1]["findings"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
     if os.environ.get("JD_TESTENV") != "1":
         pytest.skip("this needs a throw-away host: run it by scripts/testenv")

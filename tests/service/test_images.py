@@ -87,7 +87,7 @@ def test_a_name_is_taken_once(stock, rootfs):
         (["launch", "none"], 3, "no image 'none'"),
         (["domain", "show", "none"], 3, "no domain 'none'"),
         (["domain", "console", "none"], 3, "no domain 'none'"),
-        (["job", "cancel", "17"], 3, "no job '17'"),
+        (["job", "cancel", "4000000000"], 3, "no job '4000000000'"),
         (["image", "frobnicate"], 2, "No such command"),
     ],
 )

@@ -45,7 +45,8 @@ def test_what_runs_is_what_the_contract_says(stock):
             if interface.get("name").startswith("org.jindisk1."):
                 found[interface.get("name")] = canonical(interface)
         paths += [f"{path}/{child.get('name')}" for child in node.findall("node")]
-    assert set(found) == {"org.jindisk1.Manager", "org.jindisk1.Image", "org.jindisk1.Job"}
+    # Domains are there too when an earlier test has launched one.
+    assert set(found) >= {"org.jindisk1.Manager", "org.jindisk1.Image", "org.jindisk1.Job"}
     for name, text in found.items():
         assert text == shipped(name)
 
