@@ -1,0 +1,325 @@
+"""Loading a whole image into a new volume in one pass (format document, section 15).
+
+Two kinds of tasks for the workers: look which blocks of a piece of the source are not zero, and seal blocks into a
+segment. This process draws all keys, decides what goes where, and writes all pages. The result depends on the content
+of the source, not on where its file has holes, so the same input, entropy and time give the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from uuid import UUID
+
+from jindiskd.base.secret import Secret
+from jindiskd.errors import NoSpace
+from jindiskd.jindisk.anchor import Anchor
+from jindiskd.jindisk.create import identification_of, wipe
+from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey, block_nonce
+from jindiskd.jindisk.device import FileDevice
+from jindiskd.jindisk.errors import VolumeDeviceFailed
+from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
+from jindiskd.jindisk.pool import Pool, default_workers
+from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken, data_aad
+from jindiskd.jindisk.slots import Slots
+from jindiskd.jindisk.superblock import HOLE, SLOT_START, Superblock, root_after_superblock
+from jindiskd.jindisk.tree import PageWriter, Tree, TreeUpdate
+
+PIECE_BLOCKS = 1024
+SMALL_BLOCKS = 8192
+"""Below this, processes cost more than they bring."""
+_SCAN = struct.Struct("<BQI")
+_SEAL = struct.Struct("<BQ32s")
+_RUN = struct.Struct("<QI")
+_ZERO = bytes(BLOCK)
+_F_LEAF, _F_ENTRY, _R_LEAF = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F], PER_LEAF[Kind.R]
+Run = tuple[int, int]
+"""First block and count."""
+
+
+def bulk_load(
+    source_fd: int,
+    target_fd: int,
+    *,
+    size_bytes: int,
+    key: Secret,
+    uuid: UUID,
+    session_id: bytes,
+    timestamp: int,
+    source_offset_bytes: int = 0,
+    target_offset_bytes: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    entropy: Callable[[int], bytes] = os.urandom,
+    workers: int | None = None,
+    label: str = "",
+    geometry: Geometry | None = None,
+    ordered_placement: bool = False,
+) -> Anchor:
+    """Write a new, closed volume with the content of a source into a window of a file or device.
+
+    Args:
+        source_fd: the clear image; read with `pread`, its end counts as zeros. Blocks of zeros are not stored.
+        target_fd: read and written at `target_offset_bytes` and after it, for `required_bytes(size_bytes)` bytes. A
+            file that ends before is made longer. Whatever the window holds is lost.
+        size_bytes: logical size, a multiple of 4096, 16 MiB to 256 TiB.
+        key: the volume key, 32 bytes; stays the caller's.
+        uuid: the volume's identity.
+        session_id: 32 bytes, of the builder's session.
+        timestamp: Unix seconds.
+        source_offset_bytes: where the image begins in the source.
+        target_offset_bytes: where the volume begins in the target.
+        progress: called with bytes of the source done, and in all.
+        entropy: the source of random bytes; asked once, for 64 bytes.
+        workers: processes; None for one on each processor.
+        label: for people; public.
+        geometry: None for the default one of this size.
+        ordered_placement: fill segments in order of position; otherwise their places are drawn.
+
+    Returns:
+        The first anchor: to be kept with the key.
+
+    Raises:
+        InvalidArgument: size, key or label.
+        NoSpace: the target's file system is full.
+        VolumeDeviceFailed: reading or writing failed.
+        VolumeMalformed: the target is a device, and too small.
+        WorkerFailed: a process was killed.
+    """
+    blocks = blocks_of(size_bytes)
+    shape = geometry or default_geometry(blocks)
+    if workers is None:
+        workers = default_workers() if blocks > SMALL_BLOCKS else 1
+    _lengthen(target_fd, target_offset_bytes + shape.end * BLOCK)
+    device = FileDevice(target_fd, name="the target", offset_bytes=target_offset_bytes)
+    loader = _Loader(device, shape, Generator(key, session_id, entropy), ordered=ordered_placement)
+    worker = _Worker(source_fd, source_offset_bytes, device)
+    try:
+        wipe(device, shape)
+        with Pool(worker.work, workers) as pool:
+            loader.run(pool, _data_pieces(source_fd, source_offset_bytes, blocks), progress or (lambda _d, _t: None))
+        return loader.finish(key=key, uuid=uuid, session_id=session_id, timestamp=timestamp, label=label)
+    except OSError as exc:
+        if exc.errno == errno.ENOSPC:
+            raise NoSpace("the encrypted volume", shape.end * BLOCK) from exc
+        raise VolumeDeviceFailed("loading the volume", exc) from exc
+
+
+def _lengthen(fd: int, size: int) -> None:
+    status = os.fstat(fd)
+    if status.st_mode & 0o170000 == 0o100000 and status.st_size < size:  # a regular file
+        os.ftruncate(fd, size)
+
+
+def _data_pieces(fd: int, offset: int, blocks: int) -> Iterator[Run]:
+    """The pieces of the source that may hold data, in order: runs of at most 1024 blocks."""
+    at, end = 0, blocks * BLOCK
+    while at < end:
+        try:
+            start = os.lseek(fd, offset + at, os.SEEK_DATA) - offset
+            stop = os.lseek(fd, offset + start, os.SEEK_HOLE) - offset
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return  # only a hole follows, or the end
+            if exc.errno != errno.EINVAL:
+                raise
+            start, stop = at, end  # a device that knows no holes
+        first, last = max(at, start) // BLOCK, -(-min(stop, end) // BLOCK)
+        for block in range(first, last, PIECE_BLOCKS):
+            yield block, min(PIECE_BLOCKS, last - block)
+        at = last * BLOCK
+
+
+class _Worker:
+    """The tasks, as they run in the worker processes."""
+
+    def __init__(self, source_fd: int, source_offset: int, target: FileDevice) -> None:
+        self._source, self._offset, self._target = source_fd, source_offset, target
+
+    def _read(self, lba: int, count: int) -> bytes:
+        """Blocks of the source; zeros behind its end."""
+        data, length = b"", count * BLOCK
+        while len(data) < length:
+            more = os.pread(self._source, length - len(data), self._offset + lba * BLOCK + len(data))
+            if not more:
+                return data.ljust(length, b"\0")
+            data += more
+        return data
+
+    def work(self, task: bytes) -> bytes:
+        """Do one task."""
+        return self._scan(task) if task[0] == 0 else self._seal(task)
+
+    def _scan(self, task: bytes) -> bytes:
+        """Which blocks are not zero, as runs."""
+        _, lba, count = _SCAN.unpack(task)
+        data = self._read(lba, count)
+        runs, start = [], -1
+        for number in range(count):
+            if data[number * BLOCK : (number + 1) * BLOCK] != _ZERO:
+                if start < 0:
+                    start = number
+            elif start >= 0:
+                runs.append(_RUN.pack(lba + start, number - start))
+                start = -1
+        if start >= 0:
+            runs.append(_RUN.pack(lba + start, count - start))
+        return b"".join(runs)
+
+    def _seal(self, task: bytes) -> bytes:
+        """Seal blocks into a segment with one write; their tags."""
+        _, raw, material = _SEAL.unpack_from(task)
+        key, place = SealingKey.take_over(material), raw
+        sealed, tags = [], []
+        for lba, count in _RUN.iter_unpack(task[_SEAL.size :]):
+            data = self._read(lba, count)
+            for number in range(count):
+                block = key.seal(
+                    block_nonce(place), data[number * BLOCK : (number + 1) * BLOCK], data_aad(lba + number)
+                )
+                sealed.append(block[:BLOCK])
+                tags.append(block[BLOCK:])
+                place += 1
+        self._target.pwrite(raw * BLOCK, b"".join(sealed))
+        return b"".join(tags)
+
+
+class _Loader:
+    """What the parent does: keys, placement, pages, superblock."""
+
+    def __init__(self, device: FileDevice, geometry: Geometry, generator: Generator, *, ordered: bool) -> None:
+        self._device, self._geometry, self._generator = device, geometry, generator
+        # Segments and pages draw from branches: how far scanning runs ahead of sealing must not show in the keys.
+        self._segment_keys = generator.branch("segments")
+        self._slots = Slots(geometry)
+        self._writer = PageWriter(device, self._slots, generator.branch("pages"))
+        self._trees = {kind: Tree(device, geometry, kind, HOLE, cache_pages=16) for kind in Kind}
+        self._updates = {kind: TreeUpdate(tree, self._writer, self._slots) for kind, tree in self._trees.items()}
+        choose = None if ordered else random.Random(generator.placement_seed()).randrange  # noqa: S311 - hides only order
+        self._free = FreeList(range(geometry.segments), choose)
+        self._segments = SegmentTable(geometry, self._trees[Kind.S], sequence=1, mapped=0)
+        self._live: Counter[int] = Counter()
+        self._runs: deque[Run] = deque()
+        self._collected = 0
+        self._sealing: deque[tuple[int, tuple[Run, ...]]] = deque()
+        self._leaf, self._leaf_page = -1, bytearray()
+        self._reverse: dict[int, bytearray] = {}
+
+    def run(self, pool: Pool, pieces: Iterator[Run], progress: Callable[[int, int], None]) -> None:
+        """Scan and seal everything."""
+        size, total = self._geometry.segment_blocks, self._geometry.size_bytes
+        kinds: deque[bool] = deque()  # whether the task was a seal
+        scanning, more = 0, True
+        while more or kinds or self._runs:
+            while not pool.full:
+                if self._collected >= size or (self._runs and not more and not scanning):
+                    pool.give(self._next_segment())
+                    kinds.append(True)
+                elif more and (piece := next(pieces, None)) is not None:
+                    pool.give(_SCAN.pack(0, *piece))
+                    kinds.append(False)
+                    scanning += 1
+                else:
+                    more = False
+                    if not self._runs or scanning:
+                        break
+            if not kinds:
+                continue
+            result = pool.next()
+            if kinds.popleft():
+                raw, runs = self._sealing.popleft()
+                self._place(raw, runs, result)
+                progress((runs[-1][0] + runs[-1][1]) * BLOCK, total)
+            else:
+                scanning -= 1
+                for run in _RUN.iter_unpack(result):
+                    self._runs.append(run)
+                    self._collected += run[1]
+        progress(total, total)
+
+    def _next_segment(self) -> bytes:
+        """The task of sealing what was collected, at most a segment full."""
+        room, runs = self._geometry.segment_blocks, []
+        while room and self._runs:
+            lba, count = self._runs.popleft()
+            if count > room:
+                self._runs.appendleft((lba + room, count - room))
+                count = room
+            runs.append((lba, count))
+            room -= count
+            self._collected -= count
+        segment, key = self._free.take(), self._segment_keys.sealing_key()
+        self._segments.taken[segment] = Taken(key.material)
+        self._live[segment] = self._geometry.segment_blocks - room
+        raw = self._geometry.segment_start(segment)
+        self._sealing.append((raw, tuple(runs)))
+        return _SEAL.pack(1, raw, key.hand_over()) + b"".join(_RUN.pack(*run) for run in runs)
+
+    def _place(self, raw: int, runs: tuple[Run, ...], tags: bytes) -> None:
+        """Enter sealed blocks into F and R; leaves of F are complete as the input passes."""
+        at = 0
+        for lba, count in runs:
+            self._reverse_run(raw, lba, count)
+            while count:
+                leaf, entry = divmod(lba, _F_LEAF)
+                if leaf != self._leaf:
+                    self._end_leaf()
+                    self._leaf, self._leaf_page = leaf, bytearray(BLOCK)
+                part = min(count, _F_LEAF - entry)
+                entries = b"".join(
+                    (raw + n).to_bytes(8, "little") + tags[(at + n) * TAG_BYTES : (at + n + 1) * TAG_BYTES]
+                    for n in range(part)
+                )
+                self._leaf_page[entry * _F_ENTRY : (entry + part) * _F_ENTRY] = entries
+                lba, raw, at, count = lba + part, raw + part, at + part, count - part
+
+    def _end_leaf(self) -> None:
+        if self._leaf >= 0:
+            self._updates[Kind.F].replace(self._leaf, bytes(self._leaf_page))
+
+    def _reverse_run(self, raw: int, lba: int, count: int) -> None:
+        """Enter a run into R. Leaves wait for the end where several segments share one."""
+        base = raw - self._geometry.data_start
+        while count:
+            leaf, at = divmod(base, _R_LEAF)
+            part = min(count, _R_LEAF - at)
+            page = self._reverse.setdefault(leaf, bytearray(BLOCK))
+            page[at * 8 : (at + part) * 8] = struct.pack(f"<{part}Q", *range(lba + 1, lba + 1 + part))
+            base, lba, count = base + part, lba + part, count - part
+        if self._geometry.segment_blocks >= _R_LEAF:
+            for leaf in [known for known in self._reverse if known != base // _R_LEAF]:
+                self._updates[Kind.R].replace(leaf, bytes(self._reverse.pop(leaf)))
+
+    def finish(self, *, key: Secret, uuid: UUID, session_id: bytes, timestamp: int, label: str) -> Anchor:
+        """Write what is left of the trees, then superblock and identification block."""
+        self._end_leaf()
+        for leaf in sorted(self._reverse):
+            self._updates[Kind.R].replace(leaf, bytes(self._reverse[leaf]))
+        self._segments.checkpoint(self._updates[Kind.S], dict(self._live), set(), 1)
+        for update in self._updates.values():
+            update.finish()
+        self._writer.finish()
+        self._device.flush()
+        superblock = Superblock(
+            uuid=uuid,
+            geometry=self._geometry,
+            epoch=1,
+            sequence=1,
+            closed=True,
+            mapped=self._segments.mapped,
+            oldest_stamp=self._segments.oldest_stamp(),
+            formatted_at=timestamp,
+            committed_at=timestamp,
+            session=session_id,
+            previous_root=bytes(32),
+            journal_key=self._generator.draw(),
+            tops={kind: tree.top for kind, tree in self._trees.items()},
+        )
+        sealed = superblock.seal(key, self._generator)
+        self._device.pwrite((SLOT_START + superblock.slot) * BLOCK, sealed)
+        self._device.pwrite(0, identification_of(superblock, label).encode())
+        self._device.flush()
+        return Anchor(open=False, session=session_id, sequence=1, root=root_after_superblock(sealed))

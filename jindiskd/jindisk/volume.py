@@ -1,0 +1,219 @@
+"""An open volume: reading it. Writing is `session.Session`, which begins with one of these.
+
+Any thread may call `read`; the lock covers looking things up, not reading and opening the data.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from uuid import UUID
+
+from jindiskd.base.secret import Secret
+from jindiskd.errors import InvalidArgument
+from jindiskd.jindisk.anchor import Anchor, State, Unanchored
+from jindiskd.jindisk.crypto import OpeningKey, block_nonce
+from jindiskd.jindisk.device import Device
+from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeInconsistent, VolumeUnauthentic
+from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind
+from jindiskd.jindisk.journal import Map, Unmap
+from jindiskd.jindisk.memtable import UNMAPPED, Memtable
+from jindiskd.jindisk.recovery import Recovered, recover
+from jindiskd.jindisk.segments import SegmentTable, data_aad, data_name
+from jindiskd.jindisk.tree import Tree
+
+CACHE_PAGES = 4096
+ZERO_BLOCK = bytes(BLOCK)
+_LEAF = PER_LEAF[Kind.F]
+_ENTRY = ENTRY_BYTES[Kind.F]
+Wanted = tuple[int, int, bytes, OpeningKey]
+"""A data block to be read: LBA, raw block, tag, key."""
+
+
+class Volume:
+    """A volume in the state that recovery chose, for reading."""
+
+    def __init__(self, device: Device, found: Recovered, *, key: Secret, cache_pages: int = CACHE_PAGES) -> None:
+        """Take what `recover` found; `cache_pages` of each tree are held in memory. `key` stays the caller's."""
+        self.device, self.superblock, self.state = device, found.superblock, found.state
+        self.identification, self.slot_words = found.identification, found.slots
+        self.key = key
+        self.geometry: Geometry = found.superblock.geometry
+        self.segments: SegmentTable = found.segments
+        self.trees = {
+            kind: Tree(device, self.geometry, kind, found.superblock.tops[kind], cache_pages=cache_pages)
+            for kind in Kind
+        }
+        self.memtable = Memtable()
+        self.pending: dict[int, bytes] = {}
+        """Blocks written but not sealed yet, by LBA."""
+        self.lock = threading.RLock()
+        self.reuse = 0
+        """Counts up whenever freed segments may be taken again: a block looked up before may be gone."""
+        self.named: set[int] = set()
+        """Segments that the journal's commits name."""
+        self._replay(found)
+
+    def _replay(self, found: Recovered) -> None:
+        """Step R5: the memtable is the journal's commits up to the state."""
+        for commit in found.commits:
+            for block in commit.blocks:
+                for entry in block.entries:
+                    if isinstance(entry, Map):
+                        self.memtable.put(entry.lba, entry.raw.to_bytes(8, "little") + entry.tag)
+                        self.named.add(self.geometry.segment_of(entry.raw))
+                    elif isinstance(entry, Unmap):
+                        self.memtable.clear(entry.lba, entry.count, self.trees[Kind.F].present)
+                    else:
+                        self.named.add(entry.segment)
+
+    @property
+    def size_bytes(self) -> int:
+        """Logical size."""
+        return self.geometry.size_bytes
+
+    @property
+    def uuid(self) -> UUID:
+        """The volume's identity."""
+        return self.superblock.uuid
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise `InvalidArgument` unless the bytes lie within the volume."""
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise InvalidArgument("the range", (offset, length), f"the volume has {self.size_bytes} bytes")
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes there; what was never written or was trimmed is zero.
+
+        Raises:
+            InvalidArgument: the range reaches beyond the end.
+            VolumeUnauthentic, VolumeInconsistent, VolumeDeviceFailed: some block cannot be read; no bytes are returned.
+        """
+        self.check_range(offset, length)
+        if not length:
+            return b""
+        first, end = offset // BLOCK, -(-(offset + length) // BLOCK)
+        data = self.read_blocks(first, end - first)
+        skip = offset - first * BLOCK
+        return data if not skip and len(data) == length else data[skip : skip + length]
+
+    def read_blocks(self, lba: int, count: int) -> bytes:
+        """Whole blocks; errors as `read`."""
+        while True:
+            with self.lock:
+                reuse = self.reuse
+                parts, wanted = self._look_up(lba, count)
+            try:
+                found = self.fetch(wanted)
+            except VolumeUnauthentic:
+                # The block may have been moved, and its place taken again, since it was looked up.
+                if reuse == self.reuse:
+                    raise
+                continue
+            if len(found) == count:
+                parts = found
+            else:
+                for (block, *_), plain in zip(wanted, found, strict=True):
+                    parts[block - lba] = plain
+            return parts[0] if count == 1 else b"".join(parts)
+
+    def _look_up(self, lba: int, count: int) -> tuple[list[bytes], list[Wanted]]:
+        """What is known at once, and what to fetch; with keys, for a segment's key goes when it is freed."""
+        parts, wanted = [ZERO_BLOCK] * count, []
+        pending, memtable = self.pending, self.memtable
+        for number in range(count):
+            block = pending.get(lba + number) if pending else None
+            if block is not None:
+                parts[number] = block
+                continue
+            entry = memtable.get(lba + number) or self.mapped_in_tree(lba + number)
+            if entry != UNMAPPED:
+                wanted.append(self.wanted(lba + number, entry))
+        return parts, wanted
+
+    def entry(self, lba: int) -> bytes:
+        """Where a block is now, pending writes aside: an entry of F. Call with the lock held."""
+        return self.memtable.get(lba) or self.mapped_in_tree(lba)
+
+    def mapped_in_tree(self, lba: int) -> bytes:
+        """The entry of tree F, 24 bytes."""
+        page = self.trees[Kind.F].page(0, lba // _LEAF)
+        if page is None:
+            return UNMAPPED
+        at = lba % _LEAF * _ENTRY
+        return page[at : at + _ENTRY]
+
+    def wanted(self, lba: int, entry: bytes) -> Wanted:
+        """What `fetch` needs to read the block of an entry of F. Call with the lock held."""
+        raw = int.from_bytes(entry[:8], "little")
+        if not self.geometry.data_start <= raw < self.geometry.end:
+            raise VolumeInconsistent(data_name(lba, raw), "it lies outside the data region")
+        return lba, raw, entry[8:], self.segments.opening_key(self.geometry.segment_of(raw))
+
+    def fetch(self, wanted: list[Wanted]) -> list[bytes]:
+        """Read and open data blocks, neighbours on the disk in one read.
+
+        Raises:
+            VolumeUnauthentic, VolumeDeviceFailed: one of them cannot be read.
+        """
+        at, found = 0, []
+        while at < len(wanted):
+            lba, raw, _, _ = wanted[at]
+            run = 1
+            while at + run < len(wanted) and wanted[at + run][1] == raw + run:
+                run += 1
+            try:
+                data = self.device.pread(raw * BLOCK, run * BLOCK)
+            except OSError as exc:
+                raise VolumeDeviceFailed(f"reading {data_name(lba, raw)}", exc) from exc
+            for offset, (block, here, tag, key) in enumerate(wanted[at : at + run]):
+                sealed = data[offset * BLOCK : (offset + 1) * BLOCK] + tag
+                plain = key.opens(block_nonce(here), sealed, data_aad(block))
+                if plain is None:
+                    raise VolumeUnauthentic(data_name(block, here))
+                found.append(plain)
+            at += run
+        return found
+
+    def leaves(self) -> Iterator[tuple[int, bytes]]:
+        """Index and current page of every leaf of the map that is not empty, in order, journal included."""
+        tree, changed = self.trees[Kind.F], dict(self.memtable.by_leaf())
+        indexes = sorted({*changed, *tree.present(0, tree.levels[0])})
+        for index in indexes:
+            page = None if index in self.memtable.cleared else tree.page(0, index)
+            merged = bytearray(page or ZERO_BLOCK)
+            for at, entry in changed.get(index, ()):
+                merged[at * _ENTRY : (at + 1) * _ENTRY] = entry
+            if merged != ZERO_BLOCK:
+                yield index, bytes(merged)
+
+
+def open_volume(
+    device: Device,
+    *,
+    key: Secret,
+    uuid: UUID | None,
+    anchor: Anchor | Unanchored,
+    name: str = "the device",
+    cache_pages: int = CACHE_PAGES,
+) -> Volume:
+    """Open a volume for reading; nothing is written. `Session.begin` goes on from it.
+
+    Args:
+        device: the device that holds it from its first byte on.
+        key: the volume key, 32 bytes; stays the caller's, and must live as long as a session.
+        uuid: the volume expected; None accepts any.
+        anchor: what the owner remembers; `UNANCHORED` is the explicit decision to do without.
+        name: of the device, for messages.
+        cache_pages: map pages held in memory for each tree, 4 KiB each.
+
+    Raises:
+        VolumeError: one of the classes of the format document, section 16.
+    """
+    found = recover(device, key=key, uuid=uuid, anchor=anchor, where=name)
+    return Volume(device, found, key=key, cache_pages=cache_pages)
+
+
+def anchor_of(state: State, *, still_open: bool) -> Anchor:
+    """The anchor that remembers a state."""
+    return Anchor(open=still_open, session=state.session, sequence=state.sequence, root=state.root)

@@ -1,0 +1,29 @@
+"""What the tests of JinDisk share."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers, `jd`
+
+from jd import Audit
+
+LONG = os.environ.get("JINDISK_LONG") == "1"
+
+
+@pytest.fixture
+def long_run() -> bool:
+    """Whether the full sizes of the test plan are asked for."""
+    return LONG
+
+
+@pytest.fixture
+def audit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Audit]:
+    """Watch every sealing of the test: a repeated nonce or a key that was not drawn here fails it."""
+    found = Audit()
+    found.install(monkeypatch)
+    yield found
+    found.verify()

@@ -1,0 +1,205 @@
+"""Helpers of the JinDisk tests: a device in memory, an auditor of nonces, a keeper of anchors."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from uuid import UUID
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from jindiskd.base.secret import Secret
+from jindiskd.jindisk import crypto
+from jindiskd.jindisk.anchor import Anchor, State
+from jindiskd.jindisk.create import create_volume
+from jindiskd.jindisk.errors import VolumeFenced
+from jindiskd.jindisk.geometry import BLOCK, Geometry, default_geometry
+from jindiskd.jindisk.session import Session
+from jindiskd.jindisk.volume import Volume, open_volume
+
+KEY = bytes(range(32))
+UUID1 = UUID(bytes=bytes(range(0x40, 0x50)))
+
+
+def small_geometry() -> Geometry:
+    """4096 blocks, segments of 64, the smallest journal: every mechanism runs within seconds."""
+    base = default_geometry(4096)
+    return Geometry(
+        blocks=4096, segment_bits=6, segments=base.segments, journal_blocks=16, meta_slots=base.meta_slots
+    )
+
+
+class MemoryDevice:
+    """A device in memory."""
+
+    name = "memory"
+
+    def __init__(self, size_bytes: int, data: bytes | None = None) -> None:
+        self.data = bytearray(data or bytes(size_bytes))
+        self.size_bytes = size_bytes
+        self.writes = 0
+
+    def pread(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length])
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self.writes += len(data)
+        self.data[offset : offset + len(data)] = data
+
+    def flush(self) -> None:
+        """Nothing is lost here."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Nothing to do."""
+
+    def copy(self) -> "MemoryDevice":
+        return MemoryDevice(self.size_bytes, bytes(self.data))
+
+
+class Broker:
+    """The broker's side of section 13.2 for one volume, written from the document."""
+
+    def __init__(self) -> None:
+        self.anchor: Anchor | None = None
+        self.pending: bytes | None = None
+        self._sessions = 0
+
+    def release(self) -> tuple[Anchor | None, bytes]:
+        self._sessions += 1
+        self.pending = hashlib.sha256(b"session %d" % self._sessions).digest()
+        return self.anchor, self.pending
+
+    def first(self, state: State) -> None:
+        self.anchor = Anchor(open=True, session=state.session, sequence=state.sequence, root=state.root)
+
+    def adopt(self, state: State, session: bytes) -> None:
+        a = self.anchor
+        if a and (a.open, a.session, a.sequence, a.root) == (True, session, state.sequence, state.root):
+            return
+        same = a is not None and (a.sequence, a.root) == (state.sequence, state.root)
+        fits = a is None or same or (a.open and state.sequence > a.sequence)
+        if session != self.pending or not fits:
+            raise VolumeFenced("adopt refused")
+        self.anchor = Anchor(open=True, session=session, sequence=state.sequence, root=state.root)
+        self.pending = None
+
+    def _follow(self, state: State, still_open: bool) -> None:
+        a = self.anchor
+        assert a is not None
+        same = (state.sequence, state.root) == (a.sequence, a.root)
+        if not still_open and not a.open and same and state.session == a.session:
+            return
+        if state.session != a.session or not a.open or state.sequence < a.sequence:
+            raise VolumeFenced("report refused")
+        if state.sequence == a.sequence and not same:
+            raise VolumeFenced("report refused")
+        self.anchor = Anchor(open=still_open, session=state.session, sequence=state.sequence, root=state.root)
+
+    def report(self, state: State) -> None:
+        self._follow(state, still_open=True)
+
+    def close(self, state: State) -> None:
+        self._follow(state, still_open=False)
+
+
+class Audit:
+    """Section 22, nonce audit and K1, for all sealings while it is installed."""
+
+    def __init__(self) -> None:
+        self.sealed: set[tuple[bytes, bytes]] = set()
+        self.repeated: list[bytes] = []
+        self.drawn: set[bytes] = set()
+        self.foreign = 0
+        self.count = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        audit = self
+
+        class Watched:
+            def __init__(self, key: bytes) -> None:
+                self._aead, self._key = AESGCM(key), bytes(key)
+
+            def encrypt(self, nonce: bytes, data: bytes, aad: bytes) -> bytes:
+                name = (hashlib.sha256(self._key).digest()[:16], nonce)
+                if name in audit.sealed:
+                    audit.repeated.append(nonce)
+                audit.sealed.add(name)
+                audit.count += 1
+                if self._key not in audit.drawn:
+                    audit.foreign += 1
+                return self._aead.encrypt(nonce, data, aad)
+
+            def decrypt(self, nonce: bytes, data: bytes, aad: bytes) -> bytes:
+                return self._aead.decrypt(nonce, data, aad)
+
+        draw, derive = crypto.Generator.draw, crypto.hkdf
+
+        def drawing(generator: crypto.Generator) -> bytes:
+            found = draw(generator)
+            audit.drawn.add(found)
+            return found
+
+        def deriving(*, ikm: bytes | bytearray, salt: bytes, info: bytes) -> bytes:
+            found = derive(ikm=ikm, salt=salt, info=info)
+            if info == crypto.LABEL_SUPERBLOCK and salt[16:] in audit.drawn:
+                audit.drawn.add(found)
+            return found
+
+        monkeypatch.setattr(crypto, "AESGCM", Watched)
+        monkeypatch.setattr(crypto.Generator, "draw", drawing)
+        monkeypatch.setattr(crypto, "hkdf", deriving)
+
+    def new_process(self) -> None:
+        """Another process begins: keys drawn before may not seal any more."""
+        self.drawn = set()
+
+    def verify(self) -> None:
+        assert self.count
+        assert not self.repeated, "a nonce came twice under one key"
+        assert not self.foreign, "a key that this process had not drawn sealed"
+
+
+@dataclass(slots=True, kw_only=True)
+class World:
+    """A volume, its broker, and what it should hold."""
+
+    device: MemoryDevice
+    broker: Broker
+    key: Secret
+    seed: int = 0
+    count: int = 0
+
+    def entropy(self, length: int) -> bytes:
+        self.count += 1
+        return random.Random(f"{self.seed} {self.count}").randbytes(length)
+
+    def create(self, geometry: Geometry | None = None) -> Session:
+        _, session_id = self.broker.release()
+        session = create_volume(
+            self.device, geometry=geometry or small_geometry(), key=self.key, uuid=UUID1, session_id=session_id,
+            entropy=self.entropy, keeper=self.broker, clock=lambda: 0,
+        )  # fmt: skip
+        self.broker.first(session.durable)
+        return session
+
+    def open(self, anchor: Anchor | None = None) -> Volume:
+        return open_volume(self.device, key=self.key, uuid=UUID1, anchor=anchor or self.broker.anchor)
+
+    def begin(self, **options: object) -> Session:
+        anchor, session_id = self.broker.release()
+        volume = open_volume(self.device, key=self.key, uuid=UUID1, anchor=anchor)
+        session = Session(
+            volume, session_id=session_id, keeper=self.broker, entropy=self.entropy, clock=lambda: 0, **options
+        )
+        session.begin()
+        return session
+
+
+def world(geometry: Geometry | None = None, seed: int = 0) -> World:
+    geometry = geometry or small_geometry()
+    return World(device=MemoryDevice(geometry.end * BLOCK), broker=Broker(), key=Secret(KEY), seed=seed)
+
+
+def content(number: int) -> bytes:
+    """A block's content that tells which it is."""
+    return hashlib.sha256(b"%d" % number).digest() * 128

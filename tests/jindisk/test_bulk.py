@@ -1,0 +1,116 @@
+"""Loading and exporting whole images."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jd import KEY, UUID1
+
+from jindiskd.base.secret import Secret
+from jindiskd.errors import InvalidArgument
+from jindiskd.jindisk.anchor import Anchor
+from jindiskd.jindisk.bulk import bulk_load
+from jindiskd.jindisk.check import check_volume
+from jindiskd.jindisk.device import FileDevice
+from jindiskd.jindisk.errors import VolumeUnauthentic
+from jindiskd.jindisk.export import bulk_export
+from jindiskd.jindisk.geometry import BLOCK, largest_logical, required_bytes
+from jindiskd.jindisk.volume import Volume, open_volume
+
+SIZE = 72 << 20
+OFFSET = 3 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A raw image with holes, written zeros, single blocks and long runs."""
+    path, rng = tmp_path / "image", random.Random(7)
+    with path.open("wb") as file:
+        file.truncate(SIZE - 5 * BLOCK - 100)  # it ends before the volume does, within a block
+        runs = ((0, 3 * BLOCK), (1 << 20, 9 << 20), (40 << 20, 12 << 20), (SIZE - 6 * BLOCK, BLOCK - 100))
+        for start, length in runs:
+            file.seek(start)
+            file.write(rng.randbytes(length))
+        for _ in range(500):
+            file.seek((20 << 20) + rng.randrange(4000) * BLOCK)
+            file.write(rng.randbytes(BLOCK))
+        file.seek(42 << 20)
+        file.write(bytes(2 << 20))
+    return path
+
+
+def load(source: Path, target: Path, workers: int, **options: object) -> Anchor:
+    fd, out = os.open(source, os.O_RDONLY), os.open(target, os.O_RDWR | os.O_CREAT)
+    try:
+        return bulk_load(
+            fd, out, size_bytes=SIZE, key=Secret(KEY), uuid=UUID1, session_id=b"s" * 32, timestamp=5,
+            target_offset_bytes=OFFSET, workers=workers, entropy=lambda n: b"e" * n, **options,
+        )  # fmt: skip
+    finally:
+        os.close(fd)
+        os.close(out)
+
+
+def opened(target: Path, anchor: Anchor) -> Iterator[Volume]:
+    fd = os.open(target, os.O_RDWR)
+    try:
+        device = FileDevice(fd, name="target", offset_bytes=OFFSET)
+        yield open_volume(device, key=Secret(KEY), uuid=UUID1, anchor=anchor)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_loaded_is_what_is_read_and_exported(image: Path, tmp_path: Path, workers: int) -> None:
+    """The volume opens with the returned anchor, checks clean, and gives the image back by reading and by export."""
+    told: list[int] = []
+    anchor = load(image, tmp_path / "volume", workers, progress=lambda done, _total: told.append(done))
+    assert told == sorted(told)
+    assert told[-1] == SIZE
+    data = image.read_bytes().ljust(SIZE, b"\0")
+    for volume in opened(tmp_path / "volume", anchor):
+        report = check_volume(volume, data=True)
+        assert not report.faults
+        assert report.data_blocks == sum(data[i : i + BLOCK] != bytes(BLOCK) for i in range(0, SIZE, BLOCK))
+        assert volume.read(0, SIZE) == data
+        out = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+        bulk_export(volume, out, workers=workers)
+        os.close(out)
+    assert (tmp_path / "out").read_bytes() == data
+    assert (tmp_path / "out").stat().st_blocks * 512 < 32 << 20
+
+
+def test_loading_depends_on_content_and_entropy_alone(image: Path, tmp_path: Path) -> None:
+    """Holes, workers and order of work do not change a byte; another entropy changes the keys."""
+    dense = tmp_path / "dense"
+    dense.write_bytes(image.read_bytes().ljust(SIZE, b"\0"))
+    first = load(image, tmp_path / "a", 1)
+    second = load(dense, tmp_path / "b", 2)
+    assert first == second
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_an_altered_block_stops_the_export(image: Path, tmp_path: Path) -> None:
+    """No image is exported past a block that does not open."""
+    anchor = load(image, tmp_path / "volume", 1)
+    for volume in opened(tmp_path / "volume", anchor):
+        raw = int.from_bytes(volume.entry(0)[:8], "little")
+        old = volume.device.pread(raw * BLOCK, 1)
+        volume.device.pwrite(raw * BLOCK, bytes([old[0] ^ 1]))
+        out = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+        with pytest.raises(VolumeUnauthentic, match="logical block 0"):
+            bulk_export(volume, out, workers=2)
+        os.close(out)
+
+
+def test_room_and_size_are_each_others_inverse() -> None:
+    """`largest_logical` fits, and one block more does not; what is too small is refused."""
+    for window in (20 << 20, 100 << 20, 1 << 30, 5 << 30, 40 << 30):
+        size = largest_logical(window)
+        assert required_bytes(size) <= window < required_bytes(size + BLOCK)
+    with pytest.raises(InvalidArgument):
+        largest_logical(16 << 20)
+    with pytest.raises(InvalidArgument):
+        required_bytes((16 << 20) + 1)

@@ -1,0 +1,103 @@
+"""A volume against a dict: every mechanism, with cleaning, crashes of the process, and reopening."""
+
+import random
+
+import pytest
+from jd import Audit, World, content, world
+
+from jindiskd.jindisk.check import check_volume
+from jindiskd.jindisk.geometry import BLOCK
+from jindiskd.jindisk.session import Session
+
+BLOCKS = 4096
+
+
+class Model:
+    """The volume under test, and what it should hold at each state."""
+
+    def __init__(self, seed: int, audit: Audit) -> None:
+        self.world: World = world(seed=seed)
+        self.random = random.Random(seed)
+        self.audit = audit
+        self.blocks: dict[int, bytes] = {}
+        self.flushed: dict[int, bytes] = {}
+        self.number = 0
+        self.session: Session = self.world.create()
+
+    def write(self) -> None:
+        count = self.random.choice((1, 1, 1, 2, 8, 40))
+        lba = self.random.randrange(BLOCKS - count) if self.random.random() < 0.5 else self.random.randrange(600)
+        data = b""
+        for at in range(count):
+            self.number += 1
+            block = content(self.number) if self.random.random() < 0.95 else bytes(BLOCK)
+            data += block
+            self.blocks[lba + at] = block
+        self.session.write(lba * BLOCK, data)
+
+    def write_part(self) -> None:
+        offset, length = self.random.randrange((BLOCKS - 4) * BLOCK), self.random.randrange(1, 3 * BLOCK)
+        data = self.random.randbytes(length)
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        old = b"".join(self.blocks.get(b, bytes(BLOCK)) for b in range(first, last + 1))
+        at = offset - first * BLOCK
+        new = old[:at] + data + old[at + length :]
+        for number, block in enumerate(range(first, last + 1)):
+            self.blocks[block] = new[number * BLOCK : (number + 1) * BLOCK]
+        self.session.write(offset, data)
+
+    def trim(self) -> None:
+        count = self.random.choice((1, 3, 100, 400, 1500))
+        lba = self.random.randrange(BLOCKS - count)
+        self.session.discard(lba * BLOCK, count * BLOCK)
+        for block in range(lba, lba + count):
+            self.blocks.pop(block, None)
+
+    def flush(self) -> None:
+        self.session.flush()
+        self.flushed = dict(self.blocks)
+
+    def read(self) -> None:
+        count = self.random.choice((1, 1, 5, 200))
+        lba = self.random.randrange(BLOCKS - count)
+        expected = b"".join(self.blocks.get(b, bytes(BLOCK)) for b in range(lba, lba + count))
+        assert self.session.read(lba * BLOCK, count * BLOCK) == expected
+
+    def checkpoint(self) -> None:
+        self.session.checkpoint()
+        self.flushed = dict(self.blocks)
+
+    def clean(self) -> None:
+        self.checkpoint()
+        self.session.cleaner.clean(len(self.session.free) + 1)
+
+    def reopen(self) -> None:
+        crash = self.random.random() < 0.5
+        if crash:
+            self.flush()
+        else:
+            self.session.close()
+        self.audit.new_process()
+        self.session = self.world.begin()
+        self.compare()
+
+    def compare(self) -> None:
+        found = self.session.read(0, BLOCKS * BLOCK)
+        expected = b"".join(self.blocks.get(b, bytes(BLOCK)) for b in range(BLOCKS))
+        assert found == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_volume_holds_what_a_dict_holds(seed: int, audit: Audit, long_run: bool) -> None:
+    """Random requests, reopening and crashes; compared after each opening, and checked at the end."""
+    model = Model(seed, audit)
+    steps = [model.write] * 60 + [model.read] * 15 + [model.write_part] * 6 + [model.flush] * 14 + [model.trim] * 4
+    steps += [model.checkpoint]
+    rare = [model.reopen] * 3 + [model.clean]
+    for number in range(40_000 if long_run else 2_500):
+        model.random.choice(rare if number % 50 == 49 else steps)()
+    model.compare()
+    model.session.close()
+    found = check_volume(model.world.open(), data=True)
+    assert not found.faults
+    assert found.mapped == sum(block != bytes(BLOCK) for block in model.blocks.values())
