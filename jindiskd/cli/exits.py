@@ -64,6 +64,12 @@ BY_CODE: Mapping[str, int] = {
     "TooManySessions": EXIT_BUSY,
     "UnknownCpuModel": EXIT_USAGE,
     "UnsafeCommandLine": EXIT_USAGE,
+    "VolumeFenced": EXIT_BUSY,
+    "VolumeInconsistent": EXIT_INTEGRITY,
+    "VolumeMalformed": EXIT_INTEGRITY,
+    "VolumeReadOnly": EXIT_BUSY,
+    "VolumeStale": EXIT_INTEGRITY,
+    "VolumeUnauthentic": EXIT_INTEGRITY,
     "WrongKey": EXIT_REFUSED,
 }
 """Codes of our own errors; what is not here is 1."""

@@ -150,8 +150,11 @@ class ImageService:
             self._keys.add_pending(image_id, request.name, request, key)
             stored.append(image_id)
 
-        staging = await asyncio.to_thread(self._store.stage)
+        stagings: list[Staging] = []
         try:
+            # A cancellation must not lose the directory that a thread is making at that moment.
+            await _finished(lambda: stagings.append(self._store.stage()))
+            staging = stagings[0]
             with Secret(bytearray(request.stream("root key")(KEY_BYTES))) as key:
                 await _finished(store_key)
                 task = BuildTask(
@@ -169,7 +172,8 @@ class ImageService:
                 await _finished(lambda: self._undo(request.name, image_id))
             raise
         finally:
-            await _finished(staging.close)
+            for made in stagings:
+                await _finished(made.close)
         log.info("image built", image=request.name, image_id=image_id, simulated=request.platform.simulated)
         return manifest
 
