@@ -7,7 +7,6 @@ evidence is genuine and fits the policy, not that it is fresh.
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime
@@ -19,12 +18,13 @@ from jindiskd.attest.ccel import check_replay, parse_event_log
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, parse_endorsement, read_files, table_certificates
-from jindiskd.attest.snp_json import evidence_from_json
 from jindiskd.attest.snp_report import REPORT_BYTES, SnpReport, parse_report
 from jindiskd.attest.tdx import TdxExpectations, TdxVerifier, VerifiedTdx, appraise_tdx
 from jindiskd.attest.tdx_quote import TdAttributes, parse_quote
 from jindiskd.base.platform import Tee
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
+from jindiskd.kbs.evidence import snp_from_json
+from jindiskd.kbs.messages import MalformedMessage, read_object
 
 MAX_EVIDENCE_BYTES = 1 << 20
 IOCTL_RESPONSE_BYTES = 4000
@@ -135,10 +135,9 @@ def snp_report_of(blob: bytes) -> tuple[bytes, list[bytes]]:
         return blob[32 : 32 + REPORT_BYTES], []
     if blob.lstrip()[:1] == b"{":
         try:
-            parsed = json.loads(blob)
-        except (ValueError, RecursionError) as exc:
-            raise MalformedEvidence("SEV-SNP evidence", "it is not JSON") from exc
-        return evidence_from_json(parsed)
+            return snp_from_json(read_object(blob, "the SNP evidence"))
+        except MalformedMessage as exc:
+            raise MalformedEvidence("SEV-SNP evidence", exc.problem) from exc
     raise MalformedEvidence("SEV-SNP evidence", f"{len(blob)} bytes are no report, device response or JSON")
 
 

@@ -28,11 +28,12 @@ from jindiskd.attest.snp_certs import (
     table_certificates,
     to_der,
 )
-from jindiskd.attest.snp_json import evidence_from_json, evidence_to_json
 from jindiskd.attest.snp_report import encode_report, parse_report
 from jindiskd.attest.tdx import TdxVerifier, parse_collateral
 from jindiskd.attest.tdx_quote import parse_quote
 from jindiskd.errors import JindiskError
+from jindiskd.kbs.evidence import snp_from_json, snp_to_json
+from jindiskd.kbs.messages import MalformedMessage
 
 NOW = datetime(2026, 7, 15, tzinfo=UTC)
 QUICK = settings(
@@ -226,8 +227,8 @@ JSON = st.recursive(
 @given(value=JSON)
 def test_any_json(value):
     """Any JSON value is refused as evidence."""
-    with pytest.raises(MalformedEvidence):
-        evidence_from_json(value)
+    with pytest.raises(MalformedMessage):
+        snp_from_json(value)
 
 
 @QUICK
@@ -235,14 +236,14 @@ def test_any_json(value):
 def test_damaged_json(attestation, data):
     """Real evidence with one member replaced by anything is refused, or is evidence of the right size."""
     blob = (attestation / "snp/turin-v5-vcek/report.bin").read_bytes()
-    form = json.loads(json.dumps(evidence_to_json(parse_report(blob), None)))
+    form = json.loads(json.dumps(snp_to_json(blob)))
     holder = form["attestation_report"]
     name = data.draw(st.sampled_from(sorted(holder)))
     if isinstance(holder[name], dict) and data.draw(st.booleans()):
         holder, name = holder[name], data.draw(st.sampled_from(sorted(holder[name])))
     holder[name] = data.draw(JSON)
-    with contextlib.suppress(MalformedEvidence):
-        assert len(evidence_from_json(form)[0]) == 1184
+    with contextlib.suppress(MalformedMessage):
+        assert len(snp_from_json(form)[0]) == 1184
 
 
 @QUICK

@@ -11,11 +11,11 @@ from jindiskd.attest.appraise import SnpExpectations
 from jindiskd.attest.model import MalformedEvidence
 from jindiskd.attest.offline import Verdict, snp_report_of, verify_files
 from jindiskd.attest.snp_certs import parse_certificate_table
-from jindiskd.attest.snp_json import evidence_from_json, evidence_to_json
 from jindiskd.attest.snp_report import parse_report
 from jindiskd.attest.tdx import TdxExpectations
 from jindiskd.base.platform import Tee
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
+from jindiskd.kbs.evidence import snp_from_json, snp_to_json
 
 NOW = datetime.fromisoformat("2026-07-15T00:00:00Z")
 
@@ -100,8 +100,9 @@ def test_forms_of_evidence(attestation, tmp_path):
     blob = (folder / "report.bin").read_bytes()
     response = bytes(4) + (1184).to_bytes(4, "little") + bytes(24) + blob
     assert snp_report_of(response.ljust(4000, b"\0")) == (blob, [])
-    table = parse_certificate_table((folder / "auxblob.bin").read_bytes())
-    document = json.dumps(evidence_to_json(parse_report(blob), table)).encode()
+    raw = (folder / "auxblob.bin").read_bytes()
+    table = parse_certificate_table(raw)
+    document = json.dumps(snp_to_json(blob, raw)).encode()
     report, certificates = snp_report_of(document)
     assert report == blob
     assert [entry.data for entry in table] == certificates
@@ -120,8 +121,8 @@ def test_json_of_every_report(attestation):
     seen = 0
     for path in [*attestation.glob("snp/*/report.bin"), *attestation.glob("snp-test-pki/*/*.bin")]:
         blob = path.read_bytes()
-        form = json.loads(json.dumps(evidence_to_json(parse_report(blob), None)))
-        assert (blob, []) == evidence_from_json(form), path
+        form = json.loads(json.dumps(snp_to_json(blob)))
+        assert (blob, []) == snp_from_json(form), path
         seen += 1
     assert seen >= 20
 
