@@ -26,7 +26,9 @@ VSOCK = ROOT / "build/tools/usr/bin/vhost-device-vsock"
 URI = "qemu:///system"
 
 
-def make_manifest(directory: Path, name: str = "demo", platform: Platform = Platform.SIMULATED_SNP) -> Manifest:
+def make_manifest(
+    directory: Path, name: str = "demo", platform: Platform = Platform.SIMULATED_SNP, firmware: Path = FIRMWARE
+) -> Manifest:
     """A manifest for whatever files are in `directory`."""
 
     def entry(file: str) -> BootFile:
@@ -50,8 +52,8 @@ def make_manifest(directory: Path, name: str = "demo", platform: Platform = Plat
         initrd=entry("initrd"),
         cmdline=entry("cmdline"),
         shape=Shape(
-            firmware=str(FIRMWARE),
-            firmware_sha256=hashlib.sha256(FIRMWARE.read_bytes()).digest() if FIRMWARE.exists() else bytes(32),
+            firmware=str(firmware),
+            firmware_sha256=hashlib.sha256(firmware.read_bytes()).digest() if firmware.exists() else bytes(32),
             vcpus=1,
             cpu_model="EPYC-Milan",
         ),
@@ -82,7 +84,11 @@ def add_image(store: ImageStore, name: str) -> Manifest:
     (directory / "vmlinuz").write_bytes(idle_kernel())
     (directory / "initrd").write_bytes(b"no initrd" * 1000)
     (directory / "cmdline").write_text("console=ttyS0 panic=5 <&'\">")
-    manifest = make_manifest(directory, name)
+    # A copy: the user that QEMU runs as cannot read a checkout in somebody's home directory.
+    firmware = store.root.parent / FIRMWARE.name
+    if not firmware.exists():
+        shutil.copy(FIRMWARE, firmware)
+    manifest = make_manifest(directory, name, firmware=firmware)
     (directory / "manifest.json").write_bytes(document.dump(manifest))
     return manifest
 
