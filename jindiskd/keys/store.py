@@ -1,21 +1,15 @@
-"""The key store and the audit log: one SQLite database, one transaction a decision.
+"""The key store: images, their rules, and the one way by which a key leaves.
 
-    images   image_id, name, platform, resource, state, launch digests, wrapped key, created
-    audit    number, time, kind, image_id, peer, simulated, measurement, detail (JSON), previous digest, digest
-
-A key leaves by `release` alone, which writes its audit row in the same transaction before the key leaves. Audit rows
-are chained: a row's digest covers the digest before it, so a row that was changed or taken out shows.
+A key leaves by `release_to` (or `Volumes.release`, which takes the same steps) alone: state, limits and approval are
+looked at and the audit row is written in one transaction, and the key is handed over after that is durable.
 Calls block; call them in a thread.
 """
 
 from __future__ import annotations
 
 import enum
-import hashlib
-import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,38 +17,17 @@ import sqlalchemy as sa
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.errors import EXIT_INTEGRITY, EXIT_REFUSED, AlreadyExists, JindiskError, NotFound
+from jindiskd.errors import EXIT_BUSY, EXIT_REFUSED, AlreadyExists, JindiskError, NotFound
 from jindiskd.keys import wrap
+from jindiskd.keys.approvals import Approvals
+from jindiskd.keys.audit import AuditBroken, AuditLog, Requester
+from jindiskd.keys.database import KEY_PURPOSE, Database, images_table, releases_table, volumes_table
+from jindiskd.policy import rules as release_rules
+from jindiskd.policy.rules import ReleaseRules
 
-PURPOSE = "volume key"
-_META = sa.MetaData()
-_IMAGES = sa.Table(
-    "images",
-    _META,
-    sa.Column("image_id", sa.String, primary_key=True),
-    sa.Column("name", sa.String, nullable=False, unique=True),
-    sa.Column("platform", sa.String, nullable=False),
-    sa.Column("resource", sa.String, nullable=False, unique=True),
-    sa.Column("state", sa.String, nullable=False),
-    sa.Column("launch_digests", sa.JSON, nullable=False),
-    sa.Column("wrapped", sa.LargeBinary, nullable=False),
-    sa.Column("created", sa.String, nullable=False),
-)
-_AUDIT = sa.Table(
-    "audit",
-    _META,
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("time", sa.String, nullable=False),
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("image_id", sa.String, nullable=False),
-    sa.Column("peer", sa.String, nullable=False),
-    sa.Column("simulated", sa.Boolean, nullable=False),
-    sa.Column("measurement", sa.String, nullable=False),
-    sa.Column("detail", sa.String, nullable=False),
-    sa.Column("previous", sa.String, nullable=False),
-    sa.Column("digest", sa.String, nullable=False),
-)
-_CHAINED = ("number", "time", "kind", "image_id", "peer", "simulated", "measurement", "detail", "previous")
+__all__ = ["AuditBroken", "ImageRecord", "KeyState", "ReleaseRefused", "Requester", "Store"]
+PURPOSE = KEY_PURPOSE
+HOUR_S = 3600.0
 
 
 class KeyState(enum.StrEnum):
@@ -68,17 +41,27 @@ class KeyState(enum.StrEnum):
 class ReleaseRefused(JindiskError, code="ReleaseRefused", exit_code=EXIT_REFUSED):
     """The store does not give this key."""
 
-    def __init__(self, image_id: str, state: KeyState) -> None:
-        """`state` is why."""
-        super().__init__(f"the key of image {image_id} is {state}: it is not released")
+    def __init__(self, image_id: str, finding: str, reason: str) -> None:
+        """`finding` is a dotted id, `reason` a part of a sentence about the key."""
+        super().__init__(f"the key of image {image_id} {reason}: it is not released")
+        self.finding = finding
 
 
-class AuditBroken(JindiskError, code="AuditBroken", exit_code=EXIT_INTEGRITY):
-    """The audit log was altered."""
+class ApprovalWaiting(JindiskError, code="ApprovalWaiting", exit_code=EXIT_BUSY):
+    """A person has to approve the release first."""
 
     def __init__(self, number: int) -> None:
-        """`number` of the first row that does not fit."""
-        super().__init__(f"the audit log does not fit from row {number} on: rows were changed, added or taken out")
+        """`number` of the approval that is waited for."""
+        super().__init__(f"the release waits for approval {number}")
+        self.number = number
+
+
+class RecordChanged(JindiskError, code="RecordChanged", exit_code=EXIT_BUSY):
+    """The image's record is another one than that by which it was decided."""
+
+    def __init__(self, image_id: str) -> None:
+        """Decide again."""
+        super().__init__(f"the record of image {image_id} was changed while it was decided about: decide again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,31 +75,29 @@ class ImageRecord:
     state: KeyState
     launch_digests: tuple[bytes, ...]
     created: str
+    rules: ReleaseRules = field(default_factory=ReleaseRules)
+    revision: int = 0
+    """Counts the changes of this record."""
 
 
 class Store:
-    """The database. Use `open`."""
+    """Images and keys in one database. Use `open`.
 
-    def __init__(self, engine: sa.Engine, kek: Secret, now: Callable[[], datetime]) -> None:
+    Attributes:
+        database: the database, for the other parts that live in it.
+        approvals: the guests that wait for a person.
+    """
+
+    def __init__(self, database: Database) -> None:
         """Use `open`."""
-        self._engine, self._kek, self._now = engine, kek, now
-        self._writing = threading.Lock()
+        self.database, self._engine = database, database.engine
+        self.audit = AuditLog(database)
+        self.approvals = Approvals(database, self.audit)
 
     @classmethod
     def open(cls, url: str, kek: Secret, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Store:
-        """Open the database at an SQLAlchemy URL, with its tables made if they are not there."""
-        engine = sa.create_engine(url)
-        if engine.dialect.name == "sqlite":
-
-            @sa.event.listens_for(engine, "connect")
-            def durable(connection: Any, _record: object) -> None:
-                cursor = connection.cursor()
-                cursor.execute("PRAGMA journal_mode=WAL")
-                cursor.execute("PRAGMA synchronous=FULL")  # a decision is on the disk before it is acted upon
-                cursor.close()
-
-        _META.create_all(engine)
-        return cls(engine, kek, now)
+        """Open the database at an SQLAlchemy URL; raises as `Database.open`."""
+        return cls(Database.open(url, kek, now))
 
     def close(self) -> None:
         """Close the database."""
@@ -124,13 +105,20 @@ class Store:
 
     # Images
 
-    def add_image(self, image_id: str, name: str, platform: Platform, resource: str, key: Secret) -> None:
+    def add_image(
+        self,
+        image_id: str,
+        name: str,
+        platform: Platform,
+        resource: str,
+        key: Secret,
+        rules: ReleaseRules | None = None,
+    ) -> None:
         """Store the key of an image that is being built: pending.
 
         Raises:
-            AlreadyExists: an image has that name.
+            AlreadyExists: an image has that name, id or resource.
         """
-        wrapped = wrap.wrap(self._kek, key, purpose=PURPOSE, owner=image_id)
         row: dict[str, Any] = {
             "image_id": image_id,
             "name": name,
@@ -138,12 +126,14 @@ class Store:
             "resource": resource,
             "state": KeyState.PENDING.value,
             "launch_digests": [],
-            "wrapped": wrapped,
-            "created": self._now().isoformat(),
+            "wrapped": wrap.wrap(self.database.kek, key, purpose=KEY_PURPOSE, owner=image_id),
+            "created": self.database.now().isoformat(),
+            "rules": (rules or ReleaseRules()).check().dump(),
+            "revision": 0,
         }
         try:
-            with self._writing, self._engine.begin() as connection:
-                connection.execute(_IMAGES.insert().values(row))
+            with self.database.write() as connection:
+                connection.execute(images_table.insert().values(row))
         except sa.exc.IntegrityError as exc:
             raise AlreadyExists("image", name) from exc
 
@@ -153,47 +143,63 @@ class Store:
         Raises:
             NotFound: no such image.
         """
-        values = {"state": KeyState.ACTIVE.value, "launch_digests": [digest.hex() for digest in launch_digests]}
-        with self._writing, self._engine.begin() as connection:
-            changed = connection.execute(
-                _IMAGES.update()
-                .where(_IMAGES.c.image_id == image_id, _IMAGES.c.state == KeyState.PENDING.value)
-                .values(values)
-            )
-            if changed.rowcount:
-                self._audit(connection, "activated", image_id, detail={"launch_digests": values["launch_digests"]})
+        digests = [digest.hex() for digest in launch_digests]
+        values = {"state": KeyState.ACTIVE.value, "launch_digests": digests}
+        with self.database.write() as connection:
+            if self._change(connection, image_id, values, images_table.c.state == KeyState.PENDING.value):
+                self.audit.append(connection, "activated", image_id, detail={"launch_digests": digests})
         self.image(image_id)
 
     def forget(self, image_id: str) -> None:
-        """Delete a key for good; no error if it is not there."""
-        with self._writing, self._engine.begin() as connection:
-            if connection.execute(_IMAGES.delete().where(_IMAGES.c.image_id == image_id)).rowcount:
-                self._audit(connection, "forgotten", image_id)
+        """Delete a key and its volumes' anchors for good; no error if it is not there."""
+        with self.database.write() as connection:
+            if connection.execute(images_table.delete().where(images_table.c.image_id == image_id)).rowcount:
+                connection.execute(volumes_table.delete().where(volumes_table.c.image_id == image_id))
+                self.approvals.forget(connection, image_id)
+                self.audit.append(connection, "forgotten", image_id)
 
     def revoke(self, image_id: str) -> None:
-        """Stop release of a key."""
-        self._change(image_id, KeyState.REVOKED, "revoked")
+        """Stop release of a key. Raises `NotFound` if it is not there or was never active."""
+        self._change_state(image_id, KeyState.REVOKED, "revoked")
 
     def reinstate(self, image_id: str) -> None:
-        """Allow release of a revoked key again."""
-        self._change(image_id, KeyState.ACTIVE, "reinstated")
+        """Allow release of a revoked key again. Raises as `revoke`."""
+        self._change_state(image_id, KeyState.ACTIVE, "reinstated")
 
-    def _change(self, image_id: str, state: KeyState, kind: str) -> None:
-        with self._writing, self._engine.begin() as connection:
-            found = connection.execute(
-                _IMAGES.update()
-                .where(_IMAGES.c.image_id == image_id, _IMAGES.c.state != KeyState.PENDING.value)
-                .values(state=state.value)
-            )
-            if not found.rowcount:
+    def set_rules(self, image_id: str, rules: ReleaseRules) -> None:
+        """Replace the rules of an image; they count from the next decision on.
+
+        Raises:
+            NotFound, InvalidArgument: nothing was changed.
+        """
+        with self.database.write() as connection:
+            if not self._change(connection, image_id, {"rules": rules.check().dump()}):
                 raise NotFound("key of image", image_id)
-            self._audit(connection, kind, image_id)
+            self.audit.append(connection, "rules", image_id, detail={"rules": rules.digest})
+
+    def _change_state(self, image_id: str, state: KeyState, kind: str) -> None:
+        with self.database.write() as connection:
+            values = {"state": state.value}
+            if not self._change(connection, image_id, values, images_table.c.state != KeyState.PENDING.value):
+                raise NotFound("key of image", image_id)
+            self.audit.append(connection, kind, image_id)
+
+    @staticmethod
+    def _change(
+        connection: sa.Connection, image_id: str, values: Mapping[str, Any], *conditions: sa.ColumnElement[bool]
+    ) -> bool:
+        changed = connection.execute(
+            images_table.update()
+            .where(images_table.c.image_id == image_id, *conditions)
+            .values({**values, "revision": images_table.c.revision + 1})
+        )
+        return bool(changed.rowcount)
 
     def images(self) -> list[ImageRecord]:
         """All records, by name."""
-        with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(_IMAGES).order_by(_IMAGES.c.name)).mappings().all()
-        return [_record(row) for row in rows]
+        with self.database.read() as connection:
+            rows = connection.execute(sa.select(images_table).order_by(images_table.c.name)).mappings().all()
+        return [record_of(row) for row in rows]
 
     def image(self, image_id: str) -> ImageRecord:
         """One record.
@@ -201,7 +207,7 @@ class Store:
         Raises:
             NotFound: no such image.
         """
-        return self._one(_IMAGES.c.image_id == image_id, image_id)
+        return self._one(images_table.c.image_id == image_id, image_id)
 
     def by_resource(self, resource: str) -> ImageRecord:
         """The record whose key is at a resource path.
@@ -209,94 +215,117 @@ class Store:
         Raises:
             NotFound: no such resource.
         """
-        return self._one(_IMAGES.c.resource == resource, resource)
+        return self._one(images_table.c.resource == resource, resource)
 
     def _one(self, condition: sa.ColumnElement[bool], name: str) -> ImageRecord:
-        with self._engine.connect() as connection:
-            row = connection.execute(sa.select(_IMAGES).where(condition)).mappings().first()
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(images_table).where(condition)).mappings().first()
         if row is None:
             raise NotFound("key of image", name)
-        return _record(row)
+        return record_of(row)
 
     # Decisions
 
     def release(self, image_id: str, *, peer: str, measurement: bytes, simulated: bool) -> Secret:
+        """Give a key to a peer of which no more is known; raises as `release_to`."""
+        return self.release_to(image_id, Requester(peer=peer, measurement=measurement, simulated=simulated))
+
+    def release_to(self, image_id: str, requester: Requester, *, revision: int | None = None) -> Secret:
         """Give a key out; the audit row is durable before the key leaves.
 
+        Args:
+            image_id: the image.
+            requester: who asks; goes into the audit row.
+            revision: of the record by which it was decided; None where nothing was decided by a record.
+
         Raises:
-            NotFound, ReleaseRefused, KeyUnreadable: no key leaves.
+            NotFound, ReleaseRefused, RecordChanged, ApprovalWaiting, KeyUnreadable: no key leaves.
         """
-        with self._writing, self._engine.begin() as connection:
-            row = connection.execute(sa.select(_IMAGES).where(_IMAGES.c.image_id == image_id)).mappings().first()
-            if row is None:
-                raise NotFound("key of image", image_id)
-            if row["state"] != KeyState.ACTIVE.value:
-                raise ReleaseRefused(image_id, KeyState(row["state"]))
-            # A key that does not open is not released: the row must not say so. One that does leaves after the commit.
-            key = wrap.unwrap(self._kek, bytes(row["wrapped"]), purpose=PURPOSE, owner=image_id)
-            self._audit(connection, "released", image_id, peer=peer, simulated=simulated, measurement=measurement)
+        waiting = None
+        with self.database.write() as connection:
+            record, wrapped = self.for_release(connection, image_id, requester, revision)
+            waiting = self.approvals.needed(connection, record.image_id, requester) if record.rules.approval else None
+            if waiting is None:
+                # A key that does not open is not released: the row must not say so.
+                key = self.open_key(image_id, wrapped)
+                self.released(connection, record, requester, {})
+        if waiting is not None:
+            raise ApprovalWaiting(waiting)
         return key
+
+    def for_release(
+        self, connection: sa.Connection, image_id: str, requester: Requester, revision: int | None
+    ) -> tuple[ImageRecord, bytes]:
+        """The record and wrapped key, if state and limits allow a release now; within a write transaction."""
+        row = connection.execute(sa.select(images_table).where(images_table.c.image_id == image_id)).mappings().first()
+        if row is None:
+            raise NotFound("key of image", image_id)
+        record = record_of(row)
+        if record.state is not KeyState.ACTIVE:
+            raise ReleaseRefused(image_id, "key.state", f"is {record.state}")
+        if revision is not None and revision != record.revision:
+            raise RecordChanged(image_id)
+        self._check_limits(connection, record, requester)
+        return record, bytes(row["wrapped"])
+
+    def open_key(self, image_id: str, wrapped: bytes) -> Secret:
+        """Unwrap; raises `KeyUnreadable`."""
+        return wrap.unwrap(self.database.kek, wrapped, purpose=KEY_PURPOSE, owner=image_id)
+
+    def released(
+        self, connection: sa.Connection, record: ImageRecord, requester: Requester, detail: Mapping[str, object]
+    ) -> None:
+        """Write a release down, within the transaction that decides it."""
+        detail = {"rules": record.rules.digest, **detail}
+        number = self.audit.append(connection, "released", record.image_id, requester, detail)
+        connection.execute(
+            releases_table.insert().values(
+                number=number,
+                image_id=record.image_id,
+                guest=requester.guest,
+                at=self.database.now().timestamp(),
+            )
+        )
+
+    def _check_limits(self, connection: sa.Connection, record: ImageRecord, requester: Requester) -> None:
+        limits = (
+            (
+                "limit.guest",
+                record.rules.releases_per_guest,
+                releases_table.c.guest == requester.guest,
+                "was given to this launch of the guest as often as its rules allow",
+            ),
+            (
+                "limit.image",
+                record.rules.releases_per_hour,
+                releases_table.c.at > self.database.now().timestamp() - HOUR_S,
+                "was given out within the hour as often as its rules allow",
+            ),
+        )
+        for finding, limit, condition, reason in limits:
+            if limit is None:
+                continue
+            query = sa.select(sa.func.count()).where(releases_table.c.image_id == record.image_id, condition)
+            if (connection.scalar(query) or 0) >= limit:
+                raise ReleaseRefused(record.image_id, finding, reason)
 
     def record_refusal(
         self,
         image_id: str,
-        *,
-        peer: str,
+        requester: Requester,
         findings: Sequence[tuple[str, str]],
-        simulated: bool = False,
-        measurement: bytes = b"",
+        detail: Mapping[str, object] | None = None,
     ) -> None:
         """Write down why a guest got no key; `findings` are (id, text)."""
-        with self._writing, self._engine.begin() as connection:
-            self._audit(
-                connection,
-                "refused",
-                image_id,
-                peer=peer,
-                simulated=simulated,
-                measurement=measurement,
-                detail={"findings": [{"id": name, "text": text} for name, text in findings]},
-            )
+        told = {"findings": [{"id": name, "text": text} for name, text in findings], **(detail or {})}
+        with self.database.write() as connection:
+            self.audit.append(connection, "refused", image_id, requester, told)
 
     # Audit
 
-    def _audit(
-        self,
-        connection: sa.Connection,
-        kind: str,
-        image_id: str,
-        *,
-        peer: str = "",
-        simulated: bool = False,
-        measurement: bytes = b"",
-        detail: Mapping[str, object] | None = None,
-    ) -> None:
-        last = connection.execute(
-            sa.select(_AUDIT.c.number, _AUDIT.c.digest).order_by(_AUDIT.c.number.desc()).limit(1)
-        ).first()
-        row: dict[str, Any] = {
-            "number": last.number + 1 if last else 1,
-            "time": self._now().isoformat(),
-            "kind": kind,
-            "image_id": image_id,
-            "peer": peer,
-            "simulated": simulated,
-            "measurement": measurement.hex(),
-            "detail": json.dumps(detail or {}, sort_keys=True),
-            "previous": last.digest if last else "",
-        }
-        connection.execute(_AUDIT.insert().values({**row, "digest": _digest(row)}))
-
     def audit_rows(self, limit: int = 100, image_id: str | None = None) -> list[dict[str, Any]]:
         """The last `limit` rows, oldest first."""
-        query = sa.select(_AUDIT).order_by(_AUDIT.c.number.desc()).limit(limit)
-        if image_id is not None:
-            query = query.where(_AUDIT.c.image_id == image_id)
-        with self._engine.connect() as connection:
-            rows = [dict(row) for row in connection.execute(query).mappings()]
-        for row in rows:
-            row["detail"] = json.loads(row["detail"])
-        return rows[::-1]
+        return self.audit.rows(limit, image_id)
 
     def verify_audit(self) -> tuple[int, str]:
         """Check the whole chain: number of rows and digest of the last. Compare the digest with one noted elsewhere.
@@ -304,16 +333,11 @@ class Store:
         Raises:
             AuditBroken: names the first row that does not fit.
         """
-        expected, previous = 1, ""
-        with self._engine.connect() as connection:
-            for row in connection.execute(sa.select(_AUDIT).order_by(_AUDIT.c.number)).mappings():
-                if row["number"] != expected or row["previous"] != previous or row["digest"] != _digest(row):
-                    raise AuditBroken(expected)
-                expected, previous = expected + 1, row["digest"]
-        return expected - 1, previous
+        return self.audit.verify()
 
 
-def _record(row: Mapping[Any, Any]) -> ImageRecord:
+def record_of(row: Mapping[Any, Any]) -> ImageRecord:
+    """A record from a row of the images table."""
     return ImageRecord(
         image_id=row["image_id"],
         name=row["name"],
@@ -322,8 +346,7 @@ def _record(row: Mapping[Any, Any]) -> ImageRecord:
         state=KeyState(row["state"]),
         launch_digests=tuple(bytes.fromhex(digest) for digest in row["launch_digests"]),
         created=row["created"],
+        # Images of version 1 of the tables have no rules of their own: the strict defaults.
+        rules=release_rules.load(row["rules"]) if row["rules"] else ReleaseRules(),
+        revision=row["revision"],
     )
-
-
-def _digest(row: Mapping[Any, Any]) -> str:
-    return hashlib.sha256(json.dumps([row[name] for name in _CHAINED]).encode()).hexdigest()

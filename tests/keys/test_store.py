@@ -8,6 +8,7 @@ import pytest
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, NotFound
+from jindiskd.keys.database import KekWrong
 from jindiskd.keys.store import AuditBroken, KeyState, ReleaseRefused, Store
 from jindiskd.keys.wrap import KekMissing, KekUnusable, KeyUnreadable, load_kek
 
@@ -69,11 +70,22 @@ def test_another_key_encryption_key_opens_nothing(tmp_path: Path) -> None:
     store = filled(tmp_path / "keys.db", Secret.random(32))
     store.activate(IMAGE, [bytes(48)])
     store.close()
-    stolen = Store.open(f"sqlite:///{tmp_path / 'keys.db'}", Secret.random(32))
+    with pytest.raises(KekWrong):
+        Store.open(f"sqlite:///{tmp_path / 'keys.db'}", Secret.random(32))
+
+
+def test_a_key_that_does_not_open_is_not_written_down_as_released(tmp_path: Path) -> None:
+    """What did not happen is not in the log; and one row's key does not open in another row's place."""
+    store = filled(tmp_path / "keys.db", Secret.random(32))
+    store.add_image("other", "mail", Platform.SNP, "default/other/root", Secret(KEY))
+    store.activate(IMAGE, [bytes(48)])
+    with sqlite3.connect(tmp_path / "keys.db") as raw:
+        raw.execute("UPDATE images SET wrapped = (SELECT wrapped FROM images WHERE image_id = 'other')")
+    raw.close()
     with pytest.raises(KeyUnreadable):
-        give(stolen)
-    assert [row["kind"] for row in stolen.audit_rows()] == ["activated"], "what did not happen is not in the log"
-    stolen.close()
+        give(store)
+    assert [row["kind"] for row in store.audit_rows()] == ["activated"]
+    store.close()
 
 
 @pytest.mark.parametrize("column", ["time", "kind", "image_id", "peer", "measurement", "detail", "previous"])
