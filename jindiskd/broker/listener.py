@@ -1,50 +1,195 @@
-"""Where the broker listens: a unix socket for each guest (the host's end of its vsock), or TCP."""
+"""Where the broker listens: a unix socket for each guest (the host's end of its vsock), AF_VSOCK, or TCP.
+
+Connections are counted before TLS begins, the handshake and the whole connection have a time limit, and each has its
+own HTTP server object; so a peer that never speaks, speaks slowly or speaks garbage costs one of its own few places.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aiohttp import web
+import structlog
 
+from jindiskd.broker.http import Connection
 from jindiskd.broker.identity import TlsIdentity
-from jindiskd.broker.service import Broker, Peer
+from jindiskd.broker.peer import Peer
+from jindiskd.broker.service import Broker
+from jindiskd.errors import NotSupported
 
-IDLE_S = 30.0
+log = structlog.get_logger(__name__)
+HANDSHAKE_S = 10.0
+LIFETIME_S = 300.0
+BACKLOG = 128
+PAUSE_S = 0.2
+CLOSE_S = 1.0
+Who = Callable[[socket.socket], Peer | None]
 
 
 class Listener:
-    """An open listener; close it when its guest is gone."""
+    """Open sockets that serve guests; close it when its guest is gone.
 
-    def __init__(self, runner: web.AppRunner, path: Path | None) -> None:
-        """Use `listen_unix` or `listen_tcp`."""
-        self._runner, self._path = runner, path
+    Attributes:
+        addresses: of the sockets, as the kernel names them.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        context: ssl.SSLContext,
+        sockets: Sequence[socket.socket],
+        who: Who,
+        path: Path | None = None,
+    ) -> None:
+        """Begin to accept; use the functions below. `who` says who is at the other end, None for a stranger."""
+        self._broker, self._context, self._sockets, self._who, self._path = broker, context, list(sockets), who, path
+        self.addresses = [sock.getsockname() for sock in self._sockets]
+        self._open: Counter[str] = Counter()
+        self._connections: set[asyncio.Task[None]] = set()
+        self._accepting = [asyncio.get_running_loop().create_task(self._accept(sock)) for sock in self._sockets]
 
     async def close(self) -> None:
         """Stop listening and end what is under way."""
-        await self._runner.cleanup()
+        tasks = [*self._accepting, *self._connections]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sock in self._sockets:
+            sock.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
+    async def _accept(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                taken, _ = await loop.sock_accept(sock)
+            except OSError as exc:  # too many descriptors, or the peer went away again
+                log.warning("a connection could not be accepted", problem=exc.strerror)
+                await asyncio.sleep(PAUSE_S)
+                continue
+            peer = self._admit(taken)
+            if peer is None:
+                taken.close()
+                continue
+            self._open[peer.description] += 1
+            self._broker.metrics.count("jindisk_broker_connections")
+            task = loop.create_task(self._serve(taken, peer))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
 
-async def _runner(broker: Broker, peer: Peer) -> web.AppRunner:
-    runner = web.AppRunner(
-        broker.application(peer), access_log=None, keepalive_timeout=IDLE_S, shutdown_timeout=2.0, handle_signals=False
-    )
-    await runner.setup()
-    return runner
+    def _admit(self, taken: socket.socket) -> Peer | None:
+        peer, limits = None, self._broker.limits
+        with contextlib.suppress(OSError):  # it went away before it could be asked for its name
+            peer = self._who(taken)
+        if peer is None:
+            return None
+        if self._open[peer.description] < limits.connections_per_peer and self._open.total() < limits.connections:
+            return peer
+        self._broker.metrics.count("jindisk_broker_connections_refused_total")
+        log.debug("a connection was refused: too many", peer=peer.description)
+        return None
+
+    async def _serve(self, taken: socket.socket, peer: Peer) -> None:
+        """One connection, to its end."""
+        loop = asyncio.get_running_loop()
+        server = Connection(self._broker.handler(peer))
+        transport = None
+        try:
+            async with asyncio.timeout(LIFETIME_S):
+                transport, _ = await loop.connect_accepted_socket(
+                    server, taken, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=CLOSE_S
+                )
+                await server.lost.wait()
+        except TimeoutError:
+            log.debug("a connection was ended: it took too long", peer=peer.description)
+        except (OSError, ssl.SSLError) as exc:
+            log.debug("a connection failed", peer=peer.description, problem=type(exc).__name__)
+        finally:
+            self._open[peer.description] -= 1
+            if not self._open[peer.description]:
+                del self._open[peer.description]
+            self._broker.metrics.count("jindisk_broker_connections", -1)
+            if transport is None:
+                taken.close()
+            else:
+                await asyncio.shield(server.shutdown(CLOSE_S))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(2 * CLOSE_S):  # TLS gives up on its peer after CLOSE_S
+                        await server.lost.wait()
 
 
-async def listen_unix(broker: Broker, identity: TlsIdentity, path: Path, peer: Peer) -> Listener:
-    """Serve one peer on a unix socket, mode 0600; a socket left there is replaced."""
+async def listen_unix(broker: Broker, identity: TlsIdentity, path: Path, peer: Peer, mode: int = 0o600) -> Listener:
+    """Serve one peer on a unix socket; a socket left there is replaced."""
     path.unlink(missing_ok=True)
-    runner = await _runner(broker, peer)
-    await web.UnixSite(runner, str(path), ssl_context=identity.ssl_context()).start()
-    path.chmod(0o600)
-    return Listener(runner, path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(sock.fileno(), mode)  # the name appears with this mode, or a narrower one
+        sock.bind(os.fspath(path))
+        path.chmod(mode)
+        return _listening(broker, identity, [sock], lambda _taken: peer, path)
+    except BaseException:
+        sock.close()
+        raise
 
 
-async def listen_tcp(broker: Broker, identity: TlsIdentity, host: str, port: int, peer: Peer) -> Listener:
-    """Serve on a TCP port."""
-    runner = await _runner(broker, peer)
-    await web.TCPSite(runner, host, port, ssl_context=identity.ssl_context()).start()
-    return Listener(runner, None)
+async def listen_tcp(
+    broker: Broker, identity: TlsIdentity, host: str, port: int, peer: Peer | None = None
+) -> Listener:
+    """Serve on a TCP port; without `peer`, each address that connects is one."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, proto, _, address in found:
+            sock = socket.socket(family, kind, proto)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+
+        def who(taken: socket.socket) -> Peer:
+            return peer or Peer(description=f"tcp {taken.getpeername()[0]}")
+
+        return _listening(broker, identity, sockets, who)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+
+
+async def listen_vsock(
+    broker: Broker, identity: TlsIdentity, port: int, who: Callable[[int], Peer | None]
+) -> Listener:
+    """Serve guests on AF_VSOCK; `who` tells the peer from the context id that the kernel gives, None for a stranger.
+
+    Raises:
+        NotSupported: the kernel has no vsock.
+    """
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError as exc:
+        raise NotSupported("AF_VSOCK", "load the module vhost_vsock, or give guests vhost-user vsock") from exc
+    try:
+        sock.bind((socket.VMADDR_CID_ANY, port))
+        return _listening(broker, identity, [sock], lambda taken: who(taken.getpeername()[0]))
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _listening(
+    broker: Broker, identity: TlsIdentity, sockets: Sequence[socket.socket], who: Who, path: Path | None = None
+) -> Listener:
+    context = identity.ssl_context()
+    for sock in sockets:
+        sock.setblocking(False)
+        sock.listen(BACKLOG)
+    return Listener(broker, context, sockets, who, path)

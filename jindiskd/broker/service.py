@@ -1,85 +1,52 @@
-"""The key broker: Trustee KBS protocol 0.4.0 as a server.
+"""The key broker: Trustee KBS protocol 0.4.0 as a server, with the freshness messages of JinDisk volumes.
 
-`/auth` gives a nonce, `/attest` judges the evidence, `/resource` decides and releases. A guest is told that it was
-refused, never why: the reasons go to the audit log and to whoever runs the broker.
+`/auth` gives a nonce, `/attest` judges the evidence, `/resource` and `/jindisk/release` decide and release. A guest is
+told that it was refused, never why: the reasons go to the audit log and to whoever runs the broker.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import structlog
 from aiohttp import web
 
-from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
-from jindiskd.attest.snp import SnpVerifier, VerifiedSnp
-from jindiskd.broker.sessions import Session, Sessions, Stage, TooManySessions
-from jindiskd.broker.token import TokenMaker
+from jindiskd.attest.model import EvidenceRefused, Finding
+from jindiskd.attest.snp import SnpVerifier
+from jindiskd.base.secret import Secret
+from jindiskd.broker.freshness import Freshness
+from jindiskd.broker.http import Handler, Refusal, answer, body_of, error, with_cookie
+from jindiskd.broker.judge import judge
+from jindiskd.broker.metrics import Metrics
+from jindiskd.broker.peer import BrokerEvent, BrokerLimits, Peer
+from jindiskd.broker.sessions import MemorySessions, Session, SessionKeeper, Stage, TooManySessions, session_id
+from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
 from jindiskd.errors import InvalidArgument, JindiskError, NotFound
-from jindiskd.kbs import jwe, jwk
-from jindiskd.kbs.binding import report_data
-from jindiskd.kbs.evidence import snp_from_json
-from jindiskd.kbs.messages import (
-    COOKIE,
-    ERROR_TYPE,
-    MAX_BODY_BYTES,
-    PREFIX,
-    VERSION,
-    MalformedMessage,
-    check_resource,
-    parse_attestation,
-    parse_request,
+from jindiskd.kbs import jwe
+from jindiskd.kbs.freshness import parse_release
+from jindiskd.kbs.messages import COOKIE, PREFIX, VERSION, MalformedMessage, check_resource, parse_request
+from jindiskd.keys.store import (
+    ApprovalWaiting,
+    ImageRecord,
+    RecordChanged,
+    ReleaseRefused,
+    Requester,
+    Store,
 )
-from jindiskd.keys.store import ReleaseRefused, Store
+from jindiskd.keys.volumes import Volumes
 from jindiskd.policy.release import decide
 
+__all__ = ["Broker", "BrokerEvent", "BrokerLimits", "Peer"]
 log = structlog.get_logger(__name__)
-BODY_TIME_S = 20.0
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """Who is at the other end, as the transport knows it; not what it says."""
-
-    description: str
-    domain_uuid: str | None = None
-    image_id: str | None = None
-    """The only image whose key this peer may ask for; None for any."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerEvent:
-    """What happened to a guest at the broker."""
-
-    peer: Peer
-    kind: str
-    """`challenged`, `attested`, `released` or `refused`."""
-    image_id: str = ""
-    simulated: bool = False
-    findings: tuple[Finding, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerLimits:
-    """What peers may use."""
-
-    session_lifetime_s: float = 60.0
-    sessions_per_peer: int = 16
-    sessions: int = 256
-
-
-class _Refusal(Exception):
-    """An answer of the protocol that is not 200."""
-
-    def __init__(self, kind: str, detail: str, status: int = 401) -> None:
-        super().__init__(detail)
-        self.kind, self.detail, self.status = kind, detail, status
+T = TypeVar("T")
+_NAME = re.compile(r"[0-9a-f]{32}")
+DECISIONS = 3
+"""How often a decision is made anew because the record changed under it."""
 
 
 class Broker:
@@ -93,6 +60,8 @@ class Broker:
         on_event: told of each step, in the event loop.
         now: wall clock, for certificates.
         monotonic: clock of the sessions, seconds.
+        sessions: where sessions are kept; in memory if not given.
+        metrics: counters to use.
     """
 
     def __init__(
@@ -105,204 +74,258 @@ class Broker:
         on_event: Callable[[BrokerEvent], None] = lambda _event: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         monotonic: Callable[[], float] = time.monotonic,
+        sessions: SessionKeeper | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """Open nothing."""
-        limits = limits or BrokerLimits()
+        self.limits = limits or BrokerLimits()
+        self.metrics = metrics or Metrics()
         self._store, self._verifiers, self._allow_simulated = store, tuple(verifiers), allow_simulated
         self._on_event, self._now = on_event, now
-        self._tokens = TokenMaker()
-        self._sessions = Sessions(
-            lifetime_s=limits.session_lifetime_s,
-            per_peer=limits.sessions_per_peer,
-            total=limits.sessions,
-            clock=monotonic,
-        )
+        with store.database.signing_key(draw_signing_key) as key:
+            self._tokens = TokenMaker(key.reveal())
+        self._sessions = sessions or MemorySessions(self.limits, monotonic)
+        self._volumes = Volumes(store)
+        self._freshness = Freshness(self._volumes)
+        self.metrics.gauge("jindisk_broker_sessions", self._sessions.count)
 
-    def application(self, peer: Peer) -> web.Application:
-        """The HTTP application for one peer."""
+    def handler(self, peer: Peer) -> Handler:
+        """What answers the requests of one peer."""
 
-        @web.middleware
-        async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-            return await self._guarded(request, handler)
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            step, response = await self._guarded(request, peer)
+            self.metrics.count("jindisk_broker_requests_total", step=step, status=str(response.status))
+            return response
 
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[guarded])
+        return handle
 
-        async def auth(request: web.Request) -> web.Response:
-            return await self._auth(request, peer)
-
-        async def attest(request: web.Request) -> web.Response:
-            return await self._attest(request, peer)
-
-        async def resource(request: web.Request) -> web.Response:
-            return await self._resource(request, peer)
-
-        app.router.add_post(f"{PREFIX}/auth", auth)
-        app.router.add_post(f"{PREFIX}/attest", attest)
-        app.router.add_get(f"{PREFIX}/resource/{{path:.*}}", resource)
-        return app
-
-    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _guarded(self, request: web.BaseRequest, peer: Peer) -> tuple[str, web.Response]:
         """Turn every failure into an answer of the protocol that tells a guest nothing new."""
+        step = "other"
         try:
-            return await handler(request)
-        except _Refusal as exc:
-            return _error(exc.kind, exc.detail, exc.status)
+            step, path = _step(request)
+            if step == "auth":
+                return step, await self._auth(request, peer)
+            if step == "attest":
+                return step, await self._attest(request, peer)
+            if step == "resource":
+                return step, await self._resource(request, peer, path)
+            if step == "release":
+                return step, await self._release(request, peer)
+            return step, answer(await self._freshness.tell(step, await body_of(request), peer))
+        except Refusal as exc:
+            return step, error(exc.kind, exc.detail, exc.status)
         except MalformedMessage as exc:
-            return _error("AttestationError", str(exc))
+            return step, error("AttestationError" if step in {"auth", "attest"} else "SerdeError", str(exc))
         except TooManySessions:
-            return _error("AttestationError", "too many sessions")
-        except web.HTTPRequestEntityTooLarge:
-            return _error("AttestationError", f"the body is longer than {MAX_BODY_BYTES} bytes")
-        except web.HTTPException:
-            return _error("InvalidRequestPath", "no such path", 404)
-        except TimeoutError:
-            return _error("AttestationError", "the body did not arrive in time")
+            # A kind that clients try again after a while.
+            return step, error("PluginInternalError", "too many sessions")
         except JindiskError as exc:
-            log.error("fault while serving a guest", problem=str(exc))
-            return _error("PluginInternalError", "internal error")
-        except Exception:  # whatever it is, a guest is told nothing of it
-            log.exception("fault while serving a guest")
-            return _error("PluginInternalError", "internal error")
+            log.error("fault while serving a guest", peer=peer.description, step=step, problem=str(exc))
+        except ConnectionError:
+            pass  # the guest went away in the middle; the answer goes nowhere
+        except Exception as exc:  # whatever it is, a guest is told nothing of it, and the journal its kind
+            log.error("fault while serving a guest", peer=peer.description, step=step, problem=type(exc).__name__)
+            log.debug("fault while serving a guest", exc_info=exc)
+        return step, error("PluginInternalError", "internal error")
 
-    async def _auth(self, request: web.Request, peer: Peer) -> web.Response:
-        asked = parse_request(await _body(request))
+    # The steps
+
+    async def _auth(self, request: web.BaseRequest, peer: Peer) -> web.Response:
+        asked = parse_request(await body_of(request))
         if asked.version != VERSION:
-            raise _Refusal(
+            raise Refusal(
                 "AttestationError",
                 f"KBS Client Protocol Version Mismatch: expect ={VERSION} while the request is {asked.version}",
             )
         if asked.tee != "snp":
-            raise _Refusal("AttestationError", "this broker does not judge that kind of TEE")
-        session = self._sessions.new(peer.description)
+            raise Refusal("AttestationError", "this broker does not judge that kind of TEE")
+        name, session = await self._keep(self._sessions.new, peer.description)
         self._on_event(BrokerEvent(peer=peer, kind="challenged"))
-        answer = web.json_response({"nonce": session.nonce, "extra-params": ""})
-        _set_cookie(answer, session)
-        return answer
+        told = answer({"nonce": session.nonce, "extra-params": ""})
+        return with_cookie(told, name, self.limits.session_lifetime_s)
 
-    async def _attest(self, request: web.Request, peer: Peer) -> web.Response:
-        session = self._session(request, peer)
-        body = await _body(request)
-        if session.stage is not Stage.CHALLENGED:
-            raise _Refusal("AttestationError", "RCAR handshake Attest failed")
-        session.stage = Stage.SPENT  # whatever comes of it, the nonce was used
-        simulated = False
+    async def _attest(self, request: web.BaseRequest, peer: Peer) -> web.Response:
+        session = await self._session(request, peer, bearer=False)
+        body = await body_of(request)
+        # Whatever comes of it, the nonce was used: of two at the same time, one is judged.
+        if not await self._keep(self._sessions.spend, session):
+            raise Refusal("AttestationError", "RCAR handshake Attest failed")
         try:
-            verified = await asyncio.to_thread(self._judge, session, body)
+            with self.metrics.timed("jindisk_broker_judge_seconds"):
+                found = await asyncio.to_thread(judge, body, session.nonce, self._verifiers, self._now())
         except EvidenceRefused as exc:
-            findings, simulated = exc.findings, False
-        except MalformedMessage as exc:
-            findings = (Finding("evidence.malformed", str(exc)),)
-        except MalformedEvidence as exc:
-            findings = (Finding("evidence.malformed", str(exc)),)
-        else:
-            session.verified, session.stage = verified, Stage.VERIFIED
-            self._on_event(
-                BrokerEvent(peer=peer, kind="attested", image_id=peer.image_id or "", simulated=verified.simulated)
-            )
-            answer = web.json_response({"token": self._tokens.make(session, verified, self._now())})
-            _set_cookie(answer, session)
-            return answer
-        self._sessions.end(session)
-        await self._refused(peer, peer.image_id or "", findings, simulated=simulated, measurement=b"")
-        raise _Refusal("AttestationError", "RCAR handshake Attest failed")
+            self.metrics.count("jindisk_broker_attestations_total", outcome="refused")
+            await self._keep(self._sessions.end, session)
+            who = Requester(peer=peer.description, token=session.session_id)
+            await self._refused(peer, who, peer.image_id or "", exc.findings)
+            raise Refusal("AttestationError", "RCAR handshake Attest failed") from exc
+        verified = found.verified
+        outcome = "simulated" if verified.simulated else "genuine"
+        self.metrics.count("jindisk_broker_attestations_total", outcome=outcome)
+        await self._keep(self._sessions.verify, session, found.tee_pubkey, verified)
+        image_id = peer.image_id or ""
+        self._on_event(BrokerEvent(peer=peer, kind="attested", image_id=image_id, simulated=verified.simulated))
+        token_session = Session(
+            session_id=session.session_id,
+            peer=session.peer,
+            nonce=session.nonce,
+            expires=session.expires,
+            tee_pubkey=found.tee_pubkey,
+        )
+        token = self._tokens.make(token_session, verified, self._now(), found.init_data)
+        name = request.cookies.get(COOKIE, "")
+        return with_cookie(answer({"token": token}), name, self.limits.session_lifetime_s)
 
-    def _judge(self, session: Session, body: bytes) -> VerifiedSnp:
-        """Whether the evidence is genuine and bound to nonce and key; blocks."""
-        told = parse_attestation(body)
-        if told.nonce != session.nonce:
-            raise EvidenceRefused([Finding("session.nonce", "the nonce is not the one that was sent")])
-        if told.additional_evidence not in {"", "{}"}:
-            raise EvidenceRefused([Finding("evidence.additional", "evidence of devices is not judged by this broker")])
-        jwk.public_key(told.tee_pubkey)
-        report, certificates = snp_from_json(told.primary_evidence)
-        bound = report_data(session.nonce, told.tee_pubkey, told.additional_evidence)
-        reasons: list[Finding] = []
-        for verifier in self._verifiers:
-            try:
-                verified = verifier.verify(report, certificates, report_data=bound, now=self._now())
-            except EvidenceRefused as exc:
-                reasons = reasons or list(exc.findings)
-                continue
-            session.tee_pubkey = told.tee_pubkey
-            return verified
-        raise EvidenceRefused(reasons)
-
-    async def _resource(self, request: web.Request, peer: Peer) -> web.Response:
-        session = self._session(request, peer)
-        verified = session.verified
-        if session.stage is not Stage.VERIFIED or verified is None:
-            raise _Refusal("TokenNotFound", "the session is not attested")
+    async def _resource(self, request: web.BaseRequest, peer: Peer, path: str) -> web.Response:
+        session = await self._session(request, peer)
         try:
-            resource = check_resource(request.match_info["path"])
+            resource = check_resource(path)
         except InvalidArgument as exc:
-            raise _Refusal("InvalidRequestPath", "the path is not a resource", 404) from exc
-        measurement = verified.report.measurement
-        try:
-            record = await asyncio.to_thread(self._store.by_resource, resource)
-        except NotFound as exc:
-            findings = [Finding("resource.unknown", "no image has that resource")]
-            await self._refused(peer, "", findings, simulated=verified.simulated, measurement=measurement)
-            raise _Refusal("PolicyDeny", "Access denied by policy") from exc
-        findings = decide(record, verified, allow_simulated=self._allow_simulated)
-        if peer.image_id is not None and peer.image_id != record.image_id:
-            findings.insert(0, Finding("peer.image", "the guest asked for the key of another image than its own"))
-        key = None
-        if not findings:
+            raise Refusal("InvalidRequestPath", "the path is not a resource", 404) from exc
+
+        def give(record: ImageRecord, who: Requester) -> Secret:
+            return self._store.release_to(record.image_id, who, revision=record.revision)
+
+        return await self._decided(session, peer, resource, give)
+
+    async def _release(self, request: web.BaseRequest, peer: Peer) -> web.Response:
+        session = await self._session(request, peer)
+        resource, volume = parse_release(await body_of(request))
+
+        def give(record: ImageRecord, who: Requester) -> Secret:
+            grant = self._volumes.release(volume, record.image_id, who, revision=record.revision)
             try:
-                key = await asyncio.to_thread(
-                    self._store.release,
-                    record.image_id,
-                    peer=peer.description,
-                    measurement=measurement,
-                    simulated=verified.simulated,
-                )
-            except (ReleaseRefused, NotFound) as exc:
-                findings = [Finding("key.state", str(exc))]
-        if key is None:
-            self._sessions.end(session)
-            await self._refused(peer, record.image_id, findings, simulated=verified.simulated, measurement=measurement)
-            raise _Refusal("PolicyDeny", "Access denied by policy")
-        with key:
-            text = jwe.seal(key.reveal(), session.tee_pubkey)
-        log.info("released", peer=peer.description, image_id=record.image_id, simulated=verified.simulated)
-        self._on_event(
-            BrokerEvent(peer=peer, kind="released", image_id=record.image_id, simulated=verified.simulated)
-        )
-        return web.Response(text=text, content_type="application/json")
+                return Secret(grant.pack())
+            finally:
+                grant.close()
 
-    async def _refused(
-        self, peer: Peer, image_id: str, findings: Sequence[Finding], *, simulated: bool, measurement: bytes
-    ) -> None:
+        return await self._decided(session, peer, resource, give)
+
+    async def _decided(
+        self, session: Session, peer: Peer, resource: str, give: Callable[[ImageRecord, Requester], Secret]
+    ) -> web.Response:
+        """Decide about an attested session, and seal what `give` gives."""
+        if session.stage is not Stage.VERIFIED or session.verified is None:
+            raise Refusal("TokenNotFound", "the session is not attested")
+        if not await self._keep(self._sessions.ask, session):
+            raise Refusal("TokenNotFound", "the session has asked as often as it may")
+        with self.metrics.timed("jindisk_broker_release_seconds"):
+            image_id, sealed, findings = await asyncio.to_thread(self._decide, session, peer, resource, give)
+        simulated = session.verified.simulated
+        if findings:
+            await self._keep(self._sessions.end, session)
+            await self._refused(peer, _requester(session, peer), image_id, findings)
+            raise Refusal("PolicyDeny", "Access denied by policy")
+        log.info("released", peer=peer.description, image_id=image_id, simulated=simulated)
+        self.metrics.count("jindisk_broker_releases_total", simulated=str(simulated).lower())
+        self._on_event(BrokerEvent(peer=peer, kind="released", image_id=image_id, simulated=simulated))
+        return web.Response(text=sealed, content_type="application/json")
+
+    def _decide(
+        self, session: Session, peer: Peer, resource: str, give: Callable[[ImageRecord, Requester], Secret]
+    ) -> tuple[str, str, Sequence[Finding]]:
+        """Image, sealed key, findings against it; blocks. The audit row of a release is durable when this returns."""
+        assert session.verified is not None
+        image_id = ""
+        for _ in range(DECISIONS):
+            try:
+                record = self._store.by_resource(resource)
+                image_id = record.image_id
+                findings = decide(record, session.verified, allow_simulated=self._allow_simulated)
+                if peer.image_id is not None and peer.image_id != image_id:
+                    text = "the guest asked for the key of another image than its own"
+                    findings.insert(0, Finding("peer.image", text))
+                if findings:
+                    return image_id, "", findings
+                with give(record, _requester(session, peer)) as key:
+                    return image_id, jwe.seal(key.reveal(), session.tee_pubkey), ()
+            except RecordChanged:
+                continue
+            except NotFound as exc:
+                return image_id, "", [Finding("resource.unknown", str(exc))]
+            except ReleaseRefused as exc:
+                return image_id, "", [Finding(exc.finding, str(exc))]
+            except ApprovalWaiting as exc:
+                # A kind that clients try again after a while; by then a person may have looked.
+                raise Refusal("PluginInternalError", "not available yet") from exc
+        raise Refusal("PluginInternalError", "not available yet")
+
+    async def _refused(self, peer: Peer, who: Requester, image_id: str, findings: Sequence[Finding]) -> None:
         log.warning("refused", peer=peer.description, image_id=image_id, findings=[f.id for f in findings])
-        await asyncio.to_thread(
-            self._store.record_refusal,
-            image_id,
-            peer=peer.description,
-            findings=[(finding.id, finding.text) for finding in findings],
-            simulated=simulated,
-            measurement=measurement,
+        for finding in findings:
+            self.metrics.count("jindisk_broker_refusals_total", finding=finding.id)
+        told = [(finding.id, finding.text) for finding in findings]
+        await asyncio.to_thread(self._store.record_refusal, image_id, who, told)
+        event = BrokerEvent(
+            peer=peer, kind="refused", image_id=image_id, simulated=who.simulated, findings=tuple(findings)
         )
-        self._on_event(
-            BrokerEvent(peer=peer, kind="refused", image_id=image_id, simulated=simulated, findings=tuple(findings))
-        )
+        self._on_event(event)
 
-    def _session(self, request: web.Request, peer: Peer) -> Session:
-        session = self._sessions.find(request.cookies.get(COOKIE, ""), peer.description)
+    # Sessions
+
+    async def _session(self, request: web.BaseRequest, peer: Peer, *, bearer: bool = True) -> Session:
+        """The session of a request, by its cookie or (for resources) its token."""
+        name = request.cookies.get(COOKIE, "")
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        if _NAME.fullmatch(name):
+            wanted = session_id(name)
+        elif bearer and kind.lower() == "bearer":
+            try:
+                wanted = self._tokens.session_of(token.strip(), self._now())
+            except TokenRefused as exc:
+                raise Refusal("TokenVerifierError", "the token is not one of this broker, or is over") from exc
+        else:
+            raise Refusal("TokenNotFound", "no session, or it has ended")
+        session = await self._keep(self._sessions.find, wanted, peer.description)
         if session is None:
-            raise _Refusal("TokenNotFound", "no session, or it has ended")
+            raise Refusal("TokenNotFound", "no session, or it has ended")
         return session
 
-
-async def _body(request: web.Request) -> bytes:
-    async with asyncio.timeout(BODY_TIME_S):
-        return await request.read()
-
-
-def _set_cookie(answer: web.Response, session: Session) -> None:
-    # The reference sends the name and value and a date, without a path: the default path then is the prefix.
-    answer.headers["Set-Cookie"] = f"{COOKIE}={session.name}"
+    async def _keep(self, call: Callable[..., T], *arguments: object) -> T:
+        if self._sessions.blocking:
+            return await asyncio.to_thread(call, *arguments)
+        return call(*arguments)
 
 
-def _error(kind: str, detail: str, status: int = 401) -> web.Response:
-    body = json.dumps({"type": ERROR_TYPE + kind, "detail": detail})
-    return web.Response(status=status, text=body, content_type="application/json")
+def _requester(session: Session, peer: Peer) -> Requester:
+    assert session.verified is not None
+    report = session.verified.report
+    return Requester(
+        peer=peer.description,
+        measurement=report.measurement,
+        simulated=session.verified.simulated,
+        guest=report.report_id.hex(),
+        chip=report.chip_id.hex(),
+        token=session.session_id,
+    )
+
+
+_STEPS = {
+    ("POST", "auth"): "auth",
+    ("POST", "attest"): "attest",
+    ("POST", "jindisk/release"): "release",
+    ("POST", "jindisk/adopt"): "adopt",
+    ("POST", "jindisk/report"): "report",
+    ("POST", "jindisk/close"): "close",
+}
+
+
+def _step(request: web.BaseRequest) -> tuple[str, str]:
+    """What is asked for, and of a resource its path as sent, without decoding.
+
+    Raises:
+        Refusal: nothing that guests may ask for.
+    """
+    path = request.raw_path.partition("?")[0]
+    if not path.startswith(f"{PREFIX}/"):
+        raise Refusal("InvalidRequestPath", "no such path", 404)
+    path = path.removeprefix(f"{PREFIX}/")
+    step = _STEPS.get((request.method, path))
+    if step is not None:
+        return step, ""
+    if path.startswith("resource/"):
+        if request.method != "GET":
+            raise Refusal("AdminAuthAccess", "guests cannot change resources")
+        return "resource", path.removeprefix("resource/")
+    raise Refusal("PluginNotFound", "no such path", 404)

@@ -1,15 +1,24 @@
-"""Sessions of guests: one nonce, one attestation, one key pair; short, counted, and gone after."""
+"""Sessions of guests: one nonce, one attestation, one key pair; short, counted, and gone after.
+
+A session's name is the guest's cookie and a secret; its id is a digest of that, stands in tokens and audit rows, and is
+none. `MemorySessions` serves one broker, `broker.shared.DatabaseSessions` several.
+"""
 
 from __future__ import annotations
 
 import base64
 import enum
+import hashlib
 import secrets
+import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from jindiskd.attest.snp import VerifiedSnp
+from jindiskd.broker.peer import BrokerLimits
 from jindiskd.errors import EXIT_BUSY, JindiskError
 
 
@@ -21,61 +30,147 @@ class TooManySessions(JindiskError, code="TooManySessions", exit_code=EXIT_BUSY)
         super().__init__(f"{peer} has too many attestation sessions open: they end by themselves, try again")
 
 
-class Stage(enum.Enum):
+class Stage(enum.StrEnum):
     """How far a session is."""
 
-    CHALLENGED = enum.auto()  # nonce sent, nothing believed
-    VERIFIED = enum.auto()  # evidence is genuine and bound to the key
-    SPENT = enum.auto()  # refused; final
+    CHALLENGED = "challenged"  # nonce sent, nothing believed
+    SPENT = "spent"  # the nonce was used; final, unless the evidence proves good
+    VERIFIED = "verified"  # evidence is genuine and bound to the key
+    ENDED = "ended"  # refused; final
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One guest's way to a key."""
+    """One guest's way to a key, as it was when it was looked up."""
 
+    session_id: str
     peer: str
+    nonce: str
     expires: float
-    """On the monotonic clock, seconds."""
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    nonce: str = field(default_factory=lambda: base64.b64encode(secrets.token_bytes(32)).decode())
+    """On the keeper's clock, seconds."""
     stage: Stage = Stage.CHALLENGED
+    asked: int = 0
     tee_pubkey: dict[str, str] = field(default_factory=dict)
     verified: VerifiedSnp | None = None
 
 
-class Sessions:
-    """All sessions of a broker, in memory: after a restart guests begin anew."""
+def session_id(name: str) -> str:
+    """The id of a session with that name."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
 
-    def __init__(self, *, lifetime_s: float, per_peer: int, total: int, clock: Callable[[], float]) -> None:
-        """`clock` is a monotonic clock in seconds."""
-        self._lifetime, self._per_peer, self._total, self._clock = lifetime_s, per_peer, total, clock
-        self._open: dict[str, Session] = {}
 
-    def new(self, peer: str) -> Session:
-        """Begin a session.
+def draw(peer: str, expires: float) -> tuple[str, Session]:
+    """A name and a session of that name, with a fresh nonce."""
+    name = uuid.uuid4().hex
+    nonce = base64.b64encode(secrets.token_bytes(32)).decode()
+    return name, Session(session_id=session_id(name), peer=peer, nonce=nonce, expires=expires)
 
-        Raises:
-            TooManySessions: of this peer, or in all.
-        """
-        self._expire()
-        mine = sum(session.peer == peer for session in self._open.values())
-        if mine >= self._per_peer or len(self._open) >= self._total:
-            raise TooManySessions(peer)
-        session = Session(peer=peer, expires=self._clock() + self._lifetime)
-        self._open[session.name] = session
-        return session
 
-    def find(self, name: str, peer: str) -> Session | None:
-        """The session of that name, if this peer began it and it lives."""
-        self._expire()
-        session = self._open.get(name)
-        return session if session is not None and session.peer == peer else None
+class SessionKeeper(Protocol):
+    """Keeps sessions. Every step that may be taken once is taken by one caller alone, however many ask at once."""
+
+    blocking: bool
+    """Whether calls block, and belong in a thread."""
+
+    def new(self, peer: str) -> tuple[str, Session]:
+        """Begin a session; returns its name too. Raises `TooManySessions`."""
+
+    def find(self, session_id: str, peer: str) -> Session | None:
+        """The living session of that id, if this peer began it."""
+
+    def spend(self, session: Session) -> bool:
+        """Use up the nonce; False where it was used before."""
+
+    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: VerifiedSnp) -> None:
+        """The evidence was good."""
+
+    def ask(self, session: Session) -> bool:
+        """Count one request of an attested session; False where it may not ask, or no more."""
 
     def end(self, session: Session) -> None:
-        """Forget a session."""
-        self._open.pop(session.name, None)
+        """Nothing more comes of this session; it counts against the limits until its life is over."""
+
+    def count(self) -> int:
+        """Living sessions."""
+
+
+class MemorySessions:
+    """All sessions of one broker, in memory: after a restart guests begin anew."""
+
+    blocking = False
+
+    def __init__(self, limits: BrokerLimits, clock: Callable[[], float]) -> None:
+        """`clock` is a monotonic clock in seconds."""
+        self._limits, self._clock = limits, clock
+        self._open: dict[str, Session] = {}
+        self._of_peer: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def new(self, peer: str) -> tuple[str, Session]:
+        """Begin a session; returns its name too. Raises `TooManySessions`."""
+        with self._lock:
+            self._expire()
+            full = len(self._open) >= self._limits.sessions
+            if full or self._of_peer[peer] >= self._limits.sessions_per_peer:
+                raise TooManySessions(peer)
+            name, session = draw(peer, self._clock() + self._limits.session_lifetime_s)
+            self._open[session.session_id] = session
+            self._of_peer[peer] += 1
+            return name, session
+
+    def find(self, session_id: str, peer: str) -> Session | None:
+        """The living session of that id, if this peer began it."""
+        with self._lock:
+            self._expire()
+            session = self._open.get(session_id)
+            return session if session is not None and session.peer == peer else None
+
+    def spend(self, session: Session) -> bool:
+        """Use up the nonce; False where it was used before."""
+        with self._lock:
+            now = self._open.get(session.session_id)
+            if now is None or now.stage is not Stage.CHALLENGED:
+                return False
+            self._open[session.session_id] = replace(now, stage=Stage.SPENT)
+            return True
+
+    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: VerifiedSnp) -> None:
+        """The evidence was good."""
+        self._replace(session, stage=Stage.VERIFIED, tee_pubkey=tee_pubkey, verified=verified)
+
+    def ask(self, session: Session) -> bool:
+        """Count one request of an attested session; False where it may not ask, or no more."""
+        with self._lock:
+            now = self._open.get(session.session_id)
+            if now is None or now.stage is not Stage.VERIFIED or now.asked >= self._limits.asks_per_session:
+                return False
+            self._open[session.session_id] = replace(now, asked=now.asked + 1)
+            return True
+
+    def end(self, session: Session) -> None:
+        """Nothing more comes of this session; it counts against the limits until its life is over."""
+        self._replace(session, stage=Stage.ENDED, verified=None)
+
+    def count(self) -> int:
+        """Living sessions."""
+        with self._lock:
+            self._expire()
+            return len(self._open)
+
+    def _replace(self, session: Session, **changes: object) -> None:
+        with self._lock:
+            now = self._open.get(session.session_id)
+            if now is not None:
+                self._open[session.session_id] = replace(now, **changes)  # type: ignore[arg-type]  # fields of ours
 
     def _expire(self) -> None:
+        # All live equally long, and a dictionary keeps their order: the oldest come first.
         now = self._clock()
-        for name in [name for name, session in self._open.items() if session.expires <= now]:
-            del self._open[name]
+        while self._open:
+            oldest = next(iter(self._open.values()))
+            if oldest.expires > now:
+                return
+            del self._open[oldest.session_id]
+            self._of_peer[oldest.peer] -= 1
+            if not self._of_peer[oldest.peer]:
+                del self._of_peer[oldest.peer]

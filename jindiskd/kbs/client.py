@@ -15,7 +15,8 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,12 +26,13 @@ from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_REFUSED, JindiskError
 from jindiskd.kbs import jwe, jwk
 from jindiskd.kbs.binding import report_data
+from jindiskd.kbs.freshness import VolumeGrant, VolumeState, dump_release
 from jindiskd.kbs.messages import COOKIE, PREFIX, VERSION, MalformedMessage, check_resource, read_object
 
 MAX_ANSWER_BYTES = 4 << 20
 MAX_HEADER_BYTES = 16 << 10
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 5.0
-MAX_ATTESTATIONS = 4
+REQUEST_TIME_S = 60.0
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3})(?: [^\r\n]*)?")
 _SESSION = re.compile(COOKIE + r"=([0-9a-f]{32})(?:;|$)")
 
@@ -52,12 +54,27 @@ class BrokerUnreachable(JindiskError, code="BrokerUnreachable"):
 
 
 class BrokerRefused(JindiskError, code="BrokerRefused", exit_code=EXIT_REFUSED):
-    """The broker answered that it will not release the key."""
+    """The broker answered that it will not do what was asked."""
 
-    def __init__(self, kind: str) -> None:
-        """`kind` is the protocol's error type, for example `PolicyDeny`."""
-        super().__init__(f"the key broker refused ({kind}): its audit log has the reasons")
-        self.kind = kind
+    def __init__(self, kind: str, step: str = "", versions: tuple[str, str] | None = None) -> None:
+        """`kind` is the protocol's error type, for example `PolicyDeny`; `step` the last word of the path asked for.
+
+        `versions` are the broker's and ours where they differ.
+        """
+        if versions is not None:
+            text = f"the key broker speaks protocol version {versions[0]}, this guest {versions[1]}: use a matching one"
+        else:
+            text = f"the key broker refused ({kind}): its audit log has the reasons"
+        super().__init__(text)
+        self.kind, self.step, self.versions = kind, step, versions
+
+
+class Fenced(BrokerRefused, code="SessionFenced", exit_code=EXIT_REFUSED):
+    """The session may not write its volume any more: stop writing, for good."""
+
+    def __init__(self) -> None:
+        """Nothing more is known, and nothing more helps."""
+        super().__init__("Fenced")
 
 
 class BrokerMisbehaved(JindiskError, code="BrokerMisbehaved"):
@@ -68,8 +85,26 @@ class BrokerMisbehaved(JindiskError, code="BrokerMisbehaved"):
         super().__init__(f"the key broker does not follow the protocol: {problem}")
 
 
-# Protocol section 9: what may be tried again, and from where.
-FINAL = frozenset({"PolicyDeny", "PluginNotFound", "InvalidRequestPath", "AdminAuthAccess"})
+class _TimeOver(Exception):
+    """The deadline has passed in the middle of an attempt."""
+
+
+# Protocol section 9: what may be tried again. Kinds that stand nowhere here are trouble at the broker: back off.
+FINAL = frozenset({"PolicyDeny", "PluginNotFound", "InvalidRequestPath", "AdminAuthAccess", "Fenced"})
+ONCE_MORE = frozenset({"AttestationError", "TokenVerifierError"})
+_VERSIONS = re.compile(r"expect =([0-9.]{1,16}) while the request is ([0-9.]{1,16})")
+T = TypeVar("T")
+_Ask = Callable[[str, str, bytes, str | None], tuple[bytes, str | None]]
+
+
+def may_try_again(refused: BrokerRefused, before: int) -> bool:
+    """Whether a refusal is worth another attempt from `/auth`; `before` counts refusals of this kind until now."""
+    if refused.kind in FINAL or refused.kind.startswith("HTTP status 4"):
+        return False
+    if refused.kind in ONCE_MORE:
+        # At /auth nothing was judged yet, so nothing can come out differently.
+        return refused.step != "auth" and before == 0
+    return True
 
 
 class KbsClient:
@@ -99,26 +134,92 @@ class KbsClient:
             evidence: makes the primary evidence for 64 bytes of report data.
 
         Raises:
-            BrokerNotTrusted, BrokerRefused: final. BrokerUnreachable, BrokerMisbehaved: the deadline has passed, or
-                attestation was refused as often as is sensible.
+            BrokerNotTrusted, BrokerRefused: final. BrokerUnreachable, BrokerMisbehaved: the deadline has passed.
         """
         path = f"{PREFIX}/resource/{check_resource(resource)}"
-        wait, attestations = FIRST_WAIT_S, 0
+        return self._attested(tee, evidence, lambda channel, cookie: channel("GET", path, b"", cookie))
+
+    def release(
+        self, tee: str, resource: str, volume: str, evidence: Callable[[bytes], Mapping[str, Any]]
+    ) -> VolumeGrant:
+        """Attest and begin a session of a JinDisk volume: key, anchor and session identifier.
+
+        Args:
+            tee: the protocol's name of the TEE.
+            resource: of the volume's key, `repository/type/tag`.
+            volume: UUID of the volume.
+            evidence: makes the primary evidence for 64 bytes of report data.
+
+        Raises:
+            BrokerNotTrusted, BrokerRefused: final. BrokerUnreachable, BrokerMisbehaved: the deadline has passed.
+        """
+        path, body = f"{PREFIX}/jindisk/release", dump_release(resource, volume)
+        sealed = self._attested(tee, evidence, lambda channel, cookie: channel("POST", path, body, cookie))
+        try:
+            return VolumeGrant.unpack(sealed)
+        except MalformedMessage as exc:
+            raise BrokerMisbehaved(exc.problem) from exc
+
+    def adopt(self, volume: str, session: bytes, sequence: int, root: bytes) -> None:
+        """Make a released session the volume's own, from the state found. Until this returns nothing may be written.
+
+        Raises:
+            Fenced: the session was replaced, or the state is none that the broker accepts.
+            BrokerNotTrusted, BrokerRefused, BrokerUnreachable, BrokerMisbehaved: as for `fetch`.
+        """
+        self._tell("adopt", VolumeState(volume=volume, session=session, sequence=sequence, root=root))
+
+    def report(self, volume: str, session: bytes, sequence: int, root: bytes) -> None:
+        """Tell a state that is durable; from then on no earlier one is accepted. Raises as `adopt`."""
+        self._tell("report", VolumeState(volume=volume, session=session, sequence=sequence, root=root))
+
+    def close(self, volume: str, session: bytes, sequence: int, root: bytes) -> None:
+        """Tell the last state of the session; nothing may be written after it is sent. Raises as `adopt`."""
+        self._tell("close", VolumeState(volume=volume, session=session, sequence=sequence, root=root))
+
+    def _attested(
+        self,
+        tee: str,
+        evidence: Callable[[bytes], Mapping[str, Any]],
+        ask: Callable[[_Ask, str], tuple[bytes, str | None]],
+    ) -> Secret:
+        """Attest with a fresh key, ask for something encrypted to it, and open that."""
+
+        def attempt(channel: _Channel) -> Secret:
+            key = ec.generate_private_key(ec.SECP256R1())
+            cookie = self._attest(channel, tee, key, evidence)
+            return jwe.open_(ask(partial(self._answer, channel), cookie)[0], key)
+
+        return self._until_deadline(attempt)
+
+    def _tell(self, verb: str, state: VolumeState) -> None:
+        body = state.dump()
+
+        def attempt(channel: _Channel) -> None:
+            self._answer(channel, "POST", f"{PREFIX}/jindisk/{verb}", body, None)
+
+        # Each message may be sent again: the broker answers a repetition as it answered the first.
+        self._until_deadline(attempt)
+
+    def _until_deadline(self, attempt: Callable[[_Channel], T]) -> T:
+        wait, refusals = FIRST_WAIT_S, 0
+        problem: JindiskError = BrokerUnreachable("the time is over")
         while True:
             try:
-                key = ec.generate_private_key(ec.SECP256R1())
                 with self._channel() as channel:
-                    attestations += 1
-                    cookie = self._attest(channel, tee, key, evidence)
-                    return jwe.open_(self._answer(channel, "GET", path, b"", cookie)[0], key)
+                    return attempt(channel)
+            except _TimeOver:
+                raise problem from None  # what went wrong before says more than that the time is over
             except (OSError, EOFError) as exc:
-                problem: JindiskError = BrokerUnreachable(type(exc).__name__)
+                if time.monotonic() < self._deadline:
+                    problem = BrokerUnreachable(type(exc).__name__)
             except MalformedMessage as exc:
                 problem = BrokerMisbehaved(exc.problem)
             except BrokerRefused as exc:
-                problem = exc
-                if exc.kind in FINAL or attestations >= MAX_ATTESTATIONS:
+                if not may_try_again(exc, refusals):
                     raise
+                refusals += exc.kind in ONCE_MORE
+                problem = exc
             pause = wait * random.uniform(0.5, 1.0)  # noqa: S311 (jitter, not a secret)
             if time.monotonic() + pause >= self._deadline:
                 raise problem
@@ -154,7 +255,7 @@ class KbsClient:
         """A TLS connection to the pinned broker."""
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise BrokerUnreachable("the time is over")
+            raise _TimeOver
         raw = self._connect()
         try:
             raw.settimeout(min(left, 30.0))
@@ -171,32 +272,37 @@ class KbsClient:
         if not trusted:
             stream.close()
             raise BrokerNotTrusted
-        return _Channel(stream)
+        return _Channel(stream, self._deadline)
 
     def _answer(
         self, channel: _Channel, method: str, path: str, body: bytes, cookie: str | None
     ) -> tuple[bytes, str | None]:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise BrokerUnreachable("the time is over")
-        channel.stream.settimeout(min(left, 60.0))
         status, answer, session = channel.request(method, path, body, cookie)
         if status == 200:
             return answer, session or cookie
         if 300 <= status < 400:
             raise MalformedMessage("the answer", "a redirection")
+        step = path.removeprefix(f"{PREFIX}/").split("/")[0]
         try:
-            kind = str(read_object(answer, "the error").get("type", "")).rsplit("/", 1)[-1]
+            told = read_object(answer, "the error")
         except MalformedMessage:
-            kind = ""
-        raise BrokerRefused(kind if re.fullmatch(r"[A-Za-z]{1,40}", kind) else f"HTTP status {status}")
+            told = {}
+        kind = str(told.get("type", "")).rsplit("/", 1)[-1]
+        if kind == "Fenced":
+            raise Fenced
+        versions = _VERSIONS.search(str(told.get("detail", ""))) if step == "auth" else None
+        raise BrokerRefused(
+            kind if re.fullmatch(r"[A-Za-z]{1,40}", kind) else f"HTTP status {status}",
+            step,
+            (versions[1], versions[2]) if versions else None,
+        )
 
 
 class _Channel:
     """One HTTP/1.1 connection: a dozen lines of the protocol suffice, and pull in no library."""
 
-    def __init__(self, stream: ssl.SSLSocket) -> None:
-        self.stream = stream
+    def __init__(self, stream: ssl.SSLSocket, deadline: float) -> None:
+        self.stream, self._deadline = stream, deadline
         self._left = b""
 
     def __enter__(self) -> _Channel:  # noqa: PYI034 (private and final)
@@ -212,6 +318,7 @@ class _Channel:
             lines.append("Content-Type: application/json")
         if cookie:
             lines.append(f"Cookie: {COOKIE}={cookie}")
+        self._limit()
         self.stream.sendall("\r\n".join([*lines, "", ""]).encode() + body)
         while b"\r\n\r\n" not in self._left:
             if len(self._left) > MAX_HEADER_BYTES:
@@ -235,7 +342,15 @@ class _Channel:
         session = _SESSION.match(headers.get("set-cookie", ""))
         return int(status[1]), answer, session[1] if session else None
 
+    def _limit(self) -> None:
+        """Set the time for the next step anew: a host that lets bytes through one by one gains nothing."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise _TimeOver
+        self.stream.settimeout(min(left, REQUEST_TIME_S))
+
     def _read(self) -> bytes:
+        self._limit()
         data = self.stream.recv(65536)
         if not data:
             raise EOFError("the broker closed the connection")

@@ -29,7 +29,7 @@ def public_key(jwk: Mapping[str, object]) -> PublicKey:
     if jwk.get("kty") == "RSA" and jwk.get("alg") == RSA_ALG and set(jwk) == {"kty", "alg", "n", "e"}:
         n = int.from_bytes(encoding.decode(jwk["n"], WHAT), "big")
         e = int.from_bytes(encoding.decode(jwk["e"], WHAT), "big")
-        if not RSA_BITS[0] <= n.bit_length() <= RSA_BITS[1] or e not in {3, 65537}:
+        if not RSA_BITS[0] <= n.bit_length() <= RSA_BITS[1] or e != 65537:
             raise MalformedMessage(WHAT, f"an RSA key has {RSA_BITS[0]} to {RSA_BITS[1]} bits and exponent 65537")
         try:
             return rsa.RSAPublicNumbers(e, n).public_key()

@@ -1,100 +1,21 @@
 """Guests at the broker: real TLS, real verification of simulated reports, each refusal with its reason."""
 
-import asyncio
-import contextlib
+import base64
 import logging
-import socket
-import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from brokerbench import DIGEST, IMAGE, KEY, OTHER, REQUEST, Bench, bench
 
-from jindiskd.attest.snp import SnpVerifier
-from jindiskd.base.platform import Platform
-from jindiskd.base.secret import Secret
-from jindiskd.broker.identity import TlsIdentity
-from jindiskd.broker.listener import listen_unix
-from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
-from jindiskd.kbs.client import BrokerNotTrusted, BrokerRefused, BrokerUnreachable, KbsClient
-from jindiskd.kbs.evidence import snp_to_json
-from jindiskd.keys.store import KeyState, Store
+from jindiskd.broker.service import BrokerLimits
+from jindiskd.kbs.client import BrokerNotTrusted, BrokerRefused, BrokerUnreachable
+from jindiskd.keys.store import KeyState
 from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
-
-DIGEST = bytes(range(48))
-KEY = b"\x00the key that must not be seen.\n\xff"
-IMAGE, OTHER = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
-
-
-@pytest.fixture(scope="session")
-def root() -> SimulatedRoot:
-    return SimulatedRoot.generate(now=datetime.now(UTC))
-
-
-class Bench:
-    """A broker with two images, and a guest's view of it."""
-
-    def __init__(self, root: SimulatedRoot, tmp: Path, **broker: Any) -> None:
-        self.root, self.path, self.database = root, tmp / "guest_19012", tmp / "keys.db"
-        self.kek = Secret.random(32)
-        self.store = Store.open(f"sqlite:///{self.database}", self.kek)
-        for image, name in ((IMAGE, "one"), (OTHER, "two")):
-            self.store.add_image(image, name, Platform.SIMULATED_SNP, f"default/{image}/root", Secret(KEY))
-            self.store.activate(image, [DIGEST])
-        self.events: list[BrokerEvent] = []
-        self.identity = TlsIdentity.load_or_create(tmp / "identity.pem")
-        arguments: dict[str, Any] = {
-            "store": self.store,
-            "verifiers": [SnpVerifier(roots=root.roots, crls=[root.crl])],
-            "allow_simulated": True,
-            "on_event": self.events.append,
-        }
-        self.broker = Broker(**{**arguments, **broker})
-        self.peer = Peer(description="domain one", domain_uuid=IMAGE, image_id=IMAGE)
-        self.firmware = SimulatedSnpFirmware(root, DIGEST)
-
-    def connect(self) -> socket.socket:
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stream.settimeout(5)
-        try:
-            stream.connect(str(self.path))
-        except BaseException:
-            stream.close()
-            raise
-        return stream
-
-    def evidence(self, report_data: bytes) -> Mapping[str, Any]:
-        return snp_to_json(self.firmware.report(report_data), self.firmware.certificate_table())
-
-    async def fetch(
-        self, image: str = IMAGE, pin: bytes | None = None, evidence: Any = None, within_s: float = 10
-    ) -> bytes:
-        client = KbsClient(
-            self.connect, spki_sha256=pin or self.identity.spki_sha256, deadline=time.monotonic() + within_s
-        )
-        resource = f"default/{image}/root"
-        with await asyncio.to_thread(client.fetch, "snp", resource, evidence or self.evidence) as key:
-            return bytes(key.reveal())
-
-    def last_findings(self) -> list[str]:
-        row = self.store.audit_rows()[-1]
-        assert row["kind"] == "refused"
-        return [finding["id"] for finding in row["detail"]["findings"]]
-
-
-@contextlib.asynccontextmanager
-async def bench(root: SimulatedRoot, tmp: Path, **broker: Any) -> AsyncIterator[Bench]:
-    made = Bench(root, tmp, **broker)
-    listener = await listen_unix(made.broker, made.identity, made.path, made.peer)
-    try:
-        yield made
-    finally:
-        await listener.close()
-        made.store.close()
 
 
 async def test_a_good_guest_gets_its_key_and_the_audit_says_so_before(root: SimulatedRoot, tmp_path: Path) -> None:
@@ -187,21 +108,6 @@ async def test_an_absent_broker_is_given_up_in_time(root: SimulatedRoot, tmp_pat
     made.store.close()
 
 
-async def raw(b: Bench, request: bytes) -> bytes:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-
-    def exchange() -> bytes:
-        with b.connect() as plain, context.wrap_socket(plain) as stream:
-            with contextlib.suppress(OSError):
-                stream.sendall(request)
-            with contextlib.suppress(OSError):
-                return stream.recv(65536)
-            return b""
-
-    return await asyncio.to_thread(exchange)
-
-
 HOSTILE = [
     b"\x00" * 1000,
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -221,7 +127,7 @@ async def test_hostile_requests_get_nothing_and_hurt_nobody(
 ) -> None:
     """Whatever is sent, no 200 comes back, and the next guest is served."""
     async with bench(root, tmp_path) as b:
-        answer = await raw(b, request_bytes)
+        answer = await b.raw(request_bytes)
         assert b" 200 " not in answer.split(b"\r\n", 1)[0]
         assert b"Traceback" not in answer
         assert await b.fetch() == KEY
@@ -232,9 +138,8 @@ async def test_sessions_are_limited_and_end(root: SimulatedRoot, tmp_path: Path)
     clock = [0.0]
     limits = BrokerLimits(sessions_per_peer=3, session_lifetime_s=60)
     async with bench(root, tmp_path, limits=limits, monotonic=lambda: clock[0]) as b:
-        body = b'{"version":"0.4.0","tee":"snp","extra-params":""}'
-        request = b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        answers = [await raw(b, request) for _ in range(4)]
+        request = b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(REQUEST) + REQUEST
+        answers = [await b.raw(request) for _ in range(4)]
         assert [b" 200 " in answer for answer in answers] == [True, True, True, False]
         clock[0] = 61.0
         assert await b.fetch() == KEY
@@ -244,7 +149,7 @@ async def test_another_protocol_version_is_told_both_versions(root: SimulatedRoo
     """The text is how clients probe a broker's version."""
     async with bench(root, tmp_path) as b:
         body = b'{"version":"0.2.0","tee":"snp","extra-params":""}'
-        answer = await raw(b, b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = await b.raw(b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         assert b"401" in answer.split(b"\r\n", 1)[0]
         assert b"expect =0.4.0 while the request is 0.2.0" in answer
 
@@ -252,16 +157,25 @@ async def test_another_protocol_version_is_told_both_versions(root: SimulatedRoo
 async def test_the_key_is_nowhere_in_clear(
     root: SimulatedRoot, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Not in the database with its journal, not in what was logged or printed."""
+    """Not in the database with its journal, not in what was logged, printed or answered; nor is the KEK."""
     caplog.set_level(logging.DEBUG)
     async with bench(root, tmp_path) as b:
         assert await b.fetch() == KEY
         with pytest.raises(BrokerRefused):
             await b.fetch(OTHER)
-        forms = [KEY, KEY.hex().encode(), KEY[:24]]
-        said = (caplog.text + "".join(capfd.readouterr())).encode()
+        cookie, token, _ = await b.attested()
+        answers = [token.encode()]
+        answers += [
+            (await b.ask("GET", f"/kbs/v0/resource/default/{image}/root", cookie=cookie))[2]
+            for image in (IMAGE, OTHER, "nobody")
+        ]
+        said = (caplog.text + "".join(capfd.readouterr())).encode() + b"".join(answers)
+        said += b.broker.metrics.render().encode()
         for file in tmp_path.iterdir():
             if file.is_file():
                 said += file.read_bytes()
-        assert not any(form in said for form in forms)
-        assert bytes(b.kek.reveal()) not in said
+        assert b"1111" in said, "nothing was collected"
+        for secret in (KEY, bytes(b.kek.reveal())):
+            forms = [secret, secret[:24], secret.hex().encode(), base64.b64encode(secret)[:40]]
+            forms += [base64.urlsafe_b64encode(secret)[:40], repr(secret).encode()]
+            assert not any(form in said for form in forms)

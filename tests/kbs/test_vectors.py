@@ -65,6 +65,9 @@ def test_our_answer_opens_elsewhere_and_has_the_reference_clients_order() -> Non
     header = json.loads(other_jwe.base64url_decode(json.loads(text)["protected"]))
     assert list(header) == ["alg", "enc", "epk"]
     assert list(header["epk"]) == ["crv", "kty", "x", "y"]
+    # The reference client takes its own serialisation of the header as additional data: compact, or it cannot open.
+    again = json.dumps(header, separators=(",", ":"))
+    assert other_jwe.base64url_decode(json.loads(text)["protected"]).decode() == again
 
 
 def test_weak_and_foreign_keys_are_refused(cases: dict[str, dict[str, Any]]) -> None:

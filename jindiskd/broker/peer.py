@@ -1,0 +1,45 @@
+"""Who is at the other end of a connection, what happens to it, and how much it may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jindiskd.attest.model import Finding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Who is at the other end, as the transport knows it; not what it says."""
+
+    description: str
+    """Names the peer in logs and audit rows; peers of one description share the limits of a peer."""
+    domain_uuid: str | None = None
+    image_id: str | None = None
+    """The only image whose key this peer may ask for; None for any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerEvent:
+    """What happened to a guest at the broker."""
+
+    peer: Peer
+    kind: str
+    """`challenged`, `attested`, `released` or `refused`."""
+    image_id: str = ""
+    simulated: bool = False
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerLimits:
+    """What peers may use."""
+
+    session_lifetime_s: float = 60.0
+    sessions_per_peer: int = 32
+    """A session counts until its life is over, however it ended: this also bounds refusals and their audit rows."""
+    sessions: int = 256
+    asks_per_session: int = 8
+    """How often an attested session may ask for a resource."""
+    connections_per_peer: int = 64
+    connections: int = 1024
+    """Of one listener."""

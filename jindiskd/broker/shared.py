@@ -1,0 +1,120 @@
+"""Sessions in the database, so that several brokers answer for one another: a guest's next request may reach another.
+
+The nonce of a session is used up by one `UPDATE` that only one broker can win. What was verified is stored as the
+report itself and what the verifier said of it; the database is the brokers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+
+from jindiskd.attest.snp import VerifiedSnp
+from jindiskd.attest.snp_report import Product, Signer, encode_report, parse_report
+from jindiskd.broker.peer import BrokerLimits
+from jindiskd.broker.sessions import Session, Stage, TooManySessions, draw
+from jindiskd.keys.database import Database, sessions_table
+
+FACTS = ("csp_id", "simulated", "roots", "certificate_sha256", "report_data_checked")
+
+
+class DatabaseSessions:
+    """The sessions of all brokers on one database; limits are counted over all of them. Times are the wall clock's."""
+
+    blocking = True
+
+    def __init__(self, database: Database, limits: BrokerLimits) -> None:
+        """Read nothing yet."""
+        self._database, self._limits = database, limits
+
+    def _now(self) -> float:
+        return self._database.now().timestamp()
+
+    def new(self, peer: str) -> tuple[str, Session]:
+        """Begin a session; returns its name too. Raises `TooManySessions`."""
+        table, now = sessions_table, self._now()
+        name, session = draw(peer, now + self._limits.session_lifetime_s)
+        counts = sa.select(
+            sa.func.count(), sa.func.coalesce(sa.func.sum(sa.case((table.c.peer == peer, 1), else_=0)), 0)
+        )
+        with self._database.write() as connection:
+            connection.execute(table.delete().where(table.c.expires <= now))
+            total, mine = connection.execute(counts).one()
+            if total >= self._limits.sessions or mine >= self._limits.sessions_per_peer:
+                raise TooManySessions(peer)
+            connection.execute(
+                table.insert().values(
+                    session_id=session.session_id,
+                    peer=peer,
+                    nonce=session.nonce,
+                    stage=session.stage.value,
+                    expires=session.expires,
+                    asked=0,
+                    tee_pubkey={},
+                    facts={},
+                    report=b"",
+                )
+            )
+        return name, session
+
+    def find(self, session_id: str, peer: str) -> Session | None:
+        """The living session of that id, if this peer began it."""
+        table = sessions_table
+        mine = (table.c.session_id == session_id, table.c.peer == peer, table.c.expires > self._now())
+        with self._database.read() as connection:
+            row = connection.execute(sa.select(table).where(*mine)).mappings().first()
+        return _session(row) if row is not None else None
+
+    def spend(self, session: Session) -> bool:
+        """Use up the nonce; False where it was used before."""
+        return self._update(session, {"stage": Stage.SPENT.value}, sessions_table.c.stage == Stage.CHALLENGED.value)
+
+    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: VerifiedSnp) -> None:
+        """The evidence was good."""
+        facts = {name: getattr(verified, name) for name in FACTS}
+        facts |= {"product": verified.product.value, "signer": verified.signer.name}
+        values = {"tee_pubkey": tee_pubkey, "facts": facts, "report": encode_report(verified.report)}
+        self._update(session, {"stage": Stage.VERIFIED.value, **values})
+
+    def ask(self, session: Session) -> bool:
+        """Count one request of an attested session; False where it may not ask, or no more."""
+        table = sessions_table
+        allowed = (table.c.stage == Stage.VERIFIED.value, table.c.asked < self._limits.asks_per_session)
+        return self._update(session, {"asked": table.c.asked + 1}, *allowed)
+
+    def end(self, session: Session) -> None:
+        """Nothing more comes of this session; it counts against the limits until its life is over."""
+        self._update(session, {"stage": Stage.ENDED.value})
+
+    def count(self) -> int:
+        """Living sessions."""
+        query = sa.select(sa.func.count()).select_from(sessions_table).where(sessions_table.c.expires > self._now())
+        with self._database.read() as connection:
+            return int(connection.scalar(query) or 0)
+
+    def _update(self, session: Session, values: Mapping[str, Any], *conditions: sa.ColumnElement[bool]) -> bool:
+        one = sessions_table.c.session_id == session.session_id
+        # A row's own lock decides between brokers here; the audit log's lock is not needed.
+        with self._database.alone() as connection:
+            return bool(connection.execute(sessions_table.update().where(one, *conditions).values(values)).rowcount)
+
+
+def _session(row: Mapping[Any, Any]) -> Session:
+    verified = None
+    if row["stage"] == Stage.VERIFIED.value:
+        facts = dict(row["facts"])
+        product, signer = Product(facts.pop("product")), Signer[facts.pop("signer")]
+        report = parse_report(bytes(row["report"]), product=product)
+        verified = VerifiedSnp(report=report, product=product, signer=signer, **facts)
+    return Session(
+        session_id=row["session_id"],
+        peer=row["peer"],
+        nonce=row["nonce"],
+        expires=row["expires"],
+        stage=Stage(row["stage"]),
+        asked=row["asked"],
+        tee_pubkey=row["tee_pubkey"],
+        verified=verified,
+    )

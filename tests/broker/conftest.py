@@ -1,0 +1,16 @@
+"""What the broker's tests share: `brokerbench`, and one simulated root for all, since it takes seconds to make."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from jindiskd.sim.pki import SimulatedRoot
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def root() -> SimulatedRoot:
+    return SimulatedRoot.generate(now=datetime.now(UTC))
