@@ -26,15 +26,6 @@ def announce(code: Code) -> None:
             os.close(console)
 
 
-def silence() -> None:
-    """Take the console away from our standard streams: an interpreter's words on a fault are not for the host."""
-    null = os.open("/dev/null", os.O_RDWR)
-    for descriptor in range(3):
-        os.dup2(null, descriptor, inheritable=False)
-    if null > 2:
-        os.close(null)
-
-
 def power_off() -> NoReturn:
     """Switch the machine off. Where the kernel cannot, restart it, and where it cannot do that either, stand still."""
     for command in (kernel.REBOOT_POWER_OFF, kernel.REBOOT_RESTART):

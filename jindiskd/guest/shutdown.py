@@ -71,7 +71,6 @@ def main() -> NoReturn:
     command = VERBS.get(sys.argv[1] if len(sys.argv) > 1 else "", kernel.REBOOT_POWER_OFF)
     try:
         os.chdir("/")
-        power.silence()  # what we inherited is open below the old root, and would keep it busy
         # A file system that is read-only writes no more, so the volume below it may be closed even if something
         # keeps it mounted. Otherwise it stays open, and opens the next time as after a power failure.
         if unmount_all(OLD_ROOT) or make_read_only(OLD_ROOT):

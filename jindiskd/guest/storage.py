@@ -33,7 +33,9 @@ DONE = b"done"
 FAILED = b"failed"
 PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 CONTROL_TIMEOUT_S = 2.0
-START_TIMEOUT_S = 60.0
+
+Forget = Callable[[], None]
+"""Run in the new process, drops what it has inherited and must not keep."""
 
 
 class Served(nbd.Volume, Protocol):
@@ -41,9 +43,6 @@ class Served(nbd.Volume, Protocol):
 
     def close(self) -> None:
         """Make everything durable, close the volume for good, and tell who must know. Raises on failure."""
-
-    def tick(self) -> float:
-        """Called between requests; seconds until it wants to be called again. Must not block."""
 
 
 class StorageFailed(Exception):
@@ -55,12 +54,13 @@ class StorageFailed(Exception):
         self.said = said
 
 
-def start(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes]) -> int:
+def start(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes], *, timeout_s: float) -> int:
     """Fork the storage process, have it open the volume and attach it as `/dev/nbd0`; returns its process id.
 
     Args:
         open_volume: runs in the new process, which then is the only one with what it makes.
         explain: turns what `open_volume` raised into bytes for the caller, at most 16.
+        timeout_s: for all of it.
 
     Raises:
         StorageFailed: it failed; the process has ended.
@@ -72,7 +72,7 @@ def start(open_volume: Callable[[], Served], explain: Callable[[Exception], byte
         _run(open_volume, explain, theirs)
     theirs.close()
     with ours:
-        ours.settimeout(START_TIMEOUT_S)
+        ours.settimeout(timeout_s)
         try:
             said = ours.recv(16)
         except OSError:
@@ -146,8 +146,7 @@ def serve(requests: socket.socket, control: socket.socket, volume: Served) -> No
         selector.register(requests, selectors.EVENT_READ)
         selector.register(control, selectors.EVENT_READ)
         while True:
-            wait_s = None if closed else max(0.0, volume.tick())
-            for key, _ in selector.select(wait_s):
+            for key, _ in selector.select():
                 if key.fileobj is control:
                     closed = _control(control, volume, closed)
                     continue

@@ -105,12 +105,9 @@ class Digest:
             BaseChanged: the file was written to since the start.
         """
         self._thread.join()
-        # First: a file that shrinks while it is read makes reading fail too, and the change is the reason to give.
-        if self._look(self._fd) != self._before:
-            raise BaseChanged from self._failure
         if self._failure is not None:
             raise self._failure
-        if self._digest is None:
+        if self._digest is None or self._look(self._fd) != self._before:
             raise BaseChanged
         return self._digest
 

@@ -26,7 +26,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jindiskd
@@ -40,7 +39,7 @@ from jindiskd.image.cpio import Archive
 
 ENTRY = "jindiskd.guest.agent"
 SHUTDOWN_ENTRY = "jindiskd.guest.shutdown"
-STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.storage")
+STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.jindisk_root")
 """For a root that a process of ours serves."""
 LATE_IMPORTS = (
     # What is imported only when it is needed, and would be missed then.
@@ -133,6 +132,7 @@ def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source
         archive.link(name, f"usr/{name}")
     # Standard streams for the time before devtmpfs is mounted.
     archive.node("dev/console", 5, 1)
+    archive.node("dev/null", 1, 3, 0o666)
     if config.root.jindisk is None:
         add_python(archive, (ENTRY, *LATE_IMPORTS))
     else:
@@ -163,7 +163,20 @@ def shutdown_script() -> bytes:
 
 
 def _script(entry: str) -> bytes:
-    return f"#!/usr/bin/{python_name()} -ISB\nfrom {entry} import main\nmain()\n".encode()
+    """A program that imports one module and runs its `main`.
+
+    The console is taken from its standard streams before anything can fail: the words of an interpreter on a fault are
+    not for the host. The node is the initrd's own, so that no file system mounted later is kept busy by it.
+    """
+    return (
+        f"#!/usr/bin/{python_name()} -ISB\n"
+        "import os\n"
+        "null = os.open('/dev/null', os.O_RDWR)\n"
+        "for descriptor in range(3):\n"
+        "    os.dup2(null, descriptor)\n"
+        f"from {entry} import main\n"
+        "main()\n"
+    ).encode()
 
 
 def python_name() -> str:
@@ -222,7 +235,6 @@ def compiled(source: Path, shown: str) -> bytes:
     return importlib.util.MAGIC_NUMBER + unchecked_hash + marshal.dumps(code, 2)
 
 
-@cache
 def closure(names: tuple[str, ...]) -> tuple[Module, ...]:
     """The Python modules that importing `names` loads from files, by name, as a fresh interpreter says.
 

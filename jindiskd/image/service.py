@@ -150,11 +150,8 @@ class ImageService:
             self._keys.add_pending(image_id, request.name, request, key)
             stored.append(image_id)
 
-        stagings: list[Staging] = []
+        staging = await asyncio.to_thread(self._store.stage)
         try:
-            # A cancellation must not lose the directory that a thread is making at that moment.
-            await _finished(lambda: stagings.append(self._store.stage()))
-            staging = stagings[0]
             with Secret(bytearray(request.stream("root key")(KEY_BYTES))) as key:
                 await _finished(store_key)
                 task = BuildTask(
@@ -172,8 +169,7 @@ class ImageService:
                 await _finished(lambda: self._undo(request.name, image_id))
             raise
         finally:
-            for made in stagings:
-                await _finished(made.close)
+            await _finished(staging.close)
         log.info("image built", image=request.name, image_id=image_id, simulated=request.platform.simulated)
         return manifest
 

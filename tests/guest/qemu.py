@@ -89,7 +89,8 @@ class Machine:
 
     @property
     def console(self) -> str:
-        return self.directory.joinpath("console").read_text(errors="replace")
+        path = self.directory / "console"
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def serve(self, port: int, function: Callable[[socket.socket], None]) -> Port:
         listener = Port(self.directory / f"vsock_{port}", function)
@@ -146,6 +147,14 @@ class Machine:
             raise AssertionError(f"the guest still runs after {timeout} s; {self.stages}\n{self.console}") from None
         return time.monotonic() - self.began
 
+    def wait_for(self, text: str, timeout: float) -> None:
+        """Wait until the guest has printed `text`."""
+        limit = time.monotonic() + timeout
+        while text not in self.console:
+            ended = self.processes[-1].poll() is not None or time.monotonic() >= limit
+            assert not ended, f"no {text!r} from the guest; {self.stages}\n{self.console}"
+            time.sleep(0.05)
+
     def close(self) -> None:
         for process in reversed(self.processes):
             if process.poll() is None:
@@ -153,3 +162,4 @@ class Machine:
             process.wait()
         for port in self.ports:
             port.close()
+        self.ports.clear()

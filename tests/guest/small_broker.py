@@ -65,9 +65,8 @@ class SmallBroker:
                     while (field := file.readline().strip()) != b"":
                         if field.lower().startswith(b"content-length:"):
                             length = int(field.split(b":")[1])
-                    step = path.split("/")[3]
                     self.asked.append(f"{method} {path}")
-                    status, body = self._answer(step, json.loads(file.read(length) or b"{}"))
+                    status, body = self._answer(path, json.loads(file.read(length) or b"{}"))
                     head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n"
                     head += f"Set-Cookie: kbs-session-id={self.session}\r\n\r\n"
                     file.write(head.encode() + body)
@@ -75,7 +74,8 @@ class SmallBroker:
         except (ssl.SSLError, OSError):
             return
 
-    def _answer(self, step: str, body: dict) -> tuple[int, bytes]:
+    def _answer(self, path: str, body: dict) -> tuple[int, bytes]:
+        step = path.split("/")[3]
         if step in self.answers:
             return self.answers[step]
         if step == "auth":
@@ -89,7 +89,7 @@ class SmallBroker:
         if step == "resource":
             return 200, jwe.seal(self.key, self.recipient).encode()
         assert self.more is not None
-        return self.more(step, body)
+        return self.more(path.split("/")[4], body)
 
 
 def firmware(stream: socket.socket) -> None:

@@ -16,7 +16,7 @@ class Plain:
         self.fd = os.open(path, os.O_RDWR)
         self.size_bytes = devices.size_bytes(self.fd)
         self.console = os.open("/dev/console", os.O_WRONLY | os.O_NOCTTY)
-        self.counts = {"read": 0, "write": 0, "flush": 0, "discard": 0, "tick": 0}
+        self.counts = {"read": 0, "write": 0, "flush": 0, "discard": 0}
 
     def read(self, offset: int, length: int) -> bytes:
         self.counts["read"] += 1
@@ -34,10 +34,6 @@ class Plain:
     def discard(self, offset: int, length: int) -> None:
         self.counts["discard"] += 1
 
-    def tick(self) -> float:
-        self.counts["tick"] += 1
-        return 1.0
-
     def close(self) -> None:
         self.flush()
         with contextlib.suppress(OSError):
@@ -49,7 +45,7 @@ def main(device: str, init: str) -> None:
         mounts.mount_kernel_filesystems()
         modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
         devices.wait_for_device(Path(device), time.monotonic() + 20)
-        storage.start(lambda: Plain(device), lambda exc: type(exc).__name__.encode())
+        storage.start(lambda: Plain(device), lambda exc: type(exc).__name__.encode(), timeout_s=20)
         mounts.mount_root(os.fspath(storage.NODE), agent.SYSROOT, "ext4", "ro")
         switch_root.keep_initrd()
         switch_root.move_mounts(agent.SYSROOT)

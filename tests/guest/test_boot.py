@@ -104,6 +104,7 @@ def test_success(boot) -> None:
     assert "sysroot" not in seen["root"]
     assert "init" not in seen["root"]
     assert len(seen["udev"]) == 1
+    assert seen["settings"] == [["4", "4", "1", "7"], ["5"], ["0"]]  # as `quiet panic=5` set them
     # The initrd takes 36 MiB unpacked; of 1 GiB, the rest of what the kernel can give is free again.
     assert seen["free_kib"] > 900_000
     said = [text for text in boot.machine.console.splitlines() if text.strip() and not text.startswith("[")]

@@ -70,6 +70,7 @@ def make_initrd(target: Path, modules_dir: Path, device: str, init: str) -> Path
         archive.directory(f"usr/{name}")
         archive.link(name, f"usr/{name}")
     archive.node("dev/console", 5, 1)
+    archive.node("dev/null", 1, 3)
     initrd.add_python(archive, (initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))
     listed = []
     for file in kmod.needed_modules(modules_dir, [*initrd.BASE_MODULES, *initrd.JINDISK_MODULES, "ext4"]):

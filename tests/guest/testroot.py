@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import subprocess
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from jindiskd.base.secret import Secret
 from jindiskd.guest.config import Luks2Expectation
 from jindiskd.image import initrd
 from jindiskd.image.cpio import Archive
+from jindiskd.jindisk.anchor import Anchor
+from jindiskd.jindisk.create import create_volume
+from jindiskd.jindisk.device import OpenFile
+from jindiskd.jindisk.geometry import BLOCK, default_geometry
+from jindiskd.jindisk.volume import anchor_of, open_volume
 from jindiskd.luks2 import check, layout, populate
 from jindiskd.luks2.header import make_header
 
@@ -33,7 +39,7 @@ seen = {{
     "root": sorted(os.listdir("/")),
     "free_kib": int(next(line for line in open("/proc/meminfo") if line.startswith("MemFree")).split()[1]),
     "shmem_kib": int(next(line for line in open("/proc/meminfo") if line.startswith("Shmem:")).split()[1]),
-    "printk": open("/proc/sys/kernel/printk").read().split(),
+    "settings": [open("/proc/sys/kernel/" + name).read().split() for name in ("printk", "panic", "panic_on_oops")],
     "udev": {{name: open("/run/udev/data/" + name).read() for name in os.listdir("/run/udev/data")}}
             if os.path.isdir("/run/udev/data") else {{}},
     "mapper": {{name: os.path.realpath("/dev/mapper/" + name) for name in os.listdir("/dev/mapper")}}
@@ -112,6 +118,37 @@ def encrypt_root(image: Path, target: Path) -> EncryptedDisk:
     )
     check.parse_and_check(header, expectation)
     return EncryptedDisk(path=target, key=key, expectation=expectation)
+
+
+@dataclass
+class JindiskDisk:
+    path: Path
+    key: Secret
+    anchor: Anchor
+
+
+def jindisk_root(image: Path, target: Path) -> JindiskDisk:
+    """The root as a JinDisk 2 volume that fills a disk, closed after its first session."""
+    key, session_id = Secret.random(32), os.urandom(32)
+    geometry = default_geometry(image.stat().st_size // BLOCK)
+    with target.open("wb") as file:
+        file.truncate(geometry.end * BLOCK)
+    with OpenFile(target, writable=True) as device, image.open("rb") as source:
+        session = create_volume(device, geometry=geometry, key=key, uuid=uuid.UUID(UUID), session_id=session_id)
+        while data := source.read(1 << 20):
+            session.write(source.tell() - len(data), data)
+        session.close()
+        return JindiskDisk(target, key, anchor_of(session.durable, still_open=False))
+
+
+def export_jindisk(disk: JindiskDisk, anchor: Anchor, target: Path) -> Path:
+    """What the volume holds, as a file."""
+    with OpenFile(disk.path, writable=False) as device:
+        volume = open_volume(device, key=disk.key, uuid=uuid.UUID(UUID), anchor=anchor)
+        with target.open("wb") as out:
+            for offset in range(0, volume.size_bytes, 1 << 20):
+                out.write(volume.read(offset, min(1 << 20, volume.size_bytes - offset)))
+    return target
 
 
 def rewrite_to_cipher_null(disk: Path) -> None:

@@ -104,10 +104,10 @@ def test_nothing_else_is_inside(built) -> None:
     for name, columns in names.items():
         assert columns[0][0] in "-dlc", name
         assert not set(columns[0]) & set("sStT"), name
-        if columns[0][0] != "l":
+        if columns[0][0] not in "lc":
             assert columns[0][5] == columns[0][8] == "-", name
         assert columns[2:4] == ["root", "root"], name
-    assert [name for name, columns in names.items() if columns[0][0] == "c"] == ["dev/console"]
+    assert [name for name, columns in names.items() if columns[0][0] == "c"] == ["dev/console", "dev/null"]
     suffixes = {Path(name).suffix for name, columns in names.items() if columns[0][0] == "-" and ".so" not in name}
     assert suffixes == {".pyc", ".ko", ".json", ".11", ""}
     plain = [name for name, columns in names.items() if columns[0][0] == "-" and not Path(name).suffix]
@@ -150,6 +150,18 @@ def test_closure_respects_the_layers() -> None:
     assert not {"jindiskd.base.log", "jindiskd.base.process", "jindiskd.luks2.populate"} & set(names)
     top = {name.partition(".")[0] for name in names}
     assert not top & {"structlog", "aiohttp", "asyncio", "subprocess", "libvirt", "sqlalchemy", "click", "rich"}
+
+
+def test_engine_only_where_it_is_used(built, kernel_modules, tmp_path) -> None:
+    """A LUKS2 image measures no JinDisk engine, and has no shutdown program; a JinDisk image has both."""
+    names = listing(built[0])
+    assert "shutdown" not in names
+    assert not [name for name in names if "/jindiskd/jindisk/" in name]
+    root = dataclasses.replace(CONFIG.root, luks2=None, jindisk=JindiskExpectation(version=2, uuid="u"))
+    build_initrd(config=dataclasses.replace(CONFIG, root=root), modules_dir=kernel_modules, output=tmp_path / "initrd")
+    names = listing(tmp_path / "initrd")
+    assert names["shutdown"][0] == "-rwxr-xr-x"
+    assert f"usr/lib/{initrd.python_name()}/jindiskd/jindisk/session.pyc" in names
 
 
 def test_module_choice(kernel_modules) -> None:

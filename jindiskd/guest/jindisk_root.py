@@ -1,0 +1,215 @@
+"""The encrypted root on JinDisk 2: released, adopted and served by the storage process.
+
+The agent looks at the identification block, which proves nothing, so that a wrong disk never causes a release; what
+counts is that the released key and anchor accept the volume. Format document, sections 5, 12 and 13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from pathlib import Path
+from uuid import UUID
+
+from jindiskd.guest import broker, storage
+from jindiskd.guest.broker import GuestBroker, seconds_from_now
+from jindiskd.guest.codes import Code, GuestFailure
+from jindiskd.guest.config import JindiskExpectation
+from jindiskd.jindisk import identification
+from jindiskd.jindisk.anchor import UNANCHORED, Anchor, Reporting, State
+from jindiskd.jindisk.device import FileDevice, OpenFile
+from jindiskd.jindisk.errors import VolumeError, VolumeFenced, VolumeStale
+from jindiskd.jindisk.geometry import BLOCK
+from jindiskd.jindisk.session import Session
+from jindiskd.jindisk.volume import open_volume
+from jindiskd.kbs.client import Fenced
+from jindiskd.kbs.freshness import VolumeGrant
+
+VERSION = 2
+REPORT_INTERVAL_S = 60.0
+MESSAGE_S = 20.0
+"""How long a message to the broker is tried for, once the system runs."""
+THREAD_STACK_BYTES = 512 << 10
+"""All of a stack is locked in memory, and the default is 8 MiB."""
+CACHE_PAGES = 2048
+"""Map pages of 4 KiB held for each tree: 8 MiB, which maps 32 GiB or so of a dense volume."""
+
+
+def check_identification(device: Path, expectation: JindiskExpectation) -> None:
+    """Look whether this seems to be the volume expected.
+
+    Raises:
+        VolumeError, OSError: it cannot be.
+        GuestFailure: another volume.
+    """
+    with OpenFile(device, writable=False) as opened:
+        found = identification.decode(opened.pread(0, BLOCK), os.fspath(device))
+    if expectation.version != VERSION or found.uuid != UUID(expectation.uuid):
+        raise GuestFailure(Code.VOLUME)
+
+
+class BrokerKeeper:
+    """The broker as the one who remembers the anchor, for one session of one volume."""
+
+    def __init__(self, guest_broker: GuestBroker, volume: str, session: bytes) -> None:
+        """`volume` is its UUID, `session` the 32 bytes released with the key."""
+        self._broker, self._volume, self._session = guest_broker, volume, session
+
+    def adopt(self, state: State, session: bytes) -> None:
+        """See `jindisk.anchor.Keeper`."""
+        with _refusals():
+            self._broker.client(seconds_from_now(MESSAGE_S)).adopt(self._volume, session, state.sequence, state.root)
+
+    def report(self, state: State) -> None:
+        """See `jindisk.anchor.Keeper`."""
+        with _refusals():
+            client = self._broker.client(seconds_from_now(MESSAGE_S))
+            client.report(self._volume, self._session, state.sequence, state.root)
+
+    def close(self, state: State) -> None:
+        """See `jindisk.anchor.Keeper`."""
+        with _refusals():
+            client = self._broker.client(seconds_from_now(MESSAGE_S))
+            client.close(self._volume, self._session, state.sequence, state.root)
+
+
+class _refusals(contextlib.AbstractContextManager[None]):  # noqa: N801 - reads as the function it replaces
+    """The client's `Fenced` as the engine's `VolumeFenced`."""
+
+    def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
+        if isinstance(exc, Fenced):
+            raise VolumeFenced("a newer session has begun, or the state is not accepted") from None
+
+
+class ServedSession:
+    """A session as the block device that the storage process serves. Its own thread reports and cleans."""
+
+    def __init__(self, session: Session) -> None:
+        """Starts the thread; `session` has begun."""
+        self._session = session
+        self.size_bytes = session.size_bytes
+        self._ending = threading.Event()
+        threading.stack_size(THREAD_STACK_BYTES)
+        self._thread = threading.Thread(target=self._keep, name="keep", daemon=True)
+        self._thread.start()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See `storage.Served`."""
+        with _as_os_error():
+            return self._session.read(offset, length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """See `storage.Served`."""
+        with _as_os_error():
+            self._session.write(offset, data)
+
+    def flush(self) -> None:
+        """See `storage.Served`."""
+        with _as_os_error():
+            self._session.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """See `storage.Served`."""
+        with _as_os_error():
+            self._session.discard(offset, length)
+
+    def close(self) -> None:
+        """See `storage.Served`."""
+        self._ending.set()
+        self._session.close()
+
+    def _keep(self) -> None:
+        """Report, and clean while nothing else is asked. A report may take long; requests are served meanwhile."""
+        wait_s = 0.0
+        while not self._ending.wait(wait_s):
+            with contextlib.suppress(Exception):  # a fenced session says so to whoever writes
+                wait_s = self._session.tick()
+                self._session.idle()
+
+
+class _as_os_error(contextlib.AbstractContextManager[None]):  # noqa: N801 - reads as the function it replaces
+    """The engine's errors as what the kernel is told; any fault of ours as an error of input and output."""
+
+    def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
+        if isinstance(exc, VolumeError):
+            raise OSError(exc.errno, type(exc).__name__) from None
+        if isinstance(exc, Exception) and not isinstance(exc, OSError):
+            raise OSError(errno.EIO, type(exc).__name__) from None
+
+
+def open_session(device: Path, expectation: JindiskExpectation, grant: VolumeGrant, keeper: BrokerKeeper) -> Session:
+    """Open the volume and begin the released session on it. Runs in the storage process.
+
+    Raises:
+        VolumeError, OSError: it cannot be opened, or is not in an acceptable state.
+        JindiskError: the broker did not take the adoption.
+    """
+    anchor = UNANCHORED if grant.anchor is None else Anchor.unpack(grant.anchor.pack())
+    opened: FileDevice = OpenFile(device, writable=True).__enter__()  # for the life of the process
+    volume = open_volume(
+        opened, key=grant.key, uuid=UUID(expectation.uuid), anchor=anchor, name="the root", cache_pages=CACHE_PAGES
+    )
+    session = Session(
+        volume,
+        session_id=grant.session,
+        keeper=keeper,
+        reporting=Reporting.INTERVAL,
+        interval_s=REPORT_INTERVAL_S,
+        lease_s=float(grant.lease_s),
+    )
+    session.begin()
+    return session
+
+
+def code_of(exc: Exception) -> Code:
+    """The code for what went wrong in the storage process."""
+    match exc:
+        case VolumeStale():
+            return Code.STALE
+        case VolumeFenced():
+            return Code.FENCED
+        case VolumeError():
+            return Code.VOLUME
+        case OSError():
+            return Code.STORAGE
+        case _:
+            return broker.code_of(exc)
+
+
+def serve(
+    device: Path,
+    expectation: JindiskExpectation,
+    grant: VolumeGrant,
+    guest_broker: GuestBroker,
+    *,
+    timeout_s: float,
+    forget: storage.Forget,
+) -> Path:
+    """Start the storage process for the volume and return the node of the block device it serves.
+
+    Args:
+        device: the volume.
+        expectation: from the measured configuration.
+        grant: from the broker; its key is the storage process's alone from now on.
+        guest_broker: whom the process tells the volume's states.
+        timeout_s: for opening, recovery included.
+        forget: runs in the new process first: what it must not keep of ours.
+
+    Raises:
+        GuestFailure: with the code for what went wrong.
+    """
+
+    def open_volume_there() -> ServedSession:
+        forget()
+        keeper = BrokerKeeper(guest_broker, expectation.uuid, grant.session)
+        return ServedSession(open_session(device, expectation, grant, keeper))
+
+    with grant.key:
+        try:
+            storage.start(open_volume_there, lambda exc: code_of(exc).value.encode(), timeout_s=timeout_s)
+        except storage.StorageFailed as exc:
+            said = exc.said.decode("ascii", errors="replace")
+            raise GuestFailure(Code(said) if said in set(Code) else Code.STORAGE) from None
+    return storage.NODE
