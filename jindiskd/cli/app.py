@@ -109,7 +109,9 @@ def exit_status(app: App, body: Callable[[], object]) -> int:
     """Run a command line; return its exit status, having told what went wrong."""
     status, code, text = 0, "", ""
     try:
-        body()
+        outcome = body()
+        # What click hands back for a command that ended with a status of its own.
+        status = outcome if isinstance(outcome, int) else 0
     except JindiskError as exc:
         status, code, text = exc.exit_code, exc.code, str(exc)
     except click.ClickException as exc:
@@ -118,8 +120,6 @@ def exit_status(app: App, body: Callable[[], object]) -> int:
         if not app.log_json:
             exc.show()
             text = ""
-    except click.exceptions.Exit as exc:
-        status = exc.exit_code
     except (click.Abort, KeyboardInterrupt, asyncio.CancelledError):
         status, code, text = EXIT_INTERRUPTED, "Interrupted", "interrupted"
     except BrokenPipeError:

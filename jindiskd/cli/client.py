@@ -49,8 +49,8 @@ def plain(value: Any) -> Any:
 class Client:
     """A connection to the service."""
 
-    def __init__(self, bus: Connection) -> None:
-        self._bus = bus
+    def __init__(self, bus: Connection, *, auto_start: bool = True) -> None:
+        self._bus, self._auto_start = bus, auto_start
         self._signals: asyncio.Queue[Any] = asyncio.Queue()
         self._interactive = sys.stdin.isatty()
         bus.add_message_handler(self._on_message)
@@ -71,6 +71,8 @@ class Client:
         fds: Sequence[int] = (),
     ) -> Any:
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if self._interactive else MessageFlag.NONE
+        if not self._auto_start:
+            flags |= MessageFlag.NO_AUTOSTART
         message = Message(
             destination=destination,
             path=path,
@@ -139,20 +141,20 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def connected() -> AsyncIterator[Client]:
-    """A client of the service on the system bus.
+async def connected(*, agent: bool = True, auto_start: bool = True) -> AsyncIterator[Client]:
+    """A client of the service on the system bus; `agent`: ask for a password in the terminal where that is needed.
 
     Raises:
         ServiceUnavailable: there is no bus.
     """
     bus = await connect_to(BusType.SYSTEM)
-    agent = await asyncio.to_thread(_start_agent)
+    asking = await asyncio.to_thread(_start_agent) if agent else None
     try:
-        yield Client(bus)
+        yield Client(bus, auto_start=auto_start)
     finally:
-        if agent is not None:
-            agent.terminate()
-            await asyncio.to_thread(agent.wait)
+        if asking is not None:
+            asking.terminate()
+            await asyncio.to_thread(asking.wait)
         await bus.aclose()
 
 

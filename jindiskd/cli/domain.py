@@ -13,6 +13,7 @@ from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
+from jindiskd.cli.completion import domains, images
 from jindiskd.cli.image import MANAGER, Size
 from jindiskd.cli.jobs import start_and_follow
 from jindiskd.cli.output import clean, fields, moment, platform, table
@@ -29,7 +30,7 @@ async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
 
 
 @click.command()
-@click.argument("image")
+@click.argument("image", shell_complete=images)
 @click.option("--name", help="Name of the domain.")
 @click.option("--memory", type=Size(), help="Memory of the guest, such as 2G.")
 @click.option("--timeout", type=click.IntRange(10), help="Seconds until it must run.")
@@ -91,17 +92,17 @@ def list_(app: App) -> None:
 
 async def _list(app: App) -> None:
     async with connected() as client:
-        domains = sorted((await client.objects(DOMAIN)).values(), key=lambda item: item["Name"])
+        found = sorted((await client.objects(DOMAIN)).values(), key=lambda item: item["Name"])
     head = ("NAME", "IMAGE", "PLATFORM", "STATE", "SINCE", "REASON")
     rows = [
         (item["Name"], item["Image"], platform(item), item["State"], moment(item["Since"]), item["Reason"])
-        for item in domains
+        for item in found
     ]
-    app.show({"domains": domains}, lambda: table(head, rows, legend=app.legend))
+    app.show({"domains": found}, lambda: table(head, rows, legend=app.legend))
 
 
 @domain.command()
-@click.argument("name")
+@click.argument("name", shell_complete=domains)
 @common
 @pass_app
 def show(app: App, name: str) -> None:
@@ -127,7 +128,7 @@ async def _show(app: App, name: str) -> None:
 
 
 @domain.command()
-@click.argument("name")
+@click.argument("name", shell_complete=domains)
 @click.option("--force", is_flag=True, help="Power it off instead of asking its system to shut down.")
 @click.option("--yes", is_flag=True, help="Do not ask before --force.")
 @click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
@@ -150,7 +151,7 @@ async def _stop(app: App, name: str, force: bool, yes: bool, wait: bool) -> None
 
 
 @domain.command()
-@click.argument("name")
+@click.argument("name", shell_complete=domains)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common
 @pass_app
@@ -168,7 +169,7 @@ async def _undefine(app: App, name: str, yes: bool) -> None:
 
 
 @domain.command()
-@click.argument("name")
+@click.argument("name", shell_complete=domains)
 @click.option("--follow", is_flag=True, help="Go on until ^C.")
 @common
 @pass_app

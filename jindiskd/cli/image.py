@@ -17,6 +17,7 @@ from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
+from jindiskd.cli.completion import images
 from jindiskd.cli.jobs import start_and_follow
 from jindiskd.cli.output import fields, moment, parse_size, platform, size, table
 from jindiskd.errors import InvalidArgument
@@ -160,7 +161,7 @@ def list_(app: App) -> None:
 
 async def _list(app: App) -> None:
     async with connected() as client:
-        images = sorted((await client.objects(IMAGE)).values(), key=lambda item: item["Name"])
+        found = sorted((await client.objects(IMAGE)).values(), key=lambda item: item["Name"])
     head = ("NAME", "PLATFORM", "FORMAT", "SIZE", "KEY", "DIGEST", "CREATED")
     rows = [
         (
@@ -172,13 +173,13 @@ async def _list(app: App) -> None:
             item["LaunchDigest"][:16],
             moment(item["Created"]),
         )
-        for item in images
+        for item in found
     ]
-    app.show({"images": images}, lambda: table(head, rows, legend=app.legend, right=(3,)))
+    app.show({"images": found}, lambda: table(head, rows, legend=app.legend, right=(3,)))
 
 
 @image.command()
-@click.argument("name")
+@click.argument("name", shell_complete=images)
 @common
 @pass_app
 def show(app: App, name: str) -> None:
@@ -207,7 +208,7 @@ async def _show(app: App, name: str) -> None:
 
 
 @image.command()
-@click.argument("name")
+@click.argument("name", shell_complete=images)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
 @common
@@ -227,7 +228,7 @@ async def _remove(app: App, name: str, yes: bool, wait: bool) -> None:
 
 
 @image.command()
-@click.argument("name")
+@click.argument("name", shell_complete=images)
 @common
 @pass_app
 def measure(app: App, name: str) -> None:
@@ -244,7 +245,7 @@ async def _measure(app: App, name: str) -> None:
 
 
 @image.command()
-@click.argument("name")
+@click.argument("name", shell_complete=images)
 @common
 @pass_app
 def revoke(app: App, name: str) -> None:
@@ -253,7 +254,7 @@ def revoke(app: App, name: str) -> None:
 
 
 @image.command()
-@click.argument("name")
+@click.argument("name", shell_complete=images)
 @common
 @pass_app
 def reinstate(app: App, name: str) -> None:

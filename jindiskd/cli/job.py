@@ -8,9 +8,9 @@ import click
 
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, RemoteError, connected
-from jindiskd.cli.jobs import JOB, follow
+from jindiskd.cli.jobs import FINAL, JOB, follow
 from jindiskd.cli.output import fields, moment, table
-from jindiskd.errors import NotFound
+from jindiskd.errors import EXIT_UNCHANGED, NotFound
 
 
 def job_path(number: int) -> str:
@@ -101,20 +101,22 @@ async def _show(app: App, number: int, wait: bool) -> None:
 @common
 @pass_app
 def cancel(app: App, number: int) -> None:
-    """Cancel a job, and wait until what it made is undone."""
+    """Cancel a job, and wait until what it made is undone. Exit status 4 if it had ended already."""
     run(_cancel(app, number))
 
 
 async def _cancel(app: App, number: int) -> None:
     async with connected() as client:
         await client.subscribe()
-        await _properties(client, number)
-        await client.call(job_path(number), JOB, "Cancel", {})
-        try:
-            await follow(client, app, job_path(number))
-        except RemoteError as exc:
-            if exc.name.endswith(".Cancelled"):
-                app.show({"cancelled": number}, lambda: f"Job {number} was cancelled.")
-                return
-            raise
+        found = await _properties(client, number)
+        if found["State"] not in FINAL:
+            await client.call(job_path(number), JOB, "Cancel", {})
+            try:
+                await follow(client, app, job_path(number))
+            except RemoteError as exc:
+                if exc.name.endswith(".Cancelled"):
+                    app.show({"cancelled": number}, lambda: f"Job {number} was cancelled.")
+                    return
+                raise
     app.show({"cancelled": None}, lambda: f"Job {number} had ended before it could be cancelled.")
+    raise click.exceptions.Exit(EXIT_UNCHANGED)

@@ -9,12 +9,13 @@ import click
 
 import jindiskd
 from jindiskd.cli.app import App, common, exit_status
+from jindiskd.cli.attest import attest
+from jindiskd.cli.completion import PROGRAM, completion
 from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
 from jindiskd.cli.job import job
 from jindiskd.cli.service import audit, daemon, key, status
-
-PROGRAM = "jindiskctl"
+from jindiskd.cli.system import system_files
 
 
 @click.group()
@@ -24,7 +25,7 @@ def cli() -> None:
     """Build, launch and attest virtual machines whose disks only they can read."""
 
 
-for _command in (status, image, launch, domain, job, key, audit, daemon):
+for _command in (status, image, launch, domain, job, key, audit, attest, daemon, system_files, completion):
     cli.add_command(_command)
 
 

@@ -1,0 +1,216 @@
+"""Manual pages, made from the commands, the settings and the table of exit statuses.
+
+`python -m jindiskd.cli.manpages DIRECTORY` writes jindiskctl(1), jindiskd(8) and jindiskd.toml(5). The pages follow
+from the program alone: the same version gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+import jindiskd
+from jindiskd import config
+from jindiskd.cli.exits import MEANINGS
+from jindiskd.cli.main import cli
+from jindiskd.cli.serving import daemon_command
+
+COMMON = frozenset(("json", "log_json", "no_legend", "help"))
+ABOUT_JINDISKCTL = """
+Talks to jindiskd(8) over the system bus. Results go to standard output, everything else to standard error. Whatever is
+simulated says so in every listing: it proves nothing to anybody.
+"""
+ABOUT_JSON = """
+With --json every command prints one object. Objects of the service appear with the names and values of their
+properties on the bus: see org.jindisk1.Manager and its neighbours in /usr/share/dbus-1/interfaces. With --log-json
+standard error is one object a line: "type" is progress, message or error, "id" is stable, and the last line alone has
+"finished": true and "exit_status".
+"""
+ABOUT_JINDISKD = """
+It builds images whose root only an attested guest can read, keeps their keys, launches them as libvirt domains, and
+releases a key to a guest whose attestation report is genuine and fits the image.
+
+It runs as the user jindiskd, without privileges, under its unit. Everybody may call it on the bus; polkit decides who
+may do what (org.jindisk1.policy). It is told to stop by SIGTERM; SIGHUP has it check its configuration.
+
+The broker that releases keys runs inside it: whoever rules the host can then read the keys.
+"""
+ABOUT_SETTINGS = """
+A TOML file. Files in the directory beside it are read after it in the order of their names, and override single
+settings. Wrong settings are shown all at once, with the nearest right name: jindiskd --check-config.
+
+jindiskctl daemon config shows the settings in effect and the file that each comes from.
+"""
+
+
+def escape(text: str) -> str:
+    """Text for roff: nothing in it is a request or an escape."""
+    text = text.replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq").replace("`", "")
+    return "\n".join("\\&" + line if line.startswith((".", "\\(aq")) else line for line in text.split("\n"))
+
+
+def head(name: str, section: int, summary: str) -> list[str]:
+    """The beginning of a page."""
+    title = f'.TH {escape(name).upper()} {section} "" "jindiskd {escape(jindiskd.__version__)}" "jindiskd"'
+    return [title, ".SH NAME", f"{escape(name)} \\- {escape(summary)}"]
+
+
+def paragraphs(text: str) -> list[str]:
+    """Paragraphs of a docstring."""
+    lines: list[str] = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        lines += [".PP", escape(" ".join(paragraph.split()))]
+    return lines
+
+
+def leaves(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command that does something, with its words."""
+    if isinstance(command, click.Group):
+        for name in sorted(command.commands):
+            yield from leaves(command.commands[name], (*words, name))
+    else:
+        yield words, command
+
+
+def synopsis(words: tuple[str, ...], command: click.Command) -> str:
+    """One line: the words, the options, the arguments."""
+    parts = [rf"\fB{escape(' '.join(words))}\fR"]
+    if any(isinstance(p, click.Option) and p.name not in COMMON for p in command.params):
+        parts.append(r"[\fIOPTION\fR...]")
+    parts += [rf"\fI{escape((p.name or '').upper())}\fR" for p in command.params if isinstance(p, click.Argument)]
+    return " ".join(parts)
+
+
+def option_lines(option: click.Option) -> list[str]:
+    """One option with its help."""
+    flags = ", ".join(rf"\fB{escape(flag)}\fR" for flag in option.opts)
+    if not option.is_flag:
+        choices = getattr(option.type, "choices", None)
+        value = "|".join(choices) if choices else (option.metavar or option.type.name or "value").upper()
+        flags += rf" \fI{escape(value)}\fR"
+    text = option.help or ""
+    if option.multiple:
+        text += " May be given several times."
+    return [".TP", flags, escape(text)]
+
+
+def jindiskctl() -> str:
+    """The page of the command line."""
+    lines = head("jindiskctl", 1, "build, launch and attest encrypted virtual machines")
+    lines += [".SH SYNOPSIS", r"\fBjindiskctl\fR [\fIOPTION\fR...] \fINOUN\fR \fIVERB\fR [\fIARGUMENT\fR...]"]
+    lines += [".SH DESCRIPTION", *paragraphs(cli.help or "")]
+    lines += paragraphs(ABOUT_JINDISKCTL)
+    lines += [".SH OPTIONS", ".PP", "These may stand anywhere."]
+    for option in cli.params:
+        if isinstance(option, click.Option):
+            lines += option_lines(option)
+    lines += [".SH COMMANDS"]
+    for words, command in leaves(cli, ()):
+        lines += [".SS " + synopsis(words, command), *paragraphs(command.help or "")]
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and parameter.name not in COMMON:
+                lines += option_lines(parameter)
+    lines += [".SH EXIT STATUS"]
+    for status, meaning in MEANINGS.items():
+        lines += [".TP", str(status), escape(meaning)]
+    lines += [".SH JSON", *paragraphs(ABOUT_JSON)]
+    lines += [".SH ENVIRONMENT"]
+    for name, meaning in (
+        ("DBUS_SYSTEM_BUS_ADDRESS", "Address of the bus, if it is another than the system's."),
+        ("TMPDIR", "Where the archive of a directory given to --rootfs is kept meanwhile; /var/tmp if unset."),
+    ):
+        lines += [".TP", rf"\fB{name}\fR", escape(meaning)]
+    lines += [".SH SEE ALSO", r"\fBjindiskd\fR(8), \fBjindiskd.toml\fR(5), \fBvirsh\fR(1)"]
+    return "\n".join(lines) + "\n"
+
+
+def jindiskd_page() -> str:
+    """The page of the service."""
+    daemon = daemon_command(lambda **_: 0)
+    lines = head("jindiskd", 8, "trusted startup of encrypted virtual machine images")
+    lines += [".SH SYNOPSIS", r"\fBjindiskd\fR [\fIOPTION\fR...]"]
+    lines += [".SH DESCRIPTION", *paragraphs(daemon.help or "")]
+    lines += paragraphs(ABOUT_JINDISKD)
+    lines += [".SH OPTIONS"]
+    for option in daemon.params:
+        if isinstance(option, click.Option):
+            lines += option_lines(option)
+    lines += [".SH FILES"]
+    for name, meaning in (
+        (str(config.DEFAULT_FILE), "The configuration, see jindiskd.toml(5)."),
+        ("/var/lib/jindiskd", "Key-encryption key, key store, TLS identity, images."),
+        ("/run/jindiskd", "Sockets of running guests."),
+        ("/etc/credstore.encrypted/jindisk.kek", "The key-encryption key, if the service manager is to give it."),
+    ):
+        lines += [".TP", escape(name), escape(meaning)]
+    lines += [".SH EXIT STATUS"]
+    for status, meaning in MEANINGS.items():
+        lines += [".TP", str(status), escape(meaning)]
+    lines += [".SH SEE ALSO", r"\fBjindiskctl\fR(1), \fBjindiskd.toml\fR(5), \fBlibvirtd\fR(8)"]
+    return "\n".join(lines) + "\n"
+
+
+def _kind(hint: object) -> str:
+    """What a setting takes, in words."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return "a list of absolute paths"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    return {int: "an integer", bool: "true or false", str: "text", Path: "a path"}[typing.cast("type", hint)]
+
+
+def settings() -> str:
+    """The page of the configuration."""
+    lines = head("jindiskd.toml", 5, "configuration of jindiskd")
+    lines += [".SH SYNOPSIS", escape(str(config.DEFAULT_FILE)), ".br", escape(f"{config.DEFAULT_FILE}.d/*.toml")]
+    lines += [".SH DESCRIPTION"]
+    lines += paragraphs(ABOUT_SETTINGS)
+    for section, kind in config.sections().items():
+        about = (inspect.getdoc(kind) or "").partition(": ")[2]
+        lines += [f".SH [{escape(section).upper()}]", ".PP", escape(about[:1].upper() + about[1:])]
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            default = item.default.value if isinstance(item.default, enum.Enum) else item.default
+            facts = [_kind(hints[item.name])]
+            if "range" in item.metadata:
+                facts.append("{} to {}".format(*item.metadata["range"]))
+            if default not in {None, ""}:
+                facts.append("default " + json.dumps(default, default=str))
+            text = item.metadata["help"]
+            lines += [
+                ".TP",
+                rf"\fB{escape(item.name)}\fR",
+                escape(f"{text[:1].upper()}{text[1:]} ({'; '.join(facts)})."),
+            ]
+    lines += [".SH SEE ALSO", r"\fBjindiskd\fR(8), \fBjindiskctl\fR(1)"]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"jindiskctl.1": jindiskctl, "jindiskd.8": jindiskd_page, "jindiskd.toml.5": settings}
+
+
+def main() -> int:
+    """Write all pages into the directory named on the command line."""
+    if len(sys.argv) != 2:
+        print("usage: python -m jindiskd.cli.manpages DIRECTORY", file=sys.stderr)
+        return 2
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    for name, make in PAGES.items():
+        (target / name).write_text(make(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
