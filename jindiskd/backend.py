@@ -18,6 +18,7 @@ from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.bus.jobs import microseconds
+from jindiskd.bus.manager import MEBIBYTE
 from jindiskd.bus.ports import BuildOrder, GuestView, ImageView, LaunchOrder
 from jindiskd.config import Config
 from jindiskd.domain.service import DomainService
@@ -32,7 +33,6 @@ from jindiskd.keys.store import ImageRecord, KeyState, Store
 
 KEY_UNKNOWN = "unknown"
 """State of the key of an image that this key store does not know, for example one copied from elsewhere."""
-MEBIBYTE = 1 << 20
 
 
 class DigestDiffers(JindiskError, code="DigestDiffers", exit_code=EXIT_INTEGRITY):
@@ -233,8 +233,6 @@ class GuestsBackend:
     async def launch(self, order: LaunchOrder, job: Job) -> str:
         """Start one and follow it until it runs."""
         memory = order.memory_bytes
-        if memory is not None and (memory < MEBIBYTE or memory % MEBIBYTE):
-            raise InvalidArgument("memory", memory, "give whole MiB")
         view = await self._service.launch(
             order.image,
             name=order.name,

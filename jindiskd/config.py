@@ -80,7 +80,7 @@ class ImagesConfig:
     vcpus: int = field(default=1, metadata={"range": (1, 512), "help": "processors of a guest; in its launch digest"})
     cpu_model: str = field(default="EPYC-v4", metadata={"help": "processor model of a guest; in its launch digest"})
     firmware: Path = field(
-        default=Path("/usr/share/ovmf/OVMF.fd"),
+        default=Path("/usr/share/ovmf/OVMF.amdsev.fd"),
         metadata={"help": "firmware of a guest; in its launch digest. Must support measured direct boot"},
     )
     firmware_dirs: tuple[Path, ...] = field(

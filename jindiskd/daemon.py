@@ -32,6 +32,7 @@ from jindiskd.bus.lib import BusType
 from jindiskd.bus.ports import ServiceFacts
 from jindiskd.bus.service import BusService
 from jindiskd.bus.transport import Connection, connect_to
+from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Loaded, load
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
 from jindiskd.errors import EXIT_FAILED, EXIT_UNAVAILABLE, JindiskError, NotFound
@@ -272,18 +273,8 @@ async def serve(loaded: Loaded, path: Path) -> int:
         log.info("stopped")
 
 
-@click.command()
-@click.version_option(jindiskd.__version__, prog_name="jindiskd")
-@click.option(
-    "--config",
-    "path",
-    type=click.Path(path_type=Path),
-    help=f"The configuration, instead of {DEFAULT_FILE}; its drop-ins are in a directory of its name with .d added.",
-)
-@click.option("--check-config", is_flag=True, help="Only check the configuration: exit status 0 or 2.")
-@click.option("--show-config", is_flag=True, help="Only print the settings in effect, as JSON.")
-def cli(path: Path | None, check_config: bool, show_config: bool) -> int:
-    """Serve images, domains and keys on the system bus."""
+def run(path: Path | None, check_config: bool, show_config: bool) -> int:
+    """What the command line asks for; returns the exit status."""
     if path is not None and not path.exists():
         raise NotFound("configuration file", str(path))
     loaded = load(path or DEFAULT_FILE)
@@ -304,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(cli.main(words, prog_name="jindiskd", standalone_mode=False) or 0)
+        return int(daemon_command(run).main(words, prog_name="jindiskd", standalone_mode=False) or 0)
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code

@@ -18,8 +18,8 @@ ROWS = (
     {"transport"},
     {"image"},
     {"domain"},
-    {"jobs", "bus", "cli", "config", "interfaces"},
-    {"backend", "daemon", "brokerd", "system_files"},
+    {"jobs", "bus", "cli", "config", "interfaces", "system_files"},
+    {"backend", "daemon", "brokerd"},
 )
 LEVEL = {name: number for number, row in enumerate(ROWS) for name in row}
 GUEST_MAY = {"errors", "base", "kbs", "jindisk", "luks2", "guest"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 
 from jindiskd.bus.domains import DomainsOnBus, domain_path
@@ -18,6 +19,11 @@ from jindiskd.jobs.manager import JobManager, Work
 
 AUDIT_ROWS_DEFAULT = 100
 AUDIT_ROWS_LIMIT = 10_000
+MEBIBYTE = 1 << 20
+MEMORY_LIMIT_BYTES = 16 << 40
+TIMEOUT_LIMIT_S = 86_400
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""The name becomes part of messages, listings and libvirt's file names."""
 
 
 class ManagerObject(Object, spec="org.jindisk1.Manager"):
@@ -189,10 +195,17 @@ def build_order(name: str, options: Options) -> BuildOrder:
 
 
 def launch_order(image: str, options: Options) -> LaunchOrder:
-    """The options of Launch as a value."""
-    return LaunchOrder(
-        image=image,
-        name=text(options, "name"),
-        memory_bytes=number(options, "memory"),
-        timeout_s=number(options, "timeout"),
-    )
+    """The options of Launch as a value.
+
+    Raises:
+        InvalidArgument: one is out of its range.
+    """
+    name, memory, timeout_s = text(options, "name"), number(options, "memory"), number(options, "timeout")
+    if name and not DOMAIN_NAME.fullmatch(name):
+        remedy = "it has 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit"
+        raise InvalidArgument("domain name", name[:100], remedy)
+    if memory is not None and (memory % MEBIBYTE or not MEBIBYTE <= memory <= MEMORY_LIMIT_BYTES):
+        raise InvalidArgument("memory", memory, f"give whole MiB, {MEMORY_LIMIT_BYTES} bytes at most")
+    if timeout_s is not None and not 1 <= timeout_s <= TIMEOUT_LIMIT_S:
+        raise InvalidArgument("timeout", timeout_s, f"give 1 to {TIMEOUT_LIMIT_S} seconds")
+    return LaunchOrder(image=image, name=name, memory_bytes=memory, timeout_s=timeout_s)

@@ -35,7 +35,6 @@ _STARTING = DomainState.STARTING
 FIRST_CID = 3
 SETTLE_S = 3.0
 SHUTDOWN_S = 90.0
-STOP_S = 10.0
 UNFINISHED = "the service ended while the domain was starting; launch it again"
 
 
@@ -77,13 +76,9 @@ class DomainService:
 
     async def stop(self) -> None:
         """Close listeners and the connection. Guests go on; their vsock devices too."""
-        tasks = list(self._tasks)
-        if tasks:
-            # They may be ending processes of a domain that is no longer listed: cut off there, those would be left.
-            await asyncio.wait(tasks, timeout=STOP_S)
-        for task in tasks:
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for guest in self._guests.values():
             await guest.close()
         await self.connection.stop()
