@@ -1,9 +1,10 @@
-# make test: install what is needed and run every test. make demo: the main job, from a base image to a refusal.
+# make test: install what is needed and run every test but the long ones, which make test-long runs.
+# make demo: the main job, from a base image to a refusal.
 # Both run as root on Debian 12; scripts/setup says what to do otherwise.
 PYTHON = .venv/bin/python
 PYTEST = .venv/bin/pytest
 
-.PHONY: test demo bench setup lint clean
+.PHONY: test test-long demo bench setup lint clean
 
 setup:
 	scripts/setup
@@ -16,7 +17,10 @@ lint: setup
 	.venv/bin/mypy
 
 test: lint base
-	scripts/testenv $(PYTEST) -q
+	scripts/testenv $(PYTEST) -q -m "not long"
+
+test-long: lint base
+	scripts/testenv $(PYTEST) -q -m long
 
 demo: base
 	scripts/testenv $(PYTHON) scripts/demo.py

@@ -102,5 +102,10 @@ def host() -> Iterator[Host]:
     made = Host(Path("/var/lib/jindiskd-e2e"))
     made.start()
     made.ctl("image", "build", "web", "--base", str(BASE))
-    yield made
-    made.stop()
+    try:
+        yield made
+    finally:
+        for domain in made.json("domain", "list")["domains"]:
+            made.ctl("domain", "stop", domain["Name"], "--force", "--yes", check=False)
+            made.ctl("domain", "undefine", domain["Name"], "--yes", check=False)
+        made.stop()

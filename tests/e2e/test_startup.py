@@ -1,6 +1,7 @@
 """A Debian guest under a real libvirtd over real AF_VSOCK: it boots when all is right, and never otherwise."""
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -122,19 +123,16 @@ def test_a_killed_service_leaves_nothing_astray(host: Host) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    try:
-        launch.wait(3)
-    except subprocess.TimeoutExpired:
-        pass
+    while "web" not in virsh("list", "--name"):
+        assert launch.poll() is None, "the launch ended before its machine was there"
+        time.sleep(0.1)
     assert host.daemon is not None
     host.daemon.kill()
     host.daemon.wait()
-    launch.wait(30)
-    virsh("destroy", "web")
+    launch.wait(60)
     host.start()
     host.ctl("launch", "web")
-    count = ["pgrep", "-c", "-f", "vhost-device-vsock --vm .*socket=/run/jindiskd/vsock/"]
-    devices = subprocess.run(count, capture_output=True, text=True, check=False)
+    devices = subprocess.run(["pgrep", "-c", "-f", "vhost-device-vsock --vm"], capture_output=True, text=True)
     assert devices.stdout.strip() == "1"
 
 
