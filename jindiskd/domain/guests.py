@@ -1,0 +1,171 @@
+"""The domains of ours in one table: who holds which name, image and context id, and who is told when a state changes.
+
+Used in the event loop alone. It calls nothing: neither libvirt nor files.
+"""
+
+from __future__ import annotations
+
+import uuid as uuid_module
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from jindiskd.base.platform import Platform
+from jindiskd.domain.guest import Guest
+from jindiskd.domain.state import ACTIVE, NEXT, DomainState, DomainView
+from jindiskd.errors import Busy, NotFound
+
+log = structlog.get_logger(__name__)
+FIRST_CID = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainSettings:
+    """What the host decides."""
+
+    runtime_dir: Path
+    console_dir: Path
+    simulated_root: Path | None
+    """Directory of the simulated platform's root; None where simulation is off."""
+    vhost_device_vsock: Path
+    memory_mib: int = 1024
+    launch_timeout_s: int = 300
+    bindings_dir: Path | None = None
+    """Where it is recorded which domain is of which image; `domains` beside `console_dir` if None."""
+
+    @property
+    def vsock_dir(self) -> Path:
+        """Holds a directory for each domain that is on."""
+        return self.runtime_dir / "vsock"
+
+    @property
+    def bindings(self) -> Path:
+        """Where the bindings are."""
+        return self.bindings_dir or self.console_dir.parent / "domains"
+
+    def console(self, uuid: str) -> Path:
+        """Where a domain's console log is."""
+        return self.console_dir / f"{uuid}.log"
+
+
+class Guests:
+    """The table."""
+
+    def __init__(self, settings: DomainSettings) -> None:
+        """Nobody is in it yet."""
+        self._settings = settings
+        self._guests: dict[str, Guest] = {}
+        self._subscribers: list[Callable[[], None]] = []
+
+    def __iter__(self) -> Iterator[Guest]:
+        return iter(tuple(self._guests.values()))
+
+    def views(self) -> Sequence[DomainView]:
+        """All of them, to be shown."""
+        return [guest.view for guest in self]
+
+    def get(self, uuid: str) -> Guest | None:
+        """One by its UUID; None where there is none."""
+        return self._guests.get(uuid)
+
+    def named(self, name: str) -> Guest | None:
+        """One by its name; None where there is none."""
+        return next((guest for guest in self if guest.view.name == name), None)
+
+    def find(self, key: str) -> Guest:
+        """One by UUID or name.
+
+        Raises:
+            NotFound: there is none.
+        """
+        found = self.get(key) or self.named(key)
+        if found is None:
+            raise NotFound("domain", key)
+        return found
+
+    def holds(self, guest: Guest) -> bool:
+        """Whether it is still the one of its UUID: another takes its place when the domain is launched anew."""
+        return self._guests.get(guest.view.uuid) is guest
+
+    def claim(self, name: str, *, image: str, image_id: str, platform: Platform) -> Guest:
+        """A new guest in `starting`, which holds its name, its image and a context id from now on.
+
+        A domain of that name which is off is launched anew: it keeps its UUID.
+
+        Raises:
+            Busy: the name or the image is in use.
+        """
+        for other in self:
+            if other.view.state in ACTIVE:
+                if other.view.image_id == image_id:
+                    raise Busy(f"image {image!r}", f"domain {other.view.name!r} uses it; stop that first")
+                if other.view.name == name:
+                    raise Busy(f"domain {name!r}", f"it runs with image {other.view.image!r}; stop it first")
+        old = self.named(name)
+        identity = old.view.uuid if old else str(uuid_module.uuid4())
+        view = DomainView(
+            uuid=identity,
+            name=name,
+            image=image,
+            image_id=image_id,
+            platform=platform,
+            state=DomainState.STARTING,
+            reason="",
+            since=datetime.now(UTC),
+            cid=self._free_cid(),
+            console=str(self._settings.console(identity)),
+        )
+        return self.add(view)
+
+    def add(self, view: DomainView) -> Guest:
+        """Put one in the table, in the place of another with its UUID."""
+        guest = self._guests[view.uuid] = Guest(view, self._settings.vsock_dir / view.uuid)
+        self._tell(guest)
+        return guest
+
+    def remove(self, guest: Guest) -> None:
+        """Take it out, unless another has taken its place; nobody is told yet."""
+        if self.holds(guest):
+            del self._guests[guest.view.uuid]
+
+    def set(self, guest: Guest, state: DomainState, reason: str = "") -> None:
+        """Change its state and tell everybody; a state that may not follow is a fault of ours."""
+        old = guest.view.state
+        if state not in NEXT[old]:
+            raise RuntimeError(f"{old} cannot become {state}")
+        cid = guest.view.cid if state in ACTIVE else 0
+        guest.view = replace(guest.view, state=state, reason=reason, since=datetime.now(UTC), cid=cid)
+        log.info("domain", domain=guest.view.name, state=state.value, reason=reason, simulated=guest.view.simulated)
+        if guest.follower is not None:
+            guest.follower(state.value)
+        self._tell(guest)
+
+    def advance(self, uuid: str, state: DomainState) -> None:
+        """Change a state by what a guest or the broker says; what may not follow is not believed."""
+        guest = self.get(uuid)
+        if (
+            guest is not None
+            and state in NEXT[guest.view.state]
+            and guest.view.state in ACTIVE - {DomainState.STARTING}
+        ):
+            self.set(guest, state)
+
+    def subscribe(self, changed: Callable[[], None]) -> None:
+        """Have `changed()` called whenever a view changes."""
+        self._subscribers.append(changed)
+
+    def notify(self) -> None:
+        """Tell the subscribers."""
+        for subscriber in self._subscribers:
+            subscriber()
+
+    def _tell(self, guest: Guest) -> None:
+        guest.changed.set()
+        self.notify()
+
+    def _free_cid(self) -> int:
+        used = {guest.view.cid for guest in self if guest.view.state in ACTIVE}
+        return next(cid for cid in range(FIRST_CID, FIRST_CID + len(used) + 1) if cid not in used)

@@ -1,0 +1,135 @@
+"""One launch: from an image to a running system, or to nothing at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from jindiskd.domain import machine, xml
+from jindiskd.domain.binding import Bindings
+from jindiskd.domain.connection import Connection
+from jindiskd.domain.guest import Guest, OpenBroker
+from jindiskd.domain.guests import DomainSettings, Guests
+from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
+from jindiskd.errors import JindiskError, TimedOut
+from jindiskd.image.manifest import Manifest
+from jindiskd.image.store import ImageStore
+
+log = structlog.get_logger(__name__)
+
+
+class Launcher:
+    """Launches images; one launch is one call of `launch`."""
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        images: ImageStore,
+        guests: Guests,
+        bindings: Bindings,
+        open_broker: OpenBroker,
+        settings: DomainSettings,
+        heard: Callable[[Guest, str], None],
+    ) -> None:
+        """`heard` is told each progress word of a guest."""
+        self._connection, self._images, self._guests, self._bindings = connection, images, guests, bindings
+        self._open_broker, self._settings, self._heard = open_broker, settings, heard
+
+    async def launch(
+        self,
+        image_name: str,
+        *,
+        name: str,
+        memory_mib: int | None,
+        timeout_s: int | None,
+        progress: Callable[[str], None],
+    ) -> DomainView:
+        """Define and start a domain for an image and follow it until its system runs; see `DomainService.launch`."""
+        stored = await asyncio.to_thread(self._images.get, image_name)
+        manifest = stored.manifest
+        name = name or image_name
+        old = self._guests.named(name)
+        guest = self._guests.claim(name, image=manifest.name, image_id=manifest.image_id, platform=manifest.platform)
+        guest.follower = progress
+        progress(guest.view.state.value)
+        log.info("launch", domain=name, image=image_name, simulated=guest.view.simulated)
+        seconds = timeout_s or self._settings.launch_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                if old is not None:
+                    await old.retire()
+                spec = await self._define(guest, stored.path, manifest, memory_mib or self._settings.memory_mib)
+                await self._power_on(guest, spec)
+                await self._follow(guest)
+        except BaseException as exc:
+            reached = guest.view.state
+            guest.follower = None
+            await asyncio.shield(self._abandon(guest, exc))
+            if isinstance(exc, TimeoutError):
+                raise TimedOut(f"the startup of domain {name!r} (it came as far as {reached})", seconds) from exc
+            raise
+        guest.follower = None
+        return guest.view
+
+    async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> xml.DomainSpec:
+        view = guest.view
+        spec = xml.from_manifest(
+            manifest,
+            directory,
+            name=view.name,
+            uuid=view.uuid,
+            memory_mib=memory_mib,
+            console_log=Path(view.console),
+            vsock=guest.device_socket,
+        )
+        text = xml.write(spec)
+        await guest.start_device(self._settings.vhost_device_vsock)
+        await guest.listen(self._open_broker, lambda word: self._heard(guest, word))
+        self._bindings.put(view.uuid, spec.binding)
+        self._compare(view, text, await machine.define(self._connection, view.name, text))
+        return spec
+
+    async def _power_on(self, guest: Guest, spec: xml.DomainSpec) -> None:
+        """Start the machine paused, measure what libvirt really has, then let it run."""
+        view = guest.view
+        live = await machine.start_paused(self._connection, view.name, view.uuid)
+        self._compare(view, xml.write(spec), live)
+        await guest.start_firmware(xml.boot_inputs(xml.parse(live)), self._settings.simulated_root)
+        await machine.resume(self._connection, view.name, view.uuid)
+        self._guests.set(guest, DomainState.STARTED)
+
+    @staticmethod
+    def _compare(view: DomainView, wanted: str, got: str) -> None:
+        different = xml.differences(xml.parse(wanted), xml.parse(got))
+        if different:
+            raise LaunchFailed(
+                view.name, f"libvirt has another {', '.join(different)} than was asked for; see `virsh dumpxml`"
+            )
+
+    @staticmethod
+    async def _follow(guest: Guest) -> None:
+        """Wait for a state in which the launch is decided."""
+        while True:
+            view = guest.view
+            if view.state is DomainState.RUNNING:
+                return
+            if view.state is DomainState.REFUSED:
+                raise LaunchRefused(view.name, view.reason)
+            if view.state not in ACTIVE:
+                raise LaunchFailed(view.name, view.reason or "it stopped before its system ran; see its console log")
+            guest.changed.clear()
+            await guest.changed.wait()
+
+    async def _abandon(self, guest: Guest, why: BaseException) -> None:
+        """End a launch that did not get there."""
+        with contextlib.suppress(JindiskError):
+            await machine.power_off(self._connection, guest.view.name, guest.view.uuid)
+        await guest.clear()
+        if guest.view.state in ACTIVE:
+            reason = str(why) if isinstance(why, JindiskError) else "the launch was given up"
+            self._guests.set(guest, DomainState.FAILED, reason)

@@ -1,0 +1,83 @@
+"""The machine of a domain, as libvirt runs it: making, starting, ending and removing it, one call each.
+
+Everything here is called in the event loop and runs in the libvirt thread.
+"""
+
+from __future__ import annotations
+
+import libvirt
+
+from jindiskd.domain.connection import Connection
+
+
+async def define(connection: Connection, name: str, text: str) -> str:
+    """Make the domain of this XML known to libvirt; returns the XML that libvirt keeps."""
+
+    def call(conn: libvirt.virConnect) -> str:
+        dom = conn.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+        return str(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+    return await connection.call(f"defining domain {name!r}", call)
+
+
+async def start_paused(connection: Connection, name: str, uuid: str) -> str:
+    """Start it with its processors halted; returns the XML of what runs."""
+
+    def call(conn: libvirt.virConnect) -> str:
+        dom = conn.lookupByUUIDString(uuid)
+        dom.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        return str(dom.XMLDesc())
+
+    return await connection.call(f"starting domain {name!r}", call)
+
+
+async def resume(connection: Connection, name: str, uuid: str) -> None:
+    """Let its processors run."""
+    await connection.call(f"resuming domain {name!r}", lambda conn: conn.lookupByUUIDString(uuid).resume())
+
+
+async def shut_down(connection: Connection, name: str, uuid: str) -> None:
+    """Ask its system to shut down; does not wait."""
+    await connection.call(f"shutting down domain {name!r}", lambda conn: conn.lookupByUUIDString(uuid).shutdown())
+
+
+async def power_off(connection: Connection, name: str, uuid: str) -> None:
+    """Switch it off; one that is off or gone is no error."""
+
+    def call(conn: libvirt.virConnect) -> None:
+        try:
+            dom = conn.lookupByUUIDString(uuid)
+            if dom.isActive():
+                dom.destroy()
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() not in {libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID}:
+                raise
+
+    await connection.call(f"switching off domain {name!r}", call)
+
+
+async def undefine(connection: Connection, name: str, uuid: str) -> None:
+    """Remove it; one that is gone is no error."""
+
+    def call(conn: libvirt.virConnect) -> None:
+        try:
+            conn.lookupByUUIDString(uuid).undefine()
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+
+    await connection.call(f"removing domain {name!r}", call)
+
+
+async def is_on(connection: Connection, name: str, uuid: str) -> bool:
+    """Whether it runs; one that is gone does not."""
+
+    def call(conn: libvirt.virConnect) -> bool:
+        try:
+            return bool(conn.lookupByUUIDString(uuid).isActive())
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+            return False
+
+    return await connection.call(f"looking at domain {name!r}", call)
