@@ -8,7 +8,6 @@ the manual page jindiskd.toml(5) is made from them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import json
 import tomllib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jindiskd.base.platform import Platform
+from jindiskd.base.settings import near
 from jindiskd.errors import EXIT_USAGE, JindiskError
 from jindiskd.image.request import VolumeFormat
 
@@ -220,18 +220,12 @@ def _read(path: Path, faults: list[str]) -> Mapping[str, Any]:
     return {}
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
-
-
 def _section(
     path: Path, section: str, content: Any, values: dict[tuple[str, str], tuple[Any, str]], faults: list[str]
 ) -> None:
     kind = sections().get(section)
     if kind is None:
-        faults.append(f"{path}: [{section}] is not a section: {_near(section, sections())}")
+        faults.append(f"{path}: [{section}] is not a section: {near(section, sections())}")
         return
     if not isinstance(content, Mapping):
         faults.append(f"{path}: {section} is a section: write [{section}]")
@@ -241,7 +235,7 @@ def _section(
     for name, raw in content.items():
         where = f"{path}: [{section}] {name}"
         if name not in known:
-            faults.append(f"{where} is not a setting: {_near(name, known)}")
+            faults.append(f"{where} is not a setting: {near(name, known)}")
             continue
         value, problem = _value(hints[name], raw, known[name].metadata)
         if problem:
@@ -261,7 +255,7 @@ def _value(kind: Any, raw: Any, metadata: Mapping[str, Any]) -> tuple[Any, str]:
     if issubclass(kind, enum.Enum):
         if raw in (choices := [member.value for member in kind]):
             return kind(raw), ""
-        return None, f"is not one of {', '.join(choices)}: {_near(str(raw), choices)}"
+        return None, f"is not one of {', '.join(choices)}: {near(str(raw), choices)}"
     if kind is Path:
         return (Path(raw), "") if isinstance(raw, str) and raw else (None, "is not a path")
     if type(raw) is not kind:

@@ -2,13 +2,15 @@
 
 Findings, all refusals: `snp.simulated`, `snp.debug`, `snp.migration_agent`, `snp.vmpl`, `snp.measurement`,
 `snp.guest_svn`, `snp.policy_abi`, `snp.tcb.too_old`, `snp.tcb.no_minimum`, `snp.firmware.too_old`,
-`snp.firmware.provisional`, `snp.host_data`, `snp.chip_id.unknown`, `snp.platform.<what>`, `snp.mitigations`.
+`snp.firmware.provisional`, `snp.host_data`, `snp.chip_id.unknown`, `.masked`, `snp.platform.<what>`, `snp.mitigations`,
+`snp.generation`, `snp.signer.vlek`, `snp.crl.missing`, `snp.crl.old`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
 from jindiskd.attest.model import Finding
 from jindiskd.attest.snp import VerifiedSnp
@@ -47,6 +49,15 @@ class SnpExpectations:
     vmpl: int = 0
     chip_ids: frozenset[bytes] | None = None
     """CHIP_ID values (64 bytes) of the owner's machines; None where no list is kept."""
+    generations: frozenset[str] | None = None
+    """Product names that are allowed; None for all that the roots vouch for."""
+    providers: frozenset[str] | None = None
+    """CSP identities whose VLEK may have signed; None where the verifier has decided that already."""
+    allow_masked_chip_id: bool = True
+    """False to refuse what a verifier let pass that was told to leave this to the owner."""
+    require_crl: bool = False
+    """A current revocation list was looked at; genuine (not simulated) evidence only."""
+    maximum_crl_age: timedelta | None = None
     allow_simulated: bool = False
     allow_debug: bool = False
     allow_migration_agent: bool = False
@@ -64,17 +75,49 @@ class SnpExpectations:
     """Bits that must be set in both mitigation vectors; a report before version 5 has none."""
 
 
-def appraise_snp(verified: VerifiedSnp, expectations: SnpExpectations) -> list[Finding]:
-    """Every way in which a genuine report falls short; an empty list means that it is acceptable."""
+def appraise_snp(
+    verified: VerifiedSnp, expectations: SnpExpectations, *, now: datetime | None = None
+) -> list[Finding]:
+    """Every way in which a genuine report falls short; an empty list means that it is acceptable.
+
+    `now` is needed for the age of revocation lists alone.
+    """
     findings: list[Finding] = []
     report = verified.report
     if verified.simulated and not expectations.allow_simulated:
         findings.append(Finding("snp.simulated", "the report comes from simulated firmware, which proves nothing"))
+    _appraise_signer(verified, expectations, now, findings)
     _appraise_code(report, expectations, findings)
     _appraise_guest(report, expectations, findings)
     _appraise_versions(verified, expectations, findings)
     _appraise_platform(report, expectations, findings)
     return findings
+
+
+def _appraise_signer(
+    verified: VerifiedSnp, wanted: SnpExpectations, now: datetime | None, findings: list[Finding]
+) -> None:
+    """Who vouches for the report, and whether that was still so."""
+    if wanted.generations is not None and verified.product.value not in wanted.generations:
+        text = f"the platform is {verified.product}; allowed are {', '.join(sorted(wanted.generations)) or 'none'}"
+        findings.append(Finding("snp.generation", text))
+    if verified.csp_id is not None and wanted.providers is not None and verified.csp_id not in wanted.providers:
+        text = f"the key of the provider {verified.csp_id!r} signed, which the policy does not allow"
+        findings.append(Finding("snp.signer.vlek", text))
+    if verified.csp_id is None and verified.report.chip_id_masked and not wanted.allow_masked_chip_id:
+        text = "the host hides the chip identity, so the report cannot be tied to the certificate's chip"
+        findings.append(Finding("snp.chip_id.masked", text))
+    if verified.simulated:
+        return
+    if verified.crl_issued is None:
+        if wanted.require_crl or wanted.maximum_crl_age is not None:
+            text = "no revocation list of the platform's root was at hand: fetch or import AMD's"
+            findings.append(Finding("snp.crl.missing", text))
+    elif wanted.maximum_crl_age is not None:
+        issued = datetime.fromtimestamp(verified.crl_issued, UTC)
+        if now is None or issued + wanted.maximum_crl_age < now:
+            text = f"the revocation list is of {issued:%Y-%m-%d}, older than {wanted.maximum_crl_age.days} days"
+            findings.append(Finding("snp.crl.old", text + ": fetch a new one"))
 
 
 def _appraise_code(report: SnpReport, wanted: SnpExpectations, findings: list[Finding]) -> None:

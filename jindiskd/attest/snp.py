@@ -92,6 +92,9 @@ class VerifiedSnp:
     """Name of the roots it goes back to."""
     certificate_sha256: str
     """Of the VCEK or VLEK certificate."""
+    crl_issued: int | None = None
+    """When the newest current revocation list of the root was issued, seconds since the epoch; None where none was
+    at hand."""
     report_data_checked: bool
     """False where the caller had no challenge to compare with (evidence from a file): freshness is then unknown."""
 
@@ -106,6 +109,7 @@ class _Chain:
     intermediate: Certificate | None
     root: Certificate | None
     product: Product | None
+    crl_issued: int | None = None
 
 
 class SnpVerifier:
@@ -120,7 +124,8 @@ class SnpVerifier:
         intermediates: ARK, ASK and ASVK certificates from files, DER or PEM; used as well as those in the evidence.
         crls: revocation lists, DER or PEM.
         require_crl: refuse where no list is at hand for the chain's root.
-        allow_vlek_csp: provider identities whose VLEK may sign; empty refuses every VLEK.
+        allow_vlek_csp: provider identities whose VLEK may sign; empty refuses every VLEK, None leaves it to whoever
+            appraises the report (`VerifiedSnp.csp_id`).
         allow_masked_chip_id: accept VCEK-signed reports whose host hides the chip identity.
     """
 
@@ -131,7 +136,7 @@ class SnpVerifier:
         intermediates: Sequence[bytes] = (),
         crls: Sequence[bytes] = (),
         require_crl: bool = False,
-        allow_vlek_csp: frozenset[str] = frozenset(),
+        allow_vlek_csp: frozenset[str] | None = frozenset(),
         allow_masked_chip_id: bool = False,
     ) -> None:
         """Read the given certificates and lists; raises `MalformedEvidence` if one cannot be read."""
@@ -182,6 +187,7 @@ class SnpVerifier:
             simulated=self.roots.simulated,
             roots=self.roots.name,
             certificate_sha256=chain.signing.sha256,
+            crl_issued=chain.crl_issued,
             report_data_checked=report_data is not None,
         )
 
@@ -207,7 +213,8 @@ class SnpVerifier:
             text = f"the report names a {report.signer.upper()}, the certificate is a {chain.signing.subject_cn}"
             findings.append(Finding("snp.signer.kind", text))
         csp = chain.endorsement.csp_id if chain.endorsement else None
-        if report.signer is Signer.VLEK and csp not in self.allow_vlek_csp:
+        allowed = self.allow_vlek_csp
+        if report.signer is Signer.VLEK and allowed is not None and csp not in allowed:
             text = f"the key of the provider {csp!r} signed, which is not allowed by configuration"
             findings.append(Finding("snp.signer.vlek", text))
 
@@ -271,10 +278,11 @@ class SnpVerifier:
         intermediate, root = self._climb(signing, pool, findings)
         product = self.roots.product_of(root) if root is not None else None
         self._check_dates(signing, intermediate, root, now, findings)
+        issued = None
         if intermediate is not None and root is not None and product is not None:
             self._check_names(signing, intermediate, root, product, findings)
-            self._check_revocation(intermediate, root, now, findings)
-        return _Chain(signing, endorsement, key, intermediate, root, product)
+            issued = self._check_revocation(intermediate, root, now, findings)
+        return _Chain(signing, endorsement, key, intermediate, root, product, issued)
 
     def _read(self, given: Sequence[bytes], findings: list[Finding]) -> list[Certificate]:
         pool: list[Certificate] = []
@@ -322,6 +330,14 @@ class SnpVerifier:
         answer = self._signatures.get(pair)
         if answer is None:
             answer = self._signatures[pair] = signed_by(signed, issuer)
+        return answer
+
+    def _list_signed(self, revoked: RevocationList, root: Certificate) -> bool:
+        """As `_signed`, for a revocation list: it stays the same for months."""
+        pair = (hashlib.sha256(revoked.tbs + revoked.signature).hexdigest(), root.sha256)
+        answer = self._signatures.get(pair)
+        if answer is None:
+            answer = self._signatures[pair] = signed_by(revoked, root)
         return answer
 
     def _climb(
@@ -390,14 +406,15 @@ class SnpVerifier:
 
     def _check_revocation(
         self, intermediate: Certificate, root: Certificate, now: datetime, findings: list[Finding]
-    ) -> None:
+    ) -> int | None:
+        """Judge by the revocation lists of the root; returns when the newest current one was issued."""
         lists = [revoked for revoked in self._crls if revoked.issuer == root.subject]
         if not lists:
             if self.require_crl:
                 text = f"no revocation list of {root.subject_cn} is at hand: configure one"
                 findings.append(Finding("snp.crl.missing", text))
-            return
-        genuine = [candidate for candidate in lists if signed_by(candidate, root)]
+            return None
+        genuine = [candidate for candidate in lists if self._list_signed(candidate, root)]
         if not genuine:
             text = f"the revocation list of {root.subject_cn} is not signed by it"
             findings.append(Finding("snp.crl.signature", text))
@@ -407,6 +424,7 @@ class SnpVerifier:
         serials = frozenset().union(*(candidate.revoked for candidate in genuine))
         if intermediate.serial in serials or root.serial in serials:
             findings.append(Finding("snp.revoked", f"{intermediate.subject_cn} is revoked"))
+        return max((int(one.this_update.timestamp()) for one in genuine if _is_current(one, now)), default=None)
 
 
 def _is_current(revoked: RevocationList, now: datetime) -> bool:

@@ -17,7 +17,7 @@ from jindiskd.broker.peer import BrokerLimits
 from jindiskd.broker.sessions import Session, Stage, TooManySessions, draw
 from jindiskd.keys.database import Database, sessions_table
 
-FACTS = ("csp_id", "simulated", "roots", "certificate_sha256", "report_data_checked")
+FACTS = ("csp_id", "simulated", "roots", "certificate_sha256", "crl_issued", "report_data_checked")
 
 
 class DatabaseSessions:

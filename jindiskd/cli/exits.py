@@ -27,6 +27,7 @@ BY_CODE: Mapping[str, int] = {
     "ApprovalWaiting": EXIT_BUSY,
     "AuditBroken": EXIT_INTEGRITY,
     "BadConfiguration": EXIT_USAGE,
+    "BadPolicy": EXIT_USAGE,
     "BaseChanged": EXIT_USAGE,
     "BaseTruncated": EXIT_USAGE,
     "BrokerNotTrusted": EXIT_REFUSED,

@@ -296,6 +296,12 @@ class Store:
                 "was given to this launch of the guest as often as its rules allow",
             ),
             (
+                "limit.used",
+                record.rules.releases_in_all,
+                sa.true(),
+                "was given out as often as its rules allow in all",
+            ),
+            (
                 "limit.image",
                 record.rules.releases_per_hour,
                 releases_table.c.at > self.database.now().timestamp() - HOUR_S,

@@ -1,22 +1,45 @@
 """The owner's rules for one image, beyond its launch digests. Every default is the strict one of the appraisal.
 
-Written as JSON (`base.document`), so bytes are hexadecimal. The digest of the rules stands in each audit row of a
-decision, so that it can be told later by which rules it was made.
+This is the stored form: JSON (`base.document`), so bytes are hexadecimal. People write the same as TOML
+(`policy.form`), where `section` in a field's metadata is its table, and `help` and `why` stand beside it. The digest of
+the rules stands in each audit row of a decision, so that it can be told later by which rules it was made.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
 
-from jindiskd.attest.snp_report import Product, Tcb
+from jindiskd.attest.snp_report import FirmwareVersion, Product, Tcb
 from jindiskd.base import document
 from jindiskd.errors import InvalidArgument
 
 NO_HOST_DATA = bytes(32)
+NO_REGISTER = bytes(48)
 WHAT = "the release rules"
 MAX_LEASE_S = 86400
 MAX_COUNT = 1_000_000
+PRODUCTS = tuple(product.value for product in Product)
+STATUSES = (
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+)
+"""TCB statuses of a TDX platform that an owner may accept; Revoked is never accepted."""
+VERSION = re.compile(r"(\d{1,3})\.(\d{1,3})(?:\.(\d{1,3}))?")
+
+
+def setting(section: str, text: str, why: str, *, default: Any, **more: Any) -> Any:
+    """A field with what the documents say of it. `range` bounds numbers, `choices` words, `length` bytes."""
+    metadata = {"section": section, "help": text, "why": why, **more}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,51 +56,326 @@ class MinimumTcb:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRules:
-    """What a genuine report must say, how often a key is given, and what a volume's session must keep to."""
+    """What genuine evidence must say, how often a key is given, and what a volume's session must keep to."""
 
-    host_data: tuple[bytes, ...] = (NO_HOST_DATA,)
-    """HOST_DATA values (32 bytes) that are allowed; zeros where nothing was bound at launch."""
-    minimum_tcb: dict[str, MinimumTcb] = field(default_factory=dict)
-    """By product, for example `Milan`. Once one is named, evidence of a product that is not named is refused."""
-    minimum_guest_svn: int = 0
-    chip_ids: tuple[bytes, ...] | None = None
-    """CHIP_ID values (64 bytes) of the owner's machines; none kept if absent."""
-    require_smt_off: bool = False
-    require_ciphertext_hiding: bool = False
-    require_single_socket: bool = False
-    require_alias_check: bool = False
-    approval: bool = False
-    """Whether each guest waits until a person has approved it."""
-    releases_per_hour: int | None = None
-    """Of this image, to all guests together."""
-    releases_per_guest: int | None = None
-    """To one launch of a guest (one REPORT_ID): root in a guest can ask again after boot, and this ends that. A guest
-    whose answer was lost asks again too, so 1 trades availability."""
-    lease_s: int = 0
-    """Volumes: how long a session may write without an answer; 0 for no lease."""
+    # Table release.
+    approval: bool = setting(
+        "release",
+        "each guest waits until a person has approved it",
+        "off: a guest that proves what it is needs nobody",
+        default=False,
+    )
+    releases_per_hour: int | None = setting(
+        "release",
+        "releases of this image's key within an hour, to all guests together",
+        "no limit: the right number is that of the owner's guests; a limit bounds what a leak of evidence can do",
+        default=None,
+        range=(1, MAX_COUNT),
+    )
+    releases_per_guest: int | None = setting(
+        "release",
+        "releases to one launch of a guest",
+        "no limit: a guest whose answer was lost asks again. With 1, root in a running guest cannot ask again",
+        default=None,
+        range=(1, MAX_COUNT),
+    )
+    releases_in_all: int | None = setting(
+        "release",
+        "releases of this image's key for ever; 1 is single use",
+        "no limit: every start of a guest is a release",
+        default=None,
+        range=(1, MAX_COUNT),
+    )
+    not_before: str = setting(
+        "release", "no release before this time (RFC 3339, with zone)", "none", default="", kind="time"
+    )
+    not_after: str = setting(
+        "release",
+        "no release after this time (RFC 3339, with zone)",
+        "none: a date that is forgotten stops guests from starting",
+        default="",
+        kind="time",
+    )
+    lease_s: int = setting(
+        "release",
+        "JinDisk volumes: seconds that a session may write without an answer of the broker; 0 for no lease",
+        "0: a broker that cannot be reached then stops no guest",
+        default=0,
+        range=(0, MAX_LEASE_S),
+    )
+    # Table platform.
+    allow_simulated: bool | None = setting(
+        "platform",
+        "accept simulated evidence, which proves nothing",
+        "unset: only for an image that was built for a simulated platform, and only where the broker allows it too; "
+        "true does not make a real image accept it",
+        default=None,
+    )
+    # Table revocation.
+    revocation_required: bool = setting(
+        "revocation",
+        "refuse SEV-SNP evidence where no current revocation list of AMD's root was at hand",
+        "on: what could not be checked is not passed. Fetch or import the lists, which also works without a network",
+        default=True,
+    )
+    revocation_maximum_age_days: int | None = setting(
+        "revocation",
+        "refuse where AMD's revocation list is older than this",
+        "none: the list's own next-update date bounds it",
+        default=None,
+        range=(1, 3650),
+    )
+    # Table snp.
+    generations: tuple[str, ...] = setting(
+        "snp",
+        "platform generations allowed",
+        "all that are known: each is judged by its own root; leave out those you have no machines of",
+        default=PRODUCTS,
+        choices=PRODUCTS,
+    )
+    allow_debug: bool = setting(
+        "snp",
+        "accept a guest whose policy has DEBUG",
+        "off: the host can read and change such a guest's memory",
+        default=False,
+    )
+    allow_migration_agent: bool = setting(
+        "snp",
+        "accept a guest with a migration agent",
+        "off: the agent can export the guest's memory",
+        default=False,
+    )
+    vmpl: int = setting(
+        "snp",
+        "privilege level that asked for the report",
+        "0: the highest; without an SVSM, another level means that something stood above the guest's kernel",
+        default=0,
+        range=(0, 3),
+    )
+    measurements: tuple[bytes, ...] = setting(
+        "snp",
+        "launch digests allowed besides the image's own",
+        "none: the image's own digest is what was built. For a second processor count or a firmware update",
+        default=(),
+        length=48,
+    )
+    id_key_digests: tuple[bytes, ...] = setting(
+        "snp",
+        "digests of ID keys whose signed images are allowed; set minimum_guest_svn too",
+        "none: nobody but the image itself is trusted",
+        default=(),
+        length=48,
+    )
+    author_key_digests: tuple[bytes, ...] = setting(
+        "snp", "digests of author keys whose ID keys are allowed", "none: as above", default=(), length=48
+    )
+    minimum_guest_svn: int = setting(
+        "snp",
+        "least security version of a signed image",
+        "0: only images with an ID block have one",
+        default=0,
+        range=(0, (1 << 32) - 1),
+    )
+    host_data: tuple[bytes, ...] = setting(
+        "snp",
+        "HOST_DATA values allowed",
+        "zeros alone: nothing was bound at launch. Name the digest of your init-data instead",
+        default=(NO_HOST_DATA,),
+        length=32,
+        least=1,
+    )
+    minimum_tcb: dict[str, MinimumTcb] = field(
+        default_factory=dict,
+        metadata={
+            "section": "snp.minimum_tcb",
+            "help": "least firmware versions by generation, as in a report's TCB; a generation not named is refused",
+            "why": "none: right numbers are those of AMD's current bulletins, and one built in here would grow old "
+            "unseen. `jindiskctl attest verify` shows those of a real report",
+        },
+    )
+    minimum_firmware: str = setting(
+        "snp", "least SNP firmware, as 1.55 or 1.55.21", "none: minimum_tcb is what is signed for", default="",
+        kind="version",
+    )
+    allow_provisional_firmware: bool = setting(
+        "snp",
+        "accept firmware that is not committed",
+        "off: the host can roll such firmware back to one with known holes",
+        default=False,
+    )
+    chip_ids: tuple[bytes, ...] | None = setting(
+        "snp",
+        "CHIP_ID values of the owner's machines",
+        "none kept: any genuine chip. A list stops evidence of a broken chip elsewhere",
+        default=None,
+        length=64,
+    )
+    allow_masked_chip_id: bool = setting(
+        "snp",
+        "accept reports whose host hides the chip's identity",
+        "off: such a report cannot be tied to the certificate's chip",
+        default=False,
+    )
+    providers: tuple[str, ...] = setting(
+        "snp",
+        "providers (CSP identities) whose VLEK may have signed",
+        "none: a VLEK vouches for a provider, not for a machine",
+        default=(),
+    )
+    require_smt_off: bool = setting(
+        "snp", "simultaneous multithreading must be off", "off: costs half of the processors", default=False
+    )
+    require_ciphertext_hiding: bool = setting(
+        "snp", "the host must not see ciphertext in memory", "off: needs Turin, or later", default=False
+    )
+    require_single_socket: bool = setting(
+        "snp", "the guest must keep to one socket", "off: concerns physical attacks on the link", default=False
+    )
+    require_alias_check: bool = setting(
+        "snp",
+        "memory must have been checked for aliases since reset (AMD-SB-3015)",
+        "off: needs firmware that reports it; turn it on where the host's memory modules may be tampered with",
+        default=False,
+    )
+    require_aes_256_xts: bool = setting(
+        "snp", "the guest's policy must ask for AES-256-XTS", "off: needs Turin, or later", default=False
+    )
+    require_rapl_off: bool = setting(
+        "snp", "power measurement must be off", "off: needs a host that turns it off", default=False
+    )
+    require_page_swap_disabled: bool = setting(
+        "snp", "the guest's policy must refuse page moves and swaps", "off: needs recent firmware", default=False
+    )
+    require_no_cxl: bool = setting(
+        "snp", "the guest's policy must not allow CXL memory", "off: usual policies do not allow it", default=False
+    )
+    required_mitigations: int = setting(
+        "snp",
+        "bits that must be set in both mitigation vectors",
+        "0: only reports of version 5 have them",
+        default=0,
+        range=(0, (1 << 63) - 1),
+    )
+    # Table tdx.
+    tdx_statuses: tuple[str, ...] = setting(
+        "tdx",
+        "TCB statuses accepted; Revoked never is",
+        "UpToDate alone: every other says that something known is not mended",
+        default=("UpToDate",),
+        choices=STATUSES,
+        least=1,
+    )
+    tdx_advisories: tuple[str, ...] = setting(
+        "tdx",
+        "advisories accepted where a status other than UpToDate is",
+        "none: each is to be read before it is accepted",
+        default=(),
+    )
+    tdx_grace_days: int = setting(
+        "tdx",
+        "days that a platform may be out of date, from the date of its TCB level",
+        "0: out of date is refused at once",
+        default=0,
+        range=(0, 3650),
+    )
+    tdx_minimum_tcb_evaluation: int = setting(
+        "tdx",
+        "least tcbEvaluationDataNumber of the collateral",
+        "0: raise it with each recovery, so that a host cannot serve an older evaluation that is still valid",
+        default=0,
+        range=(0, MAX_COUNT),
+    )
+    tdx_rtmr0: tuple[bytes, ...] | None = setting(
+        "tdx",
+        "values of RTMR0 (firmware configuration) allowed",
+        "none is known before the first launch, so none is accepted; \"any\" accepts every value",
+        default=(),
+        length=48,
+    )
+    tdx_rtmr1: tuple[bytes, ...] | None = setting(
+        "tdx", "values of RTMR1 (kernel) allowed", "as rtmr0; \"any\" accepts every kernel", default=(), length=48
+    )
+    tdx_rtmr2: tuple[bytes, ...] | None = setting(
+        "tdx",
+        "values of RTMR2 (command line, initrd) allowed",
+        "as rtmr0; \"any\" accepts every initrd",
+        default=(),
+        length=48,
+    )
+    tdx_rtmr3: tuple[bytes, ...] | None = setting(
+        "tdx",
+        "values of RTMR3 (left to the guest) allowed",
+        "zeros: nothing of ours extends it before the key is asked for",
+        default=(NO_REGISTER,),
+        length=48,
+    )
+    tdx_mr_td: tuple[bytes, ...] = setting(
+        "tdx", "MRTD values (firmware) allowed besides the image's own", "none: as built", default=(), length=48
+    )
+    tdx_mr_config_id: tuple[bytes, ...] = setting(
+        "tdx",
+        "MRCONFIGID values allowed",
+        "zeros alone: nothing was bound at launch. Name the digest of your init-data instead",
+        default=(NO_REGISTER,),
+        length=48,
+        least=1,
+    )
+    tdx_mr_owner: tuple[bytes, ...] = setting(
+        "tdx", "MROWNER values allowed", "zeros alone", default=(NO_REGISTER,), length=48, least=1
+    )
+    tdx_mr_owner_config: tuple[bytes, ...] = setting(
+        "tdx", "MROWNERCONFIG values allowed", "zeros alone", default=(NO_REGISTER,), length=48, least=1
+    )
+    tdx_mr_seam: tuple[bytes, ...] | None = setting(
+        "tdx", "TDX modules allowed", "any that Intel's collateral vouches for", default=None, length=48
+    )
+    tdx_ppids: tuple[bytes, ...] | None = setting(
+        "tdx", "PPIDs of the owner's machines", "none kept: any genuine machine", default=None, length=16
+    )
+    tdx_require_smt_off: bool = setting(
+        "tdx", "simultaneous multithreading must be off", "off: costs half of the processors", default=False
+    )
+    tdx_require_static_platform: bool = setting(
+        "tdx", "processors must not be added to the platform", "off: server platforms are dynamic", default=False
+    )
+    tdx_require_no_cached_keys: bool = setting(
+        "tdx", "Intel must not keep the platform's keys", "off: server platforms have them kept", default=False
+    )
+    # Table sev.
+    sev_minimum_api: str = setting(
+        "sev",
+        "SEV and SEV-ES: least API version and build, as 1.55 or 1.55.21",
+        "none: as with minimum_tcb",
+        default="",
+        kind="version",
+    )
+    sev_allow_send: bool = setting(
+        "sev", "SEV and SEV-ES: accept a policy that lets the host send the guest elsewhere", "off: it need not",
+        default=False,
+    )
 
     def check(self) -> ReleaseRules:
         """Return the rules.
 
         Raises:
-            InvalidArgument: a value out of its range.
+            InvalidArgument: a value out of its range; names the first.
         """
-        if any(len(value) != 32 for value in self.host_data) or not self.host_data:
-            raise InvalidArgument("host_data", "of another length", "give at least one value of 32 bytes")
-        if any(len(value) != 64 for value in self.chip_ids or ()):
-            raise InvalidArgument("chip_ids", "of another length", "a chip id has 64 bytes")
-        products = [product.value for product in Product]
-        for name, tcb in self.minimum_tcb.items():
-            if name not in products:
-                raise InvalidArgument("product in minimum_tcb", name, f"it is one of {', '.join(products)}")
-            if any(not 0 <= part <= 255 for part in (tcb.bootloader, tcb.tee, tcb.snp, tcb.microcode, tcb.fmc or 0)):
-                raise InvalidArgument("minimum_tcb of", name, "each component is 0 to 255")
-        counts = (self.releases_per_hour, self.releases_per_guest)
-        if any(count is not None and not 1 <= count <= MAX_COUNT for count in counts):
-            raise InvalidArgument("a limit of releases", counts, f"it is 1 to {MAX_COUNT}, or absent")
-        if not 0 <= self.lease_s <= MAX_LEASE_S or self.minimum_guest_svn < 0:
-            raise InvalidArgument("lease_s", self.lease_s, f"it is 0 to {MAX_LEASE_S} seconds")
+        for name, problem in self.problems():
+            raise InvalidArgument(name, getattr(self, name), problem)
         return self
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Every field whose value cannot be used, and what would be right."""
+        found = []
+        for item in fields(self):
+            problem = _problem(getattr(self, item.name), item.metadata)
+            if problem:
+                found.append((item.name, problem))
+        if self.not_before and self.not_after and not dict(found).keys() & {"not_before", "not_after"}:
+            begin, end = time_of(self.not_before), time_of(self.not_after)
+            if begin is not None and end is not None and begin >= end:
+                found.append(("not_after", f"it lies after not_before, {self.not_before}"))
+        return found
 
     def tcb_minimums(self) -> dict[str, Tcb]:
         """`minimum_tcb` as the appraisal wants it."""
@@ -85,6 +383,10 @@ class ReleaseRules:
             name: Tcb(fmc=low.fmc, bootloader=low.bootloader, tee=low.tee, snp=low.snp, microcode=low.microcode)
             for name, low in self.minimum_tcb.items()
         }
+
+    def firmware_minimum(self) -> FirmwareVersion:
+        """`minimum_firmware` as the appraisal wants it."""
+        return FirmwareVersion(*version_of(self.minimum_firmware))
 
     def dump(self) -> str:
         """As stored."""
@@ -94,6 +396,59 @@ class ReleaseRules:
     def digest(self) -> str:
         """SHA-256 of the stored form, hexadecimal."""
         return hashlib.sha256(self.dump().encode()).hexdigest()
+
+
+def _problem(value: Any, metadata: Mapping[str, Any]) -> str:
+    """What is wrong with one field's value; empty where nothing is."""
+    if value is None:
+        return ""
+    kind = metadata.get("kind")
+    if kind == "time" and value and time_of(value) is None:
+        return "it is a time with a zone, such as 2030-01-31T12:00:00Z"
+    if kind == "version" and value and VERSION.fullmatch(value) is None:
+        return "it is a version such as 1.55 or 1.55.21"
+    if "range" in metadata:
+        low, high = metadata["range"]
+        return "" if low <= value <= high else f"it is {low} to {high}"
+    if isinstance(value, dict):
+        return _tcb_problem(value)
+    if not isinstance(value, tuple):
+        return ""
+    if len(value) < metadata.get("least", 0):
+        return "give at least one value"
+    choices = metadata.get("choices")
+    if choices and (wrong := [word for word in value if word not in choices]):
+        return f"{wrong[0]} is none of {', '.join(choices)}"
+    length = metadata.get("length")
+    if length and any(len(item) != length for item in value):
+        return f"each value has {length} bytes, {2 * length} hexadecimal digits"
+    return ""
+
+
+def _tcb_problem(minimums: Mapping[str, MinimumTcb]) -> str:
+    for name, tcb in minimums.items():
+        if name not in PRODUCTS:
+            return f"{name} is none of {', '.join(PRODUCTS)}"
+        if any(not 0 <= part <= 255 for part in (tcb.bootloader, tcb.tee, tcb.snp, tcb.microcode, tcb.fmc or 0)):
+            return f"each component of {name} is 0 to 255"
+        if tcb.fmc and not Product(name).has_fmc:
+            return f"{name} has no component fmc"
+    return ""
+
+
+def time_of(text: str) -> datetime | None:
+    """A time with a zone, or None where the text is none."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found.astimezone(UTC) if found.tzinfo is not None else None
+
+
+def version_of(text: str) -> tuple[int, int, int]:
+    """Major, minor and build; zeros for an empty text."""
+    found = VERSION.fullmatch(text)
+    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else (0, 0, 0)
 
 
 def load(text: str | bytes) -> ReleaseRules:

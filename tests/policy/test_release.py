@@ -1,7 +1,7 @@
 """The decision: what a genuine report must say for an image, and that each rule bites."""
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -55,7 +55,7 @@ def test_simulation_needs_image_and_broker(verified: VerifiedSnp) -> None:
     """Neither the image's platform nor the broker's configuration alone suffices; nor a genuine report."""
     assert "snp.simulated" in ids(record(), verified, allow_simulated=False)
     assert {"snp.simulated", "platform.simulation"} <= ids(record(platform=Platform.SNP), verified)
-    genuine = replace(verified, simulated=False)
+    genuine = replace(verified, simulated=False, crl_issued=int(datetime.now(UTC).timestamp()))
     assert "platform.simulation" in ids(record(), genuine)
     assert ids(record(platform=Platform.SNP), genuine, allow_simulated=False) == set()
 
@@ -77,6 +77,17 @@ def test_simulation_needs_image_and_broker(verified: VerifiedSnp) -> None:
         ({"rules": ReleaseRules(require_smt_off=True)}, "snp.platform.smt"),
         ({"rules": ReleaseRules(require_ciphertext_hiding=True)}, "snp.platform.ciphertext_hiding"),
         ({"rules": ReleaseRules(require_single_socket=True)}, "snp.platform.single_socket"),
+        ({"rules": ReleaseRules(require_aes_256_xts=True)}, "snp.platform.aes_256_xts"),
+        ({"rules": ReleaseRules(require_rapl_off=True)}, "snp.platform.rapl"),
+        ({"rules": ReleaseRules(require_page_swap_disabled=True)}, "snp.platform.page_swap"),
+        ({"rules": ReleaseRules(required_mitigations=2)}, "snp.mitigations"),
+        ({"rules": ReleaseRules(minimum_firmware="9.1")}, "snp.firmware.too_old"),
+        ({"rules": ReleaseRules(vmpl=1)}, "snp.vmpl"),
+        ({"rules": ReleaseRules(generations=("Genoa", "Turin"))}, "snp.generation"),
+        ({"rules": ReleaseRules(generations=())}, "snp.generation"),
+        ({"rules": ReleaseRules(allow_simulated=False)}, "snp.simulated"),
+        ({"rules": ReleaseRules(not_before="2999-01-01T00:00:00Z")}, "policy.too_early"),
+        ({"rules": ReleaseRules(not_after="1999-01-01T00:00:00+01:00")}, "policy.too_late"),
     ],
     ids=str,
 )
@@ -109,3 +120,54 @@ def test_the_defaults_are_those_of_the_appraisal(verified: VerifiedSnp) -> None:
         worse = replace(verified, report=replace(verified.report, **change))
         assert finding in ids(record(), worse)
         assert appraise_snp(worse, SnpExpectations())
+
+
+@pytest.mark.parametrize(
+    ("change", "finding", "loosened"),
+    [
+        ({"report": {"policy": 1 << 19 | 0x30000}}, "snp.debug", {"allow_debug": True}),
+        ({"report": {"policy": 1 << 21 | 0x30000}}, None, {"require_no_cxl": True}),
+        ({"report": {"report_id_ma": bytes(32)}}, "snp.migration_agent", {"allow_migration_agent": True}),
+        ({"report": {"vmpl": 2}}, "snp.vmpl", {"vmpl": 2}),
+        ({"report": {"measurement": bytes(47) + b"1"}}, "snp.measurement", {"measurements": (bytes(47) + b"1",)}),
+        (
+            {"report": {"measurement": bytes(47) + b"1", "id_key_digest": b"k" * 48}},
+            "snp.measurement",
+            {"id_key_digests": (b"k" * 48,)},
+        ),
+        (
+            {"report": {"measurement": bytes(47) + b"1", "author_key_digest": b"k" * 48, "key_info": 1}},
+            "snp.measurement",
+            {"author_key_digests": (b"k" * 48,)},
+        ),
+        ({"report": {"chip_id": bytes(64)}}, "snp.chip_id.masked", {"allow_masked_chip_id": True}),
+        ({"csp_id": "CN=x"}, "snp.signer.vlek", {"providers": ("CN=x",)}),
+        ({"simulated": False}, "snp.crl.missing", {"revocation_required": False}),
+    ],
+    ids=str,
+)
+def test_what_the_defaults_refuse_can_be_allowed_by_name(
+    verified: VerifiedSnp, change: dict[str, Any], finding: str | None, loosened: dict[str, Any]
+) -> None:
+    """Each loosening takes away its own finding and no other; the opposite setting (CXL) adds one."""
+    given = dict(change)
+    report = replace(verified.report, **given.pop("report", {}))
+    other = replace(verified, report=report, **given)
+    platform = Platform.SIMULATED_SNP if other.simulated else Platform.SNP
+    strict = ids(record(platform=platform), other)
+    loose = ids(record(platform=platform, rules=ReleaseRules(**loosened)), other)
+    if finding is None:
+        assert (strict, loose) == (set(), {"snp.platform.cxl"})
+    else:
+        assert (strict, loose) == ({finding}, set())
+
+
+def test_age_of_revocation_lists(verified: VerifiedSnp) -> None:
+    """A list that is current but older than the owner wants is refused; simulated platforms have none."""
+    now = datetime.now(UTC)
+    rules = ReleaseRules(revocation_maximum_age_days=30)
+    for days, expected in ((29, set()), (31, {"snp.crl.old"})):
+        genuine = replace(verified, simulated=False, crl_issued=int((now - timedelta(days=days)).timestamp()))
+        found = decide(record(platform=Platform.SNP, rules=rules), genuine, allow_simulated=False, now=now)
+        assert {finding.id for finding in found} == expected
+    assert ids(record(rules=rules), verified) == set()
