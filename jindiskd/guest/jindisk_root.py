@@ -7,9 +7,7 @@ counts is that the released key and anchor accept the volume. Format document, s
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import threading
 from pathlib import Path
 from uuid import UUID
 
@@ -22,6 +20,7 @@ from jindiskd.jindisk.anchor import UNANCHORED, Anchor, Reporting, State
 from jindiskd.jindisk.device import FileDevice, OpenFile
 from jindiskd.jindisk.errors import VolumeError, VolumeFenced, VolumeStale
 from jindiskd.jindisk.geometry import BLOCK
+from jindiskd.jindisk.served import ServedSession
 from jindiskd.jindisk.session import Session
 from jindiskd.jindisk.volume import open_volume
 from jindiskd.kbs.client import Fenced
@@ -81,62 +80,6 @@ class _refusals(contextlib.AbstractContextManager[None]):  # noqa: N801 - reads 
     def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
         if isinstance(exc, Fenced):
             raise VolumeFenced("a newer session has begun, or the state is not accepted") from None
-
-
-class ServedSession:
-    """A session as the block device that the storage process serves. Its own thread reports and cleans."""
-
-    def __init__(self, session: Session) -> None:
-        """Starts the thread; `session` has begun."""
-        self._session = session
-        self.size_bytes = session.size_bytes
-        self._ending = threading.Event()
-        threading.stack_size(THREAD_STACK_BYTES)
-        self._thread = threading.Thread(target=self._keep, name="keep", daemon=True)
-        self._thread.start()
-
-    def read(self, offset: int, length: int) -> bytes:
-        """See `storage.Served`."""
-        with _as_os_error():
-            return self._session.read(offset, length)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """See `storage.Served`."""
-        with _as_os_error():
-            self._session.write(offset, data)
-
-    def flush(self) -> None:
-        """See `storage.Served`."""
-        with _as_os_error():
-            self._session.flush()
-
-    def discard(self, offset: int, length: int) -> None:
-        """See `storage.Served`."""
-        with _as_os_error():
-            self._session.discard(offset, length)
-
-    def close(self) -> None:
-        """See `storage.Served`."""
-        self._ending.set()
-        self._session.close()
-
-    def _keep(self) -> None:
-        """Report, and clean while nothing else is asked. A report may take long; requests are served meanwhile."""
-        wait_s = 0.0
-        while not self._ending.wait(wait_s):
-            with contextlib.suppress(Exception):  # a fenced session says so to whoever writes
-                wait_s = self._session.tick()
-                self._session.idle()
-
-
-class _as_os_error(contextlib.AbstractContextManager[None]):  # noqa: N801 - reads as the function it replaces
-    """The engine's errors as what the kernel is told; any fault of ours as an error of input and output."""
-
-    def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
-        if isinstance(exc, VolumeError):
-            raise OSError(exc.errno, type(exc).__name__) from None
-        if isinstance(exc, Exception) and not isinstance(exc, OSError):
-            raise OSError(errno.EIO, type(exc).__name__) from None
 
 
 def open_session(device: Path, expectation: JindiskExpectation, grant: VolumeGrant, keeper: BrokerKeeper) -> Session:
@@ -204,7 +147,7 @@ def serve(
     def open_volume_there() -> ServedSession:
         forget()
         keeper = BrokerKeeper(guest_broker, expectation.uuid, grant.session)
-        return ServedSession(open_session(device, expectation, grant, keeper))
+        return ServedSession(open_session(device, expectation, grant, keeper), stack_bytes=THREAD_STACK_BYTES)
 
     with grant.key:
         try:

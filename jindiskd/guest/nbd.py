@@ -13,6 +13,25 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
+from jindiskd.jindisk.nbd_protocol import (
+    DISCONNECT,
+    FLUSH,
+    FUA,
+    HAS_FLAGS,
+    PAYLOAD_LIMIT,
+    READ,
+    REPLY,
+    REPLY_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    SEND_FLUSH,
+    SEND_FUA,
+    SEND_TRIM,
+    TRIM,
+    WRITE,
+    error_number,
+)
+
 NETLINK_GENERIC = 16  # linux/netlink.h
 NLMSG_ERROR = 2
 NLM_F_REQUEST = 1
@@ -33,14 +52,7 @@ NBD_SOCK_ITEM = 1
 NBD_SOCK_FD = 1
 NLA_F_NESTED = 1 << 15
 
-FLAGS = 1 | 1 << 2 | 1 << 3 | 1 << 5  # HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM; linux/nbd.h
-READ, WRITE, DISCONNECT, FLUSH, TRIM = range(5)
-FUA = 1
-REQUEST_MAGIC = 0x25609513
-REPLY_MAGIC = 0x67446698
-REQUEST = struct.Struct(">IHHQQI")
-REPLY = struct.Struct(">IIQ")
-LENGTH_LIMIT = 32 << 20
+FLAGS = HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_TRIM
 
 _MESSAGE = struct.Struct("=IHHII")  # struct nlmsghdr
 _GENERIC = struct.Struct("=BBH")  # struct genlmsghdr
@@ -167,7 +179,8 @@ def serve_one(stream: socket.socket, volume: Volume) -> None:
         Disconnected: there are none any more.
     """
     magic, flags, kind, handle, offset, length = REQUEST.unpack(receive(stream, REQUEST.size))
-    if magic != REQUEST_MAGIC or kind == DISCONNECT or length > LENGTH_LIMIT:
+    # A trim brings no data and may be far longer: the kernel sends up to 4 GiB.
+    if magic != REQUEST_MAGIC or kind == DISCONNECT or (kind in {READ, WRITE} and length > PAYLOAD_LIMIT):
         raise Disconnected
     data = receive(stream, length) if kind == WRITE else b""
     answer, number = b"", 0
@@ -179,7 +192,7 @@ def serve_one(stream: socket.socket, volume: Volume) -> None:
         else:
             _action(volume, kind, flags, offset, length, data)()
     except OSError as exc:
-        answer, number = b"", exc.errno or errno.EIO
+        answer, number = b"", error_number(exc)
     stream.sendall(REPLY.pack(REPLY_MAGIC, number, handle) + answer)
 
 

@@ -10,6 +10,7 @@ from jindiskd.errors import InvalidArgument
 from jindiskd.guest import broker, jindisk_root
 from jindiskd.guest.codes import Code, GuestFailure
 from jindiskd.guest.config import JindiskExpectation
+from jindiskd.jindisk import served
 from jindiskd.jindisk.anchor import State
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import OpenFile
@@ -101,20 +102,20 @@ class Failing:
 def test_the_kernel_is_told_a_number(exc, number) -> None:
     """Whatever the engine raises, the storage process lives and the kernel gets an error number."""
     session = Failing(exc)
-    served = jindisk_root.ServedSession(session)  # type: ignore[arg-type]  # stands in for a session
+    device = served.ServedSession(session)  # type: ignore[arg-type]  # stands in for a session
     try:
         for call in (
-            lambda: served.read(0, 1),
-            lambda: served.write(0, b"x"),
-            served.flush,
-            lambda: served.discard(0, 1),
+            lambda: device.read(0, 1),
+            lambda: device.write(0, b"x"),
+            device.flush,
+            lambda: device.discard(0, 1),
         ):
             with pytest.raises(OSError) as caught:
                 call()
             assert caught.value.errno == number
             assert "secret" not in str(caught.value)
     finally:
-        served.close()
+        device.close()
     assert session.closed
 
 
