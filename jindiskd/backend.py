@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import jindiskd.image.worker  # noqa: F401 (registers the errors that a build worker can name)
+from jindiskd.attest.descriptors import choose
 from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
@@ -81,7 +82,8 @@ class ImagesBackend:
             InvalidArgument, NotSupported: it cannot be built.
         """
         images = self._config.images
-        firmware = Path(order.firmware) if order.firmware else images.firmware
+        platform = Platform(_choice(Platform, "platform", order.platform or images.platform.value))
+        firmware = Path(order.firmware) if order.firmware else images.firmware or choose(platform.tee)
         if order.firmware:
             real = firmware.resolve()
             if not firmware.is_absolute() or not any(real.is_relative_to(place) for place in images.firmware_dirs):
@@ -91,7 +93,7 @@ class ImagesBackend:
                 )
         order = replace(
             order,
-            platform=order.platform or images.platform.value,
+            platform=platform.value,
             format=order.format or images.format.value,
             vcpus=images.vcpus if order.vcpus is None else order.vcpus,
             cpu_model=order.cpu_model or images.cpu_model,

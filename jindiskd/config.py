@@ -79,9 +79,12 @@ class ImagesConfig:
     platform: Platform = field(default=Platform.SNP, metadata={"help": "what new images are for"})
     vcpus: int = field(default=1, metadata={"range": (1, 512), "help": "processors of a guest; in its launch digest"})
     cpu_model: str = field(default="EPYC-v4", metadata={"help": "processor model of a guest; in its launch digest"})
-    firmware: Path = field(
-        default=Path("/usr/share/ovmf/OVMF.amdsev.fd"),
-        metadata={"help": "firmware of a guest; in its launch digest. Must support measured direct boot"},
+    firmware: Path | None = field(
+        default=None,
+        metadata={
+            "help": "firmware of a guest; in its launch digest. Must support measured direct boot. If unset, the one "
+            "that this machine's descriptors (/usr/share/qemu/firmware) name for the platform"
+        },
     )
     firmware_dirs: tuple[Path, ...] = field(
         default=(Path("/usr/share"), Path("/usr/lib/jindiskd")),

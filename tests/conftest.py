@@ -13,6 +13,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--regenerate` rewrites golden files, so that their difference is reviewed with the change."""
+    parser.addoption("--regenerate", action="store_true", help="rewrite golden files instead of comparing with them")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """Compare a text with a golden file, or write it."""
+
+    def compare(path: Path, text: str) -> None:
+        if request.config.getoption("--regenerate"):
+            path.write_text(text)
+        assert path.read_text() == text, f"{path.name} differs; `pytest --regenerate` rewrites it"
+
+    return compare
+
+
 @pytest.fixture(scope="session")
 def vectors() -> Path:
     """The folder of recorded data to test against; a test that needs it is skipped where it is not there."""

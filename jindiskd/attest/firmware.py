@@ -52,25 +52,39 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownFirmware:
-    """An image that was looked into."""
+    """An image that was looked into: what it does with the kernel that it is given."""
 
     name: str
     enforces_kernel_hashes: bool
+    """Boots only the kernel, initrd and command line whose hashes the launch measured (SEV, SEV-ES, SNP)."""
+    boots_disks: bool = True
+    """Boots from a disk too, where it is given no kernel."""
+    secure_boot: bool = False
+    """Starts only kernels that are signed under Microsoft's keys."""
+    extends_registers: bool = False
+    """Measures what it boots into RTMRs (TDX): nothing is refused by it, the verifier must compare."""
 
 
 KNOWN: Mapping[str, KnownFirmware] = {
     "3e4fd0b3fe3b2dbe481c3d9e99418a034174f26cbe1f55aa212b0f18c12d2d6f": KnownFirmware(
-        name="OVMF.amdsev.fd of Debian 14 (forky)", enforces_kernel_hashes=True
+        name="OVMF.amdsev.fd of Debian 14 (forky)", enforces_kernel_hashes=True, boots_disks=False
     ),
     "6a3e8f438ad7269f5dfd884647587b88391fb23965bb3aa7902b519438dba129": KnownFirmware(
         name="OVMF.fd of Debian 14 (forky), general-purpose", enforces_kernel_hashes=False
+    ),
+    "a265075b4147a096109e501e76196df1ec8a18659c26f7401492c597ec88f312": KnownFirmware(
+        name="OVMF.inteltdx.ms.fd of Debian 14 (forky)",
+        enforces_kernel_hashes=False,
+        secure_boot=True,
+        extends_registers=True,
     ),
     "7b456907dd0786d415999e801a1ac4637b8ed4d7cf5378cfc6edbe5e574dd773": KnownFirmware(
         name="OVMF.fd of Debian 12 (bookworm), general-purpose", enforces_kernel_hashes=False
     ),
 }
 """By SHA-256. Established by unpacking the image's compressed volume and looking for the module that compares kernels
-with the hashes: it carries the kernel entry's GUID 4de79437-abd2-427f-b835-d5b172d2045b."""
+with the hashes: it carries the kernel entry's GUID 4de79437-abd2-427f-b835-d5b172d2045b. Secure Boot and disks: libvirt
+notes section 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

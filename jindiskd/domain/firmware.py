@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from jindiskd.base.process import ENVIRONMENT, terminate
+from jindiskd.domain.spec import BootInputs
 from jindiskd.domain.state import LaunchFailed
-from jindiskd.domain.xml import BootInputs
 
 READY_S = 60.0
 

@@ -10,8 +10,8 @@ from typing import Protocol
 from jindiskd.domain import vsock
 from jindiskd.domain.firmware import FirmwareProcess
 from jindiskd.domain.progress import ProgressListener
+from jindiskd.domain.spec import BootInputs
 from jindiskd.domain.state import DomainView, LaunchFailed
-from jindiskd.domain.xml import BootInputs
 from jindiskd.guest.config import FIRMWARE_PORT, KBS_PORT, PROGRESS_PORT
 
 

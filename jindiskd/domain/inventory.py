@@ -10,7 +10,8 @@ import structlog
 
 from jindiskd.domain import xml
 from jindiskd.domain.binding import Binding
-from jindiskd.domain.xml import BootInputs, MalformedDomain
+from jindiskd.domain.spec import BootInputs
+from jindiskd.domain.xml import MalformedDomain
 
 log = structlog.get_logger(__name__)
 

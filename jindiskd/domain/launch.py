@@ -9,13 +9,15 @@ from pathlib import Path
 
 import structlog
 
-from jindiskd.domain import machine, xml
+from jindiskd.base.platform import Platform, Tee
+from jindiskd.domain import capabilities, check, machine, xml
 from jindiskd.domain.binding import Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
+from jindiskd.domain.spec import DomainSpec, from_manifest
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
-from jindiskd.errors import JindiskError, TimedOut
+from jindiskd.errors import JindiskError, NotSupported, TimedOut
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.store import ImageStore
 
@@ -76,9 +78,10 @@ class Launcher:
         guest.follower = None
         return guest.view
 
-    async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> xml.DomainSpec:
+    async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> DomainSpec:
         view = guest.view
-        spec = xml.from_manifest(
+        await self._can_start(manifest.platform)
+        spec = from_manifest(
             manifest,
             directory,
             name=view.name,
@@ -88,13 +91,24 @@ class Launcher:
             vsock=guest.device_socket,
         )
         text = xml.write(spec)
+        check.refuse(xml.parse(text), simulated=view.simulated)
         await guest.start_device(self._settings.vhost_device_vsock)
         await guest.listen(self._open_broker, lambda word: self._heard(guest, word))
         self._bindings.put(view.uuid, spec.binding)
         self._compare(view, text, await machine.define(self._connection, view.name, text))
         return spec
 
-    async def _power_on(self, guest: Guest, spec: xml.DomainSpec) -> None:
+    async def _can_start(self, platform: Platform) -> None:
+        """Refuse a platform that this host cannot start, before anything is made."""
+        if platform is Platform.SIMULATED_SNP:
+            return  # an ordinary domain to libvirt
+        capabilities.require(await machine.host(self._connection, "kvm"), platform)
+        if platform.tee in {Tee.SEV, Tee.SEV_ES}:
+            raise NotSupported(
+                f"launching a guest of platform {platform}", "its owner's session is not made by this release"
+            )
+
+    async def _power_on(self, guest: Guest, spec: DomainSpec) -> None:
         """Start the machine paused, measure what libvirt really has, then let it run."""
         view = guest.view
         live = await machine.start_paused(self._connection, view.name, view.uuid)

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 import libvirt
 
+from jindiskd.domain import capabilities
+from jindiskd.domain.capabilities import Host
 from jindiskd.domain.connection import Connection
+from jindiskd.domain.spec import EMULATOR
+
+
+async def host(connection: Connection, virt_type: str, emulator: str = EMULATOR) -> Host:
+    """What the host can start with this emulator; the first time for an emulator it takes libvirt seconds."""
+    return await connection.call(
+        f"asking for the capabilities of {emulator}", lambda conn: capabilities.read(conn, virt_type, emulator)
+    )
 
 
 async def define(connection: Connection, name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""The domain's XML: written from a specification, and read back as libvirt has it.
+"""The domain's XML: written from a `DomainSpec`, and read back as libvirt has it.
 
 Element by element: libvirt's formatdomain page. Magic values say where they come from.
 """
@@ -6,13 +6,13 @@ Element by element: libvirt's formatdomain page. Magic values say where they com
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
 from pathlib import Path
 
 from jindiskd.base.platform import Platform
 from jindiskd.domain.binding import Binding
-from jindiskd.errors import EXIT_INTEGRITY, JindiskError, NotSupported
-from jindiskd.image.manifest import Manifest
+from jindiskd.domain.security import Tdx, element
+from jindiskd.domain.spec import BootInputs, DomainSpec
+from jindiskd.errors import EXIT_INTEGRITY, JindiskError
 
 METADATA_URI = "https://jindisk.org/xmlns/libvirt/domain/1"
 QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -29,114 +29,93 @@ class MalformedDomain(JindiskError, code="MalformedDomain", exit_code=EXIT_INTEG
         super().__init__(f"the domain's XML cannot be used: {problem}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BootInputs:
-    """What libvirt was told to boot: the inputs of the launch digest."""
-
-    firmware: str
-    kernel: str
-    initrd: str
-    cmdline: str
-    vcpus: int
-    cpu_model: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DomainSpec:
-    """A domain to be defined."""
-
-    name: str
-    uuid: str
-    binding: Binding
-    boot: BootInputs
-    memory_mib: int
-    disk: Path
-    console_log: Path
-    vsock_socket: Path | None
-    """The vhost-user socket; None where the host's kernel has vhost-vsock."""
-    emulator: str = "/usr/bin/qemu-system-x86_64"
-
-
-def from_manifest(
-    manifest: Manifest, directory: Path, *, name: str, uuid: str, memory_mib: int, console_log: Path, vsock: Path | None
-) -> DomainSpec:
-    """The domain of an image in the store, `directory` being the image's."""
-    return DomainSpec(
-        name=name,
-        uuid=uuid,
-        binding=Binding(image=manifest.name, image_id=manifest.image_id, platform=manifest.platform),
-        boot=BootInputs(
-            firmware=manifest.shape.firmware,
-            kernel=str(directory / manifest.kernel.file),
-            initrd=str(directory / manifest.initrd.file),
-            cmdline=(directory / manifest.cmdline.file).read_text(),
-            vcpus=manifest.shape.vcpus,
-            cpu_model=manifest.shape.cpu_model,
-        ),
-        memory_mib=memory_mib,
-        disk=directory / "disk.img",
-        console_log=console_log,
-        vsock_socket=vsock,
-    )
-
-
 def write(spec: DomainSpec) -> str:
-    """The XML to define.
-
-    Raises:
-        NotSupported: a platform whose launch security this release does not write.
+    """The XML to define. Whether it can be right is `check.refuse`'s to say, whether this host can run it
+    `capabilities.require`'s.
     """
-    if not spec.binding.platform.simulated:
-        raise NotSupported(
-            f"launching an image of platform {spec.binding.platform}", "this release launches simulated platforms only"
-        )
-    # Emulation, unless somebody shows that hardware virtualisation works: /dev/kvm being there does not.
-    domain = ET.Element("domain", type="qemu")
+    domain = ET.Element("domain", type=spec.virt_type)
     _text(domain, "name", spec.name)
     _text(domain, "uuid", spec.uuid)
-    ours = ET.SubElement(ET.SubElement(domain, "metadata"), f"{{{METADATA_URI}}}domain")
-    binding = spec.binding
-    ET.SubElement(
-        ours, f"{{{METADATA_URI}}}image", name=binding.image, id=binding.image_id, platform=binding.platform.value
-    )
+    ET.SubElement(domain, "metadata").append(metadata(spec.binding))
     _text(domain, "memory", str(spec.memory_mib), unit="MiB")
-    if spec.vsock_socket is not None:
-        backing = ET.SubElement(domain, "memoryBacking")  # vhost-user devices map the guest's memory
-        ET.SubElement(backing, "source", type="memfd")
-        ET.SubElement(backing, "access", mode="shared")
+    _memory_backing(domain, spec)
     _text(domain, "vcpu", str(spec.boot.vcpus), placement="static")
     boot = ET.SubElement(domain, "os")
-    _text(boot, "type", "hvm", arch="x86_64", machine="q35")
-    _text(boot, "loader", spec.boot.firmware, type="rom", stateless="yes")
+    _text(boot, "type", "hvm", arch="x86_64", machine="q35")  # i440fx has no modern virtio, which iommu='on' needs
+    _text(boot, "loader", spec.boot.firmware, type="rom", stateless="yes")  # no variables that are not measured
     _text(boot, "kernel", spec.boot.kernel)
     _text(boot, "initrd", spec.boot.initrd)
     _text(boot, "cmdline", spec.boot.cmdline)
-    features = ET.SubElement(domain, "features")
-    ET.SubElement(features, "acpi")
-    ET.SubElement(features, "apic")
-    cpu = ET.SubElement(domain, "cpu", mode="custom", match="exact", check="none")
-    _text(cpu, "model", spec.boot.cpu_model, fallback="forbid")
+    _features(ET.SubElement(domain, "features"), spec)
+    if spec.named_cpu:
+        cpu = ET.SubElement(domain, "cpu", mode="custom", match="exact", check="none")
+        _text(cpu, "model", spec.boot.cpu_model, fallback="forbid")
+    else:
+        ET.SubElement(domain, "cpu", mode="host-passthrough", check="none", migratable="on")
     ET.SubElement(domain, "clock", offset="utc")
     _text(domain, "on_poweroff", "destroy")
-    _text(domain, "on_reboot", "restart")
+    # Guests of real platforms cannot be reset in place, and a SEV guest that is made anew would lack its secret.
+    _text(domain, "on_reboot", "restart" if spec.security is None else "destroy")
     _text(domain, "on_crash", "destroy")
     _devices(ET.SubElement(domain, "devices"), spec)
     if spec.vsock_socket is not None:
-        commandline = ET.SubElement(domain, f"{{{QEMU_URI}}}commandline")
-        for argument in (
-            "-chardev",
-            f"socket,id=jdvsock,path={spec.vsock_socket}",
-            "-device",
-            "vhost-user-vsock-pci,id=jdvsock0,chardev=jdvsock,addr=0x1e",  # a slot libvirt does not hand out
-        ):
-            ET.SubElement(commandline, f"{{{QEMU_URI}}}arg", value=argument)
-    return ET.tostring(domain, encoding="unicode")
+        domain.append(vsock_arguments(spec.vsock_socket, iommu=spec.security is not None))
+    if spec.security is not None:
+        domain.append(element(spec.security))
+    ET.indent(domain)
+    return ET.tostring(domain, encoding="unicode") + "\n"
+
+
+def metadata(binding: Binding) -> ET.Element:
+    """Our element in a domain's metadata. Readable by everybody, and writable by whoever may define domains."""
+    ours = ET.Element(f"{{{METADATA_URI}}}domain")
+    ET.SubElement(
+        ours, f"{{{METADATA_URI}}}image", name=binding.image, id=binding.image_id, platform=binding.platform.value
+    )
+    return ours
+
+
+def vsock_arguments(socket: Path, *, iommu: bool) -> ET.Element:
+    """QEMU's arguments for a vhost-user vsock device, which libvirt has no element for."""
+    commandline = ET.Element(f"{{{QEMU_URI}}}commandline")
+    device = "vhost-user-vsock-pci,id=jdvsock0,chardev=jdvsock,addr=0x1e"  # a slot libvirt does not hand out
+    for argument in (
+        "-chardev",
+        f"socket,id=jdvsock,path={socket}",
+        "-device",
+        f"{device},iommu_platform=on" if iommu else device,
+    ):
+        ET.SubElement(commandline, f"{{{QEMU_URI}}}arg", value=argument)
+    return commandline
+
+
+def _memory_backing(domain: ET.Element, spec: DomainSpec) -> None:
+    if spec.vsock_socket is None and not spec.pinned:
+        return
+    backing = ET.SubElement(domain, "memoryBacking")
+    if spec.pinned and spec.virt_type == "kvm":
+        ET.SubElement(backing, "locked")  # the firmware pins it all: RLIMIT_MEMLOCK must not be in the way
+    if spec.vsock_socket is not None:  # vhost-user devices map the guest's memory
+        ET.SubElement(backing, "source", type="memfd")
+        ET.SubElement(backing, "access", mode="shared")
+
+
+def _features(features: ET.Element, spec: DomainSpec) -> None:
+    ET.SubElement(features, "acpi")
+    ET.SubElement(features, "apic")
+    if isinstance(spec.security, Tdx):  # libvirt does not add these; so that the XML shows what runs
+        ET.SubElement(features, "pmu", state="off")
+        ET.SubElement(features, "smm", state="off")
+        ET.SubElement(features, "ioapic", driver="qemu")
 
 
 def _devices(devices: ET.Element, spec: DomainSpec) -> None:
+    # Bounce buffers for every virtio device: what the device reads is not encrypted memory. QEMU 6.0 and later does
+    # it for confidential guests in any case; written so that the XML shows it.
+    shared = {} if spec.security is None else {"iommu": "on"}
     _text(devices, "emulator", spec.emulator)
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    ET.SubElement(disk, "driver", name="qemu", type="raw", discard="unmap")
+    ET.SubElement(disk, "driver", {"name": "qemu", "type": "raw", "discard": "unmap", **shared})
     ET.SubElement(disk, "source", file=str(spec.disk))
     ET.SubElement(disk, "target", dev="vda", bus="virtio")
     ET.SubElement(devices, "controller", type="usb", model="none")
@@ -144,9 +123,15 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     ET.SubElement(serial, "log", file=str(spec.console_log), append="off")
     ET.SubElement(serial, "target", type="isa-serial", port="0")
     if spec.vsock_socket is None:
-        ET.SubElement(ET.SubElement(devices, "vsock", model="virtio"), "cid", auto="yes")
+        vsock = ET.SubElement(devices, "vsock", model="virtio")
+        ET.SubElement(vsock, "cid", auto="yes")
+        if shared:
+            ET.SubElement(vsock, "driver", shared)
     ET.SubElement(devices, "memballoon", model="none")
-    _text(ET.SubElement(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+    rng = ET.SubElement(devices, "rng", model="virtio")
+    _text(rng, "backend", "/dev/urandom", model="random")
+    if shared:
+        ET.SubElement(rng, "driver", shared)
 
 
 def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
@@ -189,7 +174,8 @@ def boot_inputs(root: ET.Element) -> BootInputs:
         MalformedDomain: an element of direct boot is missing.
     """
     found = {tag: root.findtext(f"os/{tag}") for tag in ("loader", "kernel", "initrd", "cmdline")}
-    model = root.findtext("cpu/model")
+    passed = root.find("cpu[@mode='host-passthrough']")
+    model = root.findtext("cpu/model") if passed is None else "host-passthrough"
     for tag, value in {**found, "cpu model": model}.items():
         if value is None:
             raise MalformedDomain(f"it has no <{tag}>")

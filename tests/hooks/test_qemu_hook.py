@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from jindiskd.base.platform import Platform
-from jindiskd.domain.xml import Binding, BootInputs, DomainSpec, write
+from jindiskd.domain.binding import Binding
+from jindiskd.domain.spec import BootInputs, DomainSpec
+from jindiskd.domain.xml import write
 
 HOOK = Path(__file__).resolve().parents[2] / "libvirt-hooks/qemu"
 

@@ -1,0 +1,127 @@
+"""Launch security as values: what a domain asks of SEV, SEV-SNP or TDX, and its `<launchSecurity>` element.
+
+Source: libvirt formatdomain, "Launch Security"; libvirt notes sections 2.1 to 2.3. Byte strings are written in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+
+from jindiskd.base.platform import Platform, Tee
+
+SEV_POLICY = 0x3
+"""No debugging, no key sharing. Bits: AMD 55766 chapter 3."""
+SEV_POLICY_ES = 0x4
+SNP_POLICY = 0x30000
+"""Bit 17 must be one; bit 16 permits simultaneous multithreading; no debugging, no migration. AMD 56860 section 4.3."""
+TDX_POLICY = 0x10000000
+"""SEPT_VE_DISABLE alone: without it the host could make a guest believe that a page of its own was accepted."""
+QUOTE_SOCKET = "/var/run/tdx-qgs/qgs.socket"
+"""libvirt's default path of the quote generation service; without the element a guest gets no quote."""
+DH_CERT_BYTES, SESSION_BYTES = 2084, 128
+ID_BLOCK_BYTES, ID_AUTH_BYTES, HOST_DATA_BYTES, WORKAROUNDS_BYTES = 96, 4096, 32, 16
+TDX_REGISTER_BYTES = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sev:
+    """SEV, and with policy bit 2 SEV-ES. `dh_cert` and `session` are for one launch: reuse lets the host replay it."""
+
+    policy: int = SEV_POLICY
+    kernel_hashes: bool = True
+    dh_cert: bytes = b""
+    """2084 bytes, or empty together with `session`."""
+    session: bytes = b""
+    """128 bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snp:
+    """SEV-SNP. Empty byte strings are left out."""
+
+    policy: int = SNP_POLICY
+    kernel_hashes: bool = True
+    id_block: bytes = b""
+    """96 bytes, with `id_auth`: a signed statement of the launch digest, which the firmware checks."""
+    id_auth: bytes = b""
+    """4096 bytes."""
+    author_key: bool = False
+    """Whether `id_auth` holds an author key too."""
+    vlek: bool = False
+    """Reports are signed by a key of the fleet's owner (VLEK) instead of the processor's (VCEK)."""
+    host_data: bytes = b""
+    """32 bytes that reports show as the host's."""
+    workarounds: bytes = b""
+    """16 bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tdx:
+    """TDX. The registers have 48 bytes or none."""
+
+    policy: int = TDX_POLICY
+    mr_config_id: bytes = b""
+    mr_owner: bytes = b""
+    mr_owner_config: bytes = b""
+    quote_socket: str = QUOTE_SOCKET
+
+
+Security = Sev | Snp | Tdx
+
+
+def default_security(platform: Platform, *, quote_socket: str = QUOTE_SOCKET) -> Security | None:
+    """What a domain of this platform gets unless more is said; None for a platform that is simulated in the guest."""
+    if platform is Platform.SIMULATED_SNP:
+        return None
+    if platform.tee is Tee.SNP:
+        return Snp()
+    if platform.tee is Tee.TDX:
+        return Tdx(quote_socket=quote_socket)
+    return Sev(policy=SEV_POLICY | (SEV_POLICY_ES if platform.tee is Tee.SEV_ES else 0))
+
+
+def element(security: Security) -> ET.Element:
+    """The `<launchSecurity>` element.
+
+    `cbitpos` and `reducedPhysBits` are left out: libvirt takes them from the host, and QEMU refuses any other.
+    """
+    if isinstance(security, Sev):
+        found = ET.Element("launchSecurity", type="sev", kernelHashes=_yes(security.kernel_hashes))
+        _text(found, "policy", f"0x{security.policy:04x}")
+        _bytes(found, "dhCert", security.dh_cert)
+        _bytes(found, "session", security.session)
+    elif isinstance(security, Snp):
+        found = ET.Element("launchSecurity", type="sev-snp", kernelHashes=_yes(security.kernel_hashes))
+        if security.id_block:
+            found.set("authorKey", _yes(security.author_key))
+        if security.vlek:
+            found.set("vcek", "no")
+        _text(found, "policy", f"0x{security.policy:x}")
+        _bytes(found, "guestVisibleWorkarounds", security.workarounds)
+        _bytes(found, "idBlock", security.id_block)
+        _bytes(found, "idAuth", security.id_auth)
+        _bytes(found, "hostData", security.host_data)
+    else:
+        found = ET.Element("launchSecurity", type="tdx")
+        _text(found, "policy", f"0x{security.policy:x}")
+        _bytes(found, "mrConfigId", security.mr_config_id)
+        _bytes(found, "mrOwner", security.mr_owner)
+        _bytes(found, "mrOwnerConfig", security.mr_owner_config)
+        if security.quote_socket:
+            ET.SubElement(found, "quoteGenerationService", path=security.quote_socket)
+    return found
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _text(parent: ET.Element, tag: str, text: str) -> None:
+    ET.SubElement(parent, tag).text = text
+
+
+def _bytes(parent: ET.Element, tag: str, data: bytes) -> None:
+    if data:
+        _text(parent, tag, base64.b64encode(data).decode())
