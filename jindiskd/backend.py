@@ -25,12 +25,14 @@ from jindiskd.config import Config
 from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import ACTIVE, DomainView
 from jindiskd.errors import EXIT_INTEGRITY, Busy, InvalidArgument, JindiskError, NotFound, NotSupported
-from jindiskd.image.manifest import Manifest
+from jindiskd.image.manifest import Manifest, Volume
 from jindiskd.image.request import BaseKind, BuildRequest, Progress, VolumeFormat, resource_of
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import verify
 from jindiskd.jobs.job import Job
+from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys.store import ImageRecord, KeyState, Store
+from jindiskd.keys.volumes import Volumes
 
 KEY_UNKNOWN = "unknown"
 """State of the key of an image that this key store does not know, for example one copied from elsewhere."""
@@ -50,15 +52,18 @@ class KeyPort:
     """What builds need of the key store."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._store, self._volumes = store, Volumes(store)
 
     def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:
         """Store the key of an image that is being built."""
         self._store.add_image(image_id, name, request.platform, resource_of(image_id), key)
 
-    def activate(self, image_id: str, launch_digests: Sequence[bytes]) -> None:
-        """Allow release of the key."""
-        self._store.activate(image_id, launch_digests)
+    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:
+        """Allow release of the key, and remember the state in which a JinDisk volume was closed by its builder."""
+        if volume.anchor:
+            self._volumes.activate(image_id, launch_digests, volume.uuid, Anchor.unpack(volume.anchor))
+        else:
+            self._store.activate(image_id, launch_digests)
 
     def forget(self, image_id: str) -> None:
         """Delete the key."""

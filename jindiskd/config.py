@@ -75,7 +75,7 @@ class ImagesConfig:
     dir: Path | None = field(
         default=None, metadata={"help": "the image store; `images` in the state directory if unset"}
     )
-    format: VolumeFormat = field(default=VolumeFormat.LUKS2, metadata={"help": "format of the encrypted root"})
+    format: VolumeFormat = field(default=VolumeFormat.JINDISK, metadata={"help": "format of the encrypted root"})
     platform: Platform = field(default=Platform.SNP, metadata={"help": "what new images are for"})
     vcpus: int = field(default=1, metadata={"range": (1, 512), "help": "processors of a guest; in its launch digest"})
     cpu_model: str = field(default="EPYC-v4", metadata={"help": "processor model of a guest; in its launch digest"})

@@ -36,11 +36,11 @@ from jindiskd.image.ext4 import Superblock, read_superblock, used_ranges
 from jindiskd.image.manifest import BootFile, Manifest, Partition, Shape
 from jindiskd.image.measurement import launch_digest, suitable_firmware
 from jindiskd.image.refusals import RootDamaged
-from jindiskd.image.request import BaseKind, BuildTask, Progress, VolumeFormat, resource_of
+from jindiskd.image.request import BaseKind, BuildTask, Progress, resource_of
 from jindiskd.image.sparse import copy_ranges, data_ranges, path_of, unlinked_file
 from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL
 from jindiskd.image.tools import tool
-from jindiskd.image.volume import SealedVolume, prepare_volume
+from jindiskd.image.volume import SealedVolume, placeholders, prepare_volume
 
 Report = Callable[[Progress], None]
 ROOT_DEVICE = "/dev/vda3"
@@ -109,7 +109,9 @@ class _Build:
         self.work.mkdir()
         root = self.clear_root(base_fd)
         self.report(Progress(stage="boot", fraction=None))
-        volume = self.stack.enter_context(prepare_volume(self.task, self.key, root.size_bytes))
+        volume = self.stack.enter_context(
+            prepare_volume(self.task, self.key, root.size_bytes, root.superblock.write_time)
+        )
         self.boot_files(root, volume, line)
         digest = launch_digest(self.request, self.staging, line)
         partitions, disk_uuid, contents = self.lay_out(root, volume)
@@ -243,22 +245,14 @@ class _Build:
 
     def guest_config(self, volume: SealedVolume | None) -> guest.GuestConfig:
         """What the guest is told; without a volume yet, enough to know which modules it will need."""
-        luks2 = self.request.format is VolumeFormat.LUKS2
-        if volume is None:
-            blank = guest.Luks2Expectation(
-                header_bytes=0, header_sha256=b"", uuid="", cipher="", key_bytes=0, sector_bytes=0
-            )
-            expected: tuple[guest.Luks2Expectation | None, guest.JindiskExpectation | None]
-            expected = (blank, None) if luks2 else (None, guest.JindiskExpectation(version=2, uuid=""))
-        else:
-            expected = (volume.luks2, volume.jindisk)
+        luks2, jindisk = (volume.luks2, volume.jindisk) if volume else placeholders(self.request.format)
         return guest.GuestConfig(
             schema=guest.SCHEMA,
             image_id=self.task.image_id,
             platform=self.request.platform,
             broker=guest.BrokerPin(spki_sha256=self.task.broker_spki_sha256),
             root=guest.RootVolume(
-                device=ROOT_DEVICE, resource=resource_of(self.task.image_id), luks2=expected[0], jindisk=expected[1]
+                device=ROOT_DEVICE, resource=resource_of(self.task.image_id), luks2=luks2, jindisk=jindisk
             ),
             modules=(),
         )

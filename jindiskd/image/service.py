@@ -2,7 +2,8 @@
 
 Order of a build, so that no crash loses a key of a visible image or releases one of an invisible image: the key is
 stored as `pending`; a worker builds in a staging directory; the rename makes the image visible; the key becomes active
-with the image's launch digest. After a crash, `reconcile` finishes what the rename decided, and forgets the rest.
+with the image's launch digest, and the first state of its volume is remembered in the same step. After a crash,
+`reconcile` finishes what the rename decided, and forgets the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jindiskd.base.process import ENVIRONMENT, terminate
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, Internal, JindiskError
 from jindiskd.image import randomness
-from jindiskd.image.manifest import Manifest
+from jindiskd.image.manifest import Manifest, Volume
 from jindiskd.image.request import KEY_BYTES, BuildRequest, BuildTask, Progress
 from jindiskd.image.store import ImageStore, Staging, StoredImage
 
@@ -39,8 +40,9 @@ class KeyPort(Protocol):
     def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:
         """Store the key of an image that is being built."""
 
-    def activate(self, image_id: str, launch_digests: Sequence[bytes]) -> None:
-        """The image is there: its key may be released to guests with these launch digests. Repeating it is no error."""
+    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:
+        """The image is there: its key may be released to guests with these launch digests, and what its builder says
+        of the volume is remembered in the same step. Repeating it is no error."""
 
     def forget(self, image_id: str) -> None:
         """Delete the key for good; no error if it is not there."""
@@ -114,7 +116,7 @@ class ImageService:
         images = {image.manifest.image_id: image.manifest for image in await self.list()}
         for image_id in await asyncio.to_thread(self._keys.pending):
             if image_id in images:
-                await asyncio.to_thread(self._keys.activate, image_id, _digests(images[image_id]))
+                await asyncio.to_thread(self._activate, images[image_id])
                 log.info("key of a finished image activated", image_id=image_id)
             else:
                 await asyncio.to_thread(self._keys.forget, image_id)
@@ -176,8 +178,12 @@ class ImageService:
     def _finish(self, staging: Staging, name: str) -> Manifest:
         """Rename, then activate."""
         manifest = self._store.commit(staging, name).manifest
-        self._keys.activate(manifest.image_id, _digests(manifest))
+        self._activate(manifest)
         return manifest
+
+    def _activate(self, manifest: Manifest) -> None:
+        digests = (manifest.launch_digest,) if manifest.launch_digest else ()
+        self._keys.activate(manifest.image_id, digests, manifest.volume)
 
     def _undo(self, name: str, image_id: str) -> None:
         """Leave nothing of a build that failed or was cancelled, however far it came: the image first, then its key."""
@@ -219,10 +225,6 @@ class ImageService:
             raise as_raised(str(outcome["error"]), str(outcome["message"]))
         if status != 0 or "manifest" not in outcome:
             raise BuildWorkerFailed(status)
-
-
-def _digests(manifest: Manifest) -> tuple[bytes, ...]:
-    return (manifest.launch_digest,) if manifest.launch_digest else ()
 
 
 @contextlib.contextmanager

@@ -6,12 +6,15 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
+from uuid import UUID
 
 from jindiskd.base.secret import Secret
-from jindiskd.errors import NotSupported
 from jindiskd.guest.config import JindiskExpectation, Luks2Expectation
 from jindiskd.image import gpt, manifest, randomness
 from jindiskd.image.request import BuildTask, VolumeFormat
+from jindiskd.jindisk import geometry
+from jindiskd.jindisk.bulk import bulk_load
+from jindiskd.jindisk.crypto import SESSION_BYTES
 from jindiskd.luks2 import header, layout
 from jindiskd.luks2.populate import Range, populate, write_exactly
 
@@ -45,15 +48,28 @@ class SealedVolume(Protocol):
 
 
 @contextlib.contextmanager
-def prepare_volume(task: BuildTask, key: Secret, data_bytes: int) -> Iterator[SealedVolume]:
-    """A volume of the format asked for, for `data_bytes` bytes; what it derives from the key is wiped at the end."""
-    if task.request.format is VolumeFormat.JINDISK:
-        raise NotSupported("the format jindisk", "build with the format luks2")
-    volume = Luks2Volume(task, key, data_bytes)
-    try:
-        yield volume
-    finally:
-        volume.close()
+def prepare_volume(task: BuildTask, key: Secret, data_bytes: int, time: int) -> Iterator[SealedVolume]:
+    """A volume of the format asked for, for `data_bytes` bytes; what it derives from the key is wiped at the end.
+
+    `time`, in Unix seconds, is what the volume says of its making.
+    """
+    match task.request.format:
+        case VolumeFormat.LUKS2:
+            volume = Luks2Volume(task, key, data_bytes)
+            try:
+                yield volume
+            finally:
+                volume.close()
+        case VolumeFormat.JINDISK:
+            yield JindiskVolume(task, key, data_bytes, time)
+
+
+def placeholders(form: VolumeFormat) -> tuple[Luks2Expectation | None, JindiskExpectation | None]:
+    """What stands for the expectations of a volume that is not there yet: enough to know which modules it will need."""
+    if form is VolumeFormat.LUKS2:
+        blank = Luks2Expectation(header_bytes=0, header_sha256=b"", uuid="", cipher="", key_bytes=0, sector_bytes=0)
+        return blank, None
+    return None, JindiskExpectation(version=JindiskVolume.version, uuid="")
 
 
 class Luks2Volume:
@@ -111,3 +127,47 @@ class Luks2Volume:
     def close(self) -> None:
         """Wipe the volume key."""
         self._key.close()
+
+
+class JindiskVolume:
+    """JinDisk 2. The broker's key is the volume key; the builder's session is the first, and closed when this is."""
+
+    version = 2
+    cipher = "aes-256-gcm"
+    partition_type = gpt.TYPE_JINDISK
+    luks2 = None
+
+    def __init__(self, task: BuildTask, key: Secret, data_bytes: int, time: int) -> None:
+        """Choose identity and shape; `key` stays the caller's."""
+        self._rng = task.request.stream("jindisk")
+        self._key, self._workers, self._time = key, task.workers, time
+        self.jindisk = JindiskExpectation(version=self.version, uuid=randomness.new_uuid(self._rng))
+        # A file system may be smaller than the smallest volume.
+        self._logical_bytes = max(data_bytes, geometry.MIN_BLOCKS * geometry.BLOCK)
+
+    @property
+    def size_bytes(self) -> int:
+        """Data, map, journal, and the reserve that cleaning needs."""
+        return geometry.required_bytes(self._logical_bytes)
+
+    def fill(
+        self, source_fd: int, target_fd: int, ranges: Sequence[Range], target_offset_bytes: int, share: Share
+    ) -> manifest.Volume:
+        """Load the ranges; what lies between them reads as zeros."""
+        anchor = bulk_load(
+            source_fd,
+            target_fd,
+            size_bytes=self._logical_bytes,
+            ranges=ranges,
+            key=self._key,
+            uuid=UUID(self.jindisk.uuid),
+            session_id=self._rng(SESSION_BYTES),
+            timestamp=self._time,
+            target_offset_bytes=target_offset_bytes,
+            progress=share,
+            entropy=self._rng,
+            workers=self._workers,
+        )
+        return manifest.Volume(
+            format=VolumeFormat.JINDISK, uuid=self.jindisk.uuid, cipher=self.cipher, anchor=anchor.pack()
+        )

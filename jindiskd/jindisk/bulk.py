@@ -12,11 +12,11 @@ import os
 import random
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
-from jindiskd.errors import NoSpace
+from jindiskd.errors import InvalidArgument, NoSpace
 from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.create import identification_of, wipe
 from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey, block_nonce
@@ -52,6 +52,7 @@ def bulk_load(
     timestamp: int,
     source_offset_bytes: int = 0,
     target_offset_bytes: int = 0,
+    ranges: Sequence[tuple[int, int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
     workers: int | None = None,
@@ -72,6 +73,8 @@ def bulk_load(
         timestamp: Unix seconds.
         source_offset_bytes: where the image begins in the source.
         target_offset_bytes: where the volume begins in the target.
+        ranges: offset and length in bytes of the parts of the image that count, in order, apart from each other, whole
+            blocks; the rest becomes zeros whatever the source has there. None for all of it.
         progress: called with bytes of the source done, and in all.
         entropy: the source of random bytes; asked once, for 64 bytes.
         workers: processes; None for one on each processor.
@@ -100,7 +103,11 @@ def bulk_load(
     try:
         wipe(device, shape)
         with Pool(worker.work, workers) as pool:
-            loader.run(pool, _data_pieces(source_fd, source_offset_bytes, blocks), progress or (lambda _d, _t: None))
+            if ranges is None:
+                pieces = _data_pieces(source_fd, source_offset_bytes, blocks)
+            else:
+                pieces = _pieces_of(ranges, blocks)
+            loader.run(pool, pieces, progress or (lambda _d, _t: None))
         return loader.finish(key=key, uuid=uuid, session_id=session_id, timestamp=timestamp, label=label)
     except OSError as exc:
         if exc.errno == errno.ENOSPC:
@@ -131,6 +138,18 @@ def _data_pieces(fd: int, offset: int, blocks: int) -> Iterator[Run]:
         for block in range(first, last, PIECE_BLOCKS):
             yield block, min(PIECE_BLOCKS, last - block)
         at = last * BLOCK
+
+
+def _pieces_of(ranges: Sequence[tuple[int, int]], blocks: int) -> Iterator[Run]:
+    """The given parts of the source as runs of at most 1024 blocks."""
+    before = 0
+    for offset, length in ranges:
+        first, last = offset // BLOCK, (offset + length) // BLOCK
+        if offset % BLOCK or length % BLOCK or not before <= first < last <= blocks:
+            raise InvalidArgument("a range of", f"{length} bytes at {offset}", "whole blocks, in order, in the image")
+        for block in range(first, last, PIECE_BLOCKS):
+            yield block, min(PIECE_BLOCKS, last - block)
+        before = last
 
 
 class _Worker:

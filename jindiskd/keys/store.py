@@ -137,8 +137,18 @@ class Store:
         except sa.exc.IntegrityError as exc:
             raise AlreadyExists("image", name) from exc
 
-    def activate(self, image_id: str, launch_digests: Sequence[bytes]) -> None:
+    def activate(
+        self,
+        image_id: str,
+        launch_digests: Sequence[bytes],
+        also: Callable[[sa.Connection], None] = lambda _connection: None,
+    ) -> None:
         """Allow release to guests with one of these launch digests. Repeating it is no error, and changes nothing.
+
+        Args:
+            image_id: the image.
+            launch_digests: 48 bytes each.
+            also: runs within the transaction, if this is no repetition.
 
         Raises:
             NotFound: no such image.
@@ -148,6 +158,7 @@ class Store:
         with self.database.write() as connection:
             if self._change(connection, image_id, values, images_table.c.state == KeyState.PENDING.value):
                 self.audit.append(connection, "activated", image_id, detail={"launch_digests": digests})
+                also(connection)
         self.image(image_id)
 
     def forget(self, image_id: str) -> None:

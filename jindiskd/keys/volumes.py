@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,31 @@ class Volumes:
             AlreadyExists: it is remembered already.
             NotFound: no such image.
         """
+        check_volume(volume)
+        try:
+            with self._database.write() as connection:
+                if connection.scalar(sa.select(images_table.c.name).where(images_table.c.image_id == image_id)) is None:
+                    raise NotFound("key of image", image_id)
+                self._insert(connection, volume, image_id, anchor)
+        except sa.exc.IntegrityError as exc:
+            raise AlreadyExists("volume", volume) from exc
+
+    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: str, anchor: Anchor) -> None:
+        """Activate the key of an image with a volume, which is remembered from now on; one transaction for both.
+
+        Repeating it changes nothing. Raises as `add` and `Store.activate`.
+        """
+        check_volume(volume)
+        try:
+            self._store.activate(
+                image_id, launch_digests, lambda connection: self._insert(connection, volume, image_id, anchor)
+            )
+        except sa.exc.IntegrityError as exc:
+            raise AlreadyExists("volume", volume) from exc
+
+    def _insert(self, connection: sa.Connection, volume: str, image_id: str, anchor: Anchor | None) -> None:
         row = {
-            "volume": check_volume(volume),
+            "volume": volume,
             "image_id": image_id,
             "anchor": self._wrap(anchor.pack(), ANCHOR_PURPOSE, volume) if anchor else None,
             "pending": None,
@@ -82,14 +105,8 @@ class Volumes:
             "pending_any": False,
             "lease_until": 0.0,
         }
-        try:
-            with self._database.write() as connection:
-                if connection.scalar(sa.select(images_table.c.name).where(images_table.c.image_id == image_id)) is None:
-                    raise NotFound("key of image", image_id)
-                connection.execute(volumes_table.insert().values(row))
-                self._store.audit.append(connection, "volume added", image_id, detail={"volume": volume})
-        except sa.exc.IntegrityError as exc:
-            raise AlreadyExists("volume", volume) from exc
+        connection.execute(volumes_table.insert().values(row))
+        self._store.audit.append(connection, "volume added", image_id, detail={"volume": volume})
 
     def list(self) -> list[VolumeRecord]:
         """All volumes."""

@@ -114,3 +114,19 @@ def test_room_and_size_are_each_others_inverse() -> None:
         largest_logical(16 << 20)
     with pytest.raises(InvalidArgument):
         required_bytes((16 << 20) + 1)
+
+
+def test_ranges_alone_count(image: Path, tmp_path: Path) -> None:
+    """What lies between the ranges becomes zeros, whatever the source has there; ranges out of order are refused."""
+    target = tmp_path / "target"
+    ranges = [(1 << 20, 5 << 20), (40 << 20, BLOCK), (SIZE - 8 * BLOCK, 8 * BLOCK)]
+    anchor = load(image, target, 2, ranges=ranges)
+    whole = image.read_bytes().ljust(SIZE, b"\0")
+    wanted = bytearray(SIZE)
+    for offset, length in ranges:
+        wanted[offset : offset + length] = whole[offset : offset + length]
+    for volume in opened(target, anchor):
+        assert volume.read(0, SIZE) == wanted
+    for wrong in ([(BLOCK, BLOCK), (0, BLOCK)], [(0, 100)], [(SIZE, BLOCK)], [(0, 0)]):
+        with pytest.raises(InvalidArgument, match="whole blocks, in order"):
+            load(image, tmp_path / "other", 1, ranges=wrong)

@@ -25,12 +25,12 @@ def left_behind(daemon) -> list[str]:
 def test_an_image_from_build_to_removal(daemon, rootfs):
     """Built, listed, shown, measured, revoked, reinstated, removed; each verb says what it did."""
     out = daemon.ctl("image", "build", "demo", "--rootfs", str(rootfs), "--vcpus", "2")
-    assert out == "Built simulated image demo (luks2, {}) for simulated-snp.\n".format(
-        out.split("(luks2, ")[1].split(")")[0]
+    assert out == "Built simulated image demo (jindisk, {}) for simulated-snp.\n".format(
+        out.split("(jindisk, ")[1].split(")")[0]
     )
     listed = daemon.ctl("image", "list").splitlines()
     assert listed[0].split() == ["NAME", "PLATFORM", "FORMAT", "SIZE", "KEY", "DIGEST", "CREATED"]
-    assert listed[1].split()[:3] == ["demo", "simulated-snp", "luks2"]
+    assert listed[1].split()[:3] == ["demo", "simulated-snp", "jindisk"]
     assert daemon.ctl("image", "list", "--no-legend").count("\n") == 1
     image = daemon.json("image", "show", "demo")["image"]
     assert image["Simulated"] is True
@@ -202,7 +202,7 @@ def test_keys_are_nowhere_but_in_the_store(daemon, rootfs, firmware):
     assert b"BuildImage" in traffic
     assert any(b"image.worker" in line for line in lines)
     request = BuildRequest(
-        name="demo", platform=Platform.SIMULATED_SNP, format=VolumeFormat.LUKS2, base_kind=BaseKind.ROOTFS,
+        name="demo", platform=Platform.SIMULATED_SNP, format=VolumeFormat.JINDISK, base_kind=BaseKind.ROOTFS,
         firmware=str(firmware), vcpus=1, cpu_model="EPYC-v4", seed=b"a public seed",
     )  # fmt: skip
     key = request.stream("root key")(32)
