@@ -50,7 +50,7 @@ def test_an_image_from_build_to_removal(daemon, rootfs):
     assert daemon.json("key", "list")["keys"] == []
     assert left_behind(daemon) == []
     kinds = [row["kind"] for row in daemon.json("audit", "list")["rows"]]
-    assert kinds == ["activated", "revoked", "reinstated", "forgotten"]
+    assert kinds == ["activated", "volume added", "revoked", "reinstated", "forgotten"]
     assert daemon.json("audit", "verify")["rows"] == 4
     assert daemon.ctl("status").count("0 images") == 1
 
