@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jindiskd.base.platform import Tee
 from jindiskd.errors import EXIT_REFUSED, JindiskError
 
 
@@ -24,11 +25,12 @@ class Finding:
 class EvidenceRefused(JindiskError, code="EvidenceRefused", exit_code=EXIT_REFUSED):
     """Evidence was read and is not believed. Carries every finding, so that all can be mended in one go."""
 
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        """`findings` has at least one entry; the order is kept."""
+    def __init__(self, findings: Sequence[Finding], tee: Tee | None = None, blob: bytes = b"") -> None:
+        """`findings` has at least one entry; the order is kept. `blob` is the evidence, where the refuser had it."""
         assert findings, "a refusal names its reasons"
         super().__init__("the evidence is refused: " + "; ".join(str(finding) for finding in findings))
         self.findings: tuple[Finding, ...] = tuple(findings)
+        self.tee, self.blob = tee, blob
 
 
 class MalformedEvidence(JindiskError, code="MalformedEvidence", exit_code=EXIT_REFUSED):

@@ -20,7 +20,7 @@ from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, parse_endorsement, read_files, table_certificates
 from jindiskd.attest.snp_report import REPORT_BYTES, SnpReport, parse_report
 from jindiskd.attest.tdx import TdxExpectations, TdxVerifier, VerifiedTdx, appraise_tdx
-from jindiskd.attest.tdx_quote import TdAttributes, parse_quote
+from jindiskd.attest.tdx_quote import TdAttributes, TdxQuote, parse_quote
 from jindiskd.base.platform import Tee
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
 from jindiskd.kbs.evidence import snp_from_json
@@ -232,6 +232,14 @@ def snp_fields(report: SnpReport) -> dict[str, Any]:
 # TDX
 
 
+def tdx_fields(quote: TdxQuote) -> dict[str, Any]:
+    """A quote's fields ready for JSON, with names for the bits."""
+    shown = {field.name: _plain(getattr(quote, field.name)) for field in fields(quote) if field.name != "quote"}
+    shown["td_attributes"] = f"0x{quote.td_attributes:x}"
+    shown["td_attribute_flags"] = [flag.name for flag in TdAttributes if quote.td_attributes & flag]
+    return shown
+
+
 def _tdx(
     blob: bytes,
     collateral: bytes,
@@ -243,9 +251,7 @@ def _tdx(
     quote = parse_quote(blob)
     events = parse_event_log(log) if log is not None else None
     verifier = TdxVerifier(root_ca_der=_one_certificate(simulated_root) if simulated_root else None)
-    shown = {field.name: _plain(getattr(quote, field.name)) for field in fields(quote) if field.name != "quote"}
-    shown["td_attributes"] = f"0x{quote.td_attributes:x}"
-    shown["td_attribute_flags"] = [flag.name for flag in TdAttributes if quote.td_attributes & flag]
+    shown = tdx_fields(quote)
     findings: list[Finding] = []
     verified: VerifiedTdx | None = None
     try:

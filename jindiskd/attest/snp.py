@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -55,6 +55,10 @@ from jindiskd.attest.snp_report import (
     reserved_faults,
 )
 from jindiskd.attest.snp_roots import AMD_ROOTS, SnpRoots, authority_product
+from jindiskd.base.platform import Tee
+
+if TYPE_CHECKING:  # it imports this module
+    from jindiskd.attest.verifier import Evidence
 
 __all__ = ["AMD_ROOTS", "SnpRoots", "SnpVerifier", "VerifiedSnp"]
 
@@ -98,6 +102,21 @@ class VerifiedSnp:
     report_data_checked: bool
     """False where the caller had no challenge to compare with (evidence from a file): freshness is then unknown."""
 
+    @property
+    def measurement(self) -> bytes:
+        """What the policy knows code by: the launch digest, 48 bytes."""
+        return self.report.measurement
+
+    @property
+    def guest(self) -> str:
+        """One launch of one guest: REPORT_ID, hexadecimal."""
+        return self.report.report_id.hex()
+
+    @property
+    def chip(self) -> str:
+        """The processor: CHIP_ID, hexadecimal."""
+        return self.report.chip_id.hex()
+
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
@@ -128,6 +147,8 @@ class SnpVerifier:
             appraises the report (`VerifiedSnp.csp_id`).
         allow_masked_chip_id: accept VCEK-signed reports whose host hides the chip identity.
     """
+
+    tee = Tee.SNP
 
     def __init__(
         self,
@@ -190,6 +211,10 @@ class SnpVerifier:
             crl_issued=chain.crl_issued,
             report_data_checked=report_data is not None,
         )
+
+    def judge(self, evidence: Evidence, *, report_data: bytes | None, now: datetime) -> VerifiedSnp:
+        """`verify`, as one of the `attest.verifier.Verifier`."""
+        return self.verify(evidence.blob, evidence.certificates, report_data=report_data, now=now)
 
     # The report by itself
 

@@ -12,6 +12,7 @@ Findings: `tdx.report_data`, `tdx.debug`, `tdx.attributes`, `tdx.migratable`, `t
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import importlib
 import json
@@ -62,6 +63,24 @@ class VerifiedTdx:
     smt_enabled: bool | None
     simulated: bool
     report_data_checked: bool
+
+    @property
+    def measurement(self) -> bytes:
+        """What the policy knows firmware by: MRTD, 48 bytes. The kernel is in RTMR1, its initrd in RTMR2."""
+        return self.quote.mr_td
+
+    @property
+    def guest(self) -> str:
+        """What comes nearest to one launch of one guest: a quote has no such identity, so a digest of the platform, the
+        registers and MRCONFIGID. A guest that is started anew on the same machine is the same guest."""
+        quote = self.quote
+        parts = (self.ppid, quote.mr_td, *quote.rtmrs[:3], quote.mr_config_id, quote.mr_owner, quote.mr_owner_config)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    @property
+    def chip(self) -> str:
+        """The platform: PPID, hexadecimal."""
+        return self.ppid.hex()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from typing import TypeVar
 import structlog
 from aiohttp import web
 
+from jindiskd.attest.kept import Kept, keep
 from jindiskd.attest.model import EvidenceRefused, Finding
-from jindiskd.attest.snp import SnpVerifier
+from jindiskd.attest.verifier import Verifier
 from jindiskd.base.secret import Secret
 from jindiskd.broker.freshness import Freshness
 from jindiskd.broker.http import Handler, Refusal, answer, body_of, error, with_cookie
@@ -68,7 +69,7 @@ class Broker:
         self,
         *,
         store: Store,
-        verifiers: Sequence[SnpVerifier],
+        verifiers: Sequence[Verifier],
         allow_simulated: bool,
         limits: BrokerLimits | None = None,
         on_event: Callable[[BrokerEvent], None] = lambda _event: None,
@@ -82,6 +83,7 @@ class Broker:
         self.metrics = metrics or Metrics()
         self._store, self._verifiers, self._allow_simulated = store, tuple(verifiers), allow_simulated
         self._on_event, self._now = on_event, now
+        self._tees = {verifier.tee.value: verifier.tee for verifier in self._verifiers}
         with store.database.signing_key(draw_signing_key) as key:
             self._tokens = TokenMaker(key.reveal())
         self._sessions = sessions or MemorySessions(self.limits, monotonic)
@@ -138,9 +140,9 @@ class Broker:
                 "AttestationError",
                 f"KBS Client Protocol Version Mismatch: expect ={VERSION} while the request is {asked.version}",
             )
-        if asked.tee != "snp":
+        if asked.tee not in self._tees:
             raise Refusal("AttestationError", "this broker does not judge that kind of TEE")
-        name, session = await self._keep(self._sessions.new, peer.description)
+        name, session = await self._keep(self._sessions.new, peer.description, self._tees[asked.tee])
         self._on_event(BrokerEvent(peer=peer, kind="challenged"))
         told = answer({"nonce": session.nonce, "extra-params": ""})
         return with_cookie(told, name, self.limits.session_lifetime_s)
@@ -153,12 +155,14 @@ class Broker:
             raise Refusal("AttestationError", "RCAR handshake Attest failed")
         try:
             with self.metrics.timed("jindisk_broker_judge_seconds"):
-                found = await asyncio.to_thread(judge, body, session.nonce, self._verifiers, self._now())
+                arguments = (body, session.nonce, self._verifiers, self._now(), session.tee)
+                found = await asyncio.to_thread(judge, *arguments)
         except EvidenceRefused as exc:
             self.metrics.count("jindisk_broker_attestations_total", outcome="refused")
             await self._keep(self._sessions.end, session)
             who = Requester(peer=peer.description, token=session.session_id)
-            await self._refused(peer, who, peer.image_id or "", exc.findings)
+            kept = Kept(tee=exc.tee, blob=exc.blob, facts={}) if exc.tee is not None else None
+            await self._refused(peer, who, peer.image_id or "", exc.findings, kept)
             raise Refusal("AttestationError", "RCAR handshake Attest failed") from exc
         verified = found.verified
         outcome = "simulated" if verified.simulated else "genuine"
@@ -215,7 +219,7 @@ class Broker:
         simulated = session.verified.simulated
         if findings:
             await self._keep(self._sessions.end, session)
-            await self._refused(peer, _requester(session, peer), image_id, findings)
+            await self._refused(peer, _requester(session, peer), image_id, findings, keep(session.verified))
             raise Refusal("PolicyDeny", "Access denied by policy")
         log.info("released", peer=peer.description, image_id=image_id, simulated=simulated)
         self.metrics.count("jindisk_broker_releases_total", simulated=str(simulated).lower())
@@ -232,7 +236,9 @@ class Broker:
             try:
                 record = self._store.by_resource(resource)
                 image_id = record.image_id
-                findings = decide(record, session.verified, allow_simulated=self._allow_simulated)
+                findings = decide(
+                    record, session.verified, allow_simulated=self._allow_simulated, now=self._now()
+                )
                 if peer.image_id is not None and peer.image_id != image_id:
                     text = "the guest asked for the key of another image than its own"
                     findings.insert(0, Finding("peer.image", text))
@@ -251,12 +257,14 @@ class Broker:
                 raise Refusal("PluginInternalError", "not available yet") from exc
         raise Refusal("PluginInternalError", "not available yet")
 
-    async def _refused(self, peer: Peer, who: Requester, image_id: str, findings: Sequence[Finding]) -> None:
+    async def _refused(
+        self, peer: Peer, who: Requester, image_id: str, findings: Sequence[Finding], evidence: Kept | None
+    ) -> None:
         log.warning("refused", peer=peer.description, image_id=image_id, findings=[f.id for f in findings])
         for finding in findings:
             self.metrics.count("jindisk_broker_refusals_total", finding=finding.id)
         told = [(finding.id, finding.text) for finding in findings]
-        await asyncio.to_thread(self._store.record_refusal, image_id, who, told)
+        await asyncio.to_thread(self._store.record_refusal, image_id, who, told, evidence)
         event = BrokerEvent(
             peer=peer, kind="refused", image_id=image_id, simulated=who.simulated, findings=tuple(findings)
         )
@@ -290,13 +298,13 @@ class Broker:
 
 def _requester(session: Session, peer: Peer) -> Requester:
     assert session.verified is not None
-    report = session.verified.report
+    verified = session.verified
     return Requester(
         peer=peer.description,
-        measurement=report.measurement,
-        simulated=session.verified.simulated,
-        guest=report.report_id.hex(),
-        chip=report.chip_id.hex(),
+        measurement=verified.measurement,
+        simulated=verified.simulated,
+        guest=verified.guest,
+        chip=verified.chip,
         token=session.session_id,
     )
 

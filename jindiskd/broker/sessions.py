@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from jindiskd.attest.snp import VerifiedSnp
+from jindiskd.attest.kept import Verified
+from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import BrokerLimits
 from jindiskd.errors import EXIT_BUSY, JindiskError
 
@@ -48,10 +49,12 @@ class Session:
     nonce: str
     expires: float
     """On the keeper's clock, seconds."""
+    tee: Tee = Tee.SNP
+    """What kind of evidence the guest said it would send."""
     stage: Stage = Stage.CHALLENGED
     asked: int = 0
     tee_pubkey: dict[str, str] = field(default_factory=dict)
-    verified: VerifiedSnp | None = None
+    verified: Verified | None = None
 
 
 def session_id(name: str) -> str:
@@ -59,11 +62,11 @@ def session_id(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def draw(peer: str, expires: float) -> tuple[str, Session]:
+def draw(peer: str, expires: float, tee: Tee = Tee.SNP) -> tuple[str, Session]:
     """A name and a session of that name, with a fresh nonce."""
     name = uuid.uuid4().hex
     nonce = base64.b64encode(secrets.token_bytes(32)).decode()
-    return name, Session(session_id=session_id(name), peer=peer, nonce=nonce, expires=expires)
+    return name, Session(session_id=session_id(name), peer=peer, nonce=nonce, expires=expires, tee=tee)
 
 
 class SessionKeeper(Protocol):
@@ -72,7 +75,7 @@ class SessionKeeper(Protocol):
     blocking: bool
     """Whether calls block, and belong in a thread."""
 
-    def new(self, peer: str) -> tuple[str, Session]:
+    def new(self, peer: str, tee: Tee = Tee.SNP) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
 
     def find(self, session_id: str, peer: str) -> Session | None:
@@ -81,7 +84,7 @@ class SessionKeeper(Protocol):
     def spend(self, session: Session) -> bool:
         """Use up the nonce; False where it was used before."""
 
-    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: VerifiedSnp) -> None:
+    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: Verified) -> None:
         """The evidence was good."""
 
     def ask(self, session: Session) -> bool:
@@ -106,14 +109,14 @@ class MemorySessions:
         self._of_peer: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def new(self, peer: str) -> tuple[str, Session]:
+    def new(self, peer: str, tee: Tee = Tee.SNP) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
         with self._lock:
             self._expire()
             full = len(self._open) >= self._limits.sessions
             if full or self._of_peer[peer] >= self._limits.sessions_per_peer:
                 raise TooManySessions(peer)
-            name, session = draw(peer, self._clock() + self._limits.session_lifetime_s)
+            name, session = draw(peer, self._clock() + self._limits.session_lifetime_s, tee)
             self._open[session.session_id] = session
             self._of_peer[peer] += 1
             return name, session
@@ -134,7 +137,7 @@ class MemorySessions:
             self._open[session.session_id] = replace(now, stage=Stage.SPENT)
             return True
 
-    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: VerifiedSnp) -> None:
+    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: Verified) -> None:
         """The evidence was good."""
         self._replace(session, stage=Stage.VERIFIED, tee_pubkey=tee_pubkey, verified=verified)
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jindiskd.attest.snp import VerifiedSnp
-from jindiskd.attest.snp_report import Product, Signer, encode_report, parse_report
+from jindiskd.attest.kept import Kept, Verified, keep, restore
+from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import BrokerLimits
 from jindiskd.broker.sessions import Session, Stage, TooManySessions, draw
 from jindiskd.keys.database import Database, sessions_table
-
-FACTS = ("csp_id", "simulated", "roots", "certificate_sha256", "crl_issued", "report_data_checked")
 
 
 class DatabaseSessions:
@@ -32,10 +30,10 @@ class DatabaseSessions:
     def _now(self) -> float:
         return self._database.now().timestamp()
 
-    def new(self, peer: str) -> tuple[str, Session]:
+    def new(self, peer: str, tee: Tee = Tee.SNP) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
         table, now = sessions_table, self._now()
-        name, session = draw(peer, now + self._limits.session_lifetime_s)
+        name, session = draw(peer, now + self._limits.session_lifetime_s, tee)
         counts = sa.select(
             sa.func.count(), sa.func.coalesce(sa.func.sum(sa.case((table.c.peer == peer, 1), else_=0)), 0)
         )
@@ -53,7 +51,7 @@ class DatabaseSessions:
                     expires=session.expires,
                     asked=0,
                     tee_pubkey={},
-                    facts={},
+                    facts={"tee": tee.value},
                     report=b"",
                 )
             )
@@ -71,11 +69,14 @@ class DatabaseSessions:
         """Use up the nonce; False where it was used before."""
         return self._update(session, {"stage": Stage.SPENT.value}, sessions_table.c.stage == Stage.CHALLENGED.value)
 
-    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: VerifiedSnp) -> None:
+    def verify(self, session: Session, tee_pubkey: dict[str, str], verified: Verified) -> None:
         """The evidence was good."""
-        facts = {name: getattr(verified, name) for name in FACTS}
-        facts |= {"product": verified.product.value, "signer": verified.signer.name}
-        values = {"tee_pubkey": tee_pubkey, "facts": facts, "report": encode_report(verified.report)}
+        kept = keep(verified)
+        values = {
+            "tee_pubkey": tee_pubkey,
+            "facts": {"tee": kept.tee.value, "verified": dict(kept.facts)},
+            "report": kept.blob,
+        }
         self._update(session, {"stage": Stage.VERIFIED.value, **values})
 
     def ask(self, session: Session) -> bool:
@@ -103,16 +104,15 @@ class DatabaseSessions:
 
 def _session(row: Mapping[Any, Any]) -> Session:
     verified = None
+    tee = Tee(row["facts"]["tee"])
     if row["stage"] == Stage.VERIFIED.value:
-        facts = dict(row["facts"])
-        product, signer = Product(facts.pop("product")), Signer[facts.pop("signer")]
-        report = parse_report(bytes(row["report"]), product=product)
-        verified = VerifiedSnp(report=report, product=product, signer=signer, **facts)
+        verified = restore(Kept(tee=tee, blob=bytes(row["report"]), facts=row["facts"]["verified"]))
     return Session(
         session_id=row["session_id"],
         peer=row["peer"],
         nonce=row["nonce"],
         expires=row["expires"],
+        tee=tee,
         stage=Stage(row["stage"]),
         asked=row["asked"],
         tee_pubkey=row["tee_pubkey"],

@@ -24,7 +24,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 import jindiskd
 from jindiskd.attest.appraise import SnpExpectations, appraise_snp
+from jindiskd.attest.kept import Verified
 from jindiskd.attest.snp import VerifiedSnp
+from jindiskd.attest.tdx import TdxExpectations, appraise_tdx
 from jindiskd.broker.sessions import Session
 from jindiskd.errors import JindiskError
 from jindiskd.kbs import encoding, jwk
@@ -35,6 +37,8 @@ PROFILE = "tag:github.com,2024:confidential-containers/Trustee"
 MAX_TOKEN = 16 << 10
 # AR4SI, as the EAR profile writes it: 0 says nothing, from 2 affirms, from 32 warns, from 96 contradicts.
 NOTHING, AFFIRMS, WARNS, CONTRADICTS = 0, 2, 36, 97
+LAX_SNP = SnpExpectations(any_measurement=True, any_host_data=True, allow_simulated=True)
+LAX_TDX = TdxExpectations(any_measurement=True, allow_simulated=True)
 
 
 class TokenRefused(JindiskError, code="TokenRefused"):
@@ -61,29 +65,20 @@ class TokenMaker:
         self._jwk = {**jwk.coordinates(self._public), "alg": "ES256"}
 
     def make(
-        self, session: Session, verified: VerifiedSnp, now: datetime, init_data: Mapping[str, str] | None = None
+        self, session: Session, verified: Verified, now: datetime, init_data: Mapping[str, str] | None = None
     ) -> str:
         """A compact JWS about one attested session. It says whether the platform is simulated."""
-        report = verified.report
         evidence: dict[str, Any] = {
-            "report_data": report.report_data.hex(),
-            "init_data": report.host_data.hex(),
             "runtime_data_claims": {
                 "additional-evidence": "",
                 "nonce": session.nonce,
                 "tee-pubkey": session.tee_pubkey,
             },
-            "snp": {
-                "measurement": report.measurement.hex(),
-                "product": verified.product.value,
-                "chip_id": report.chip_id.hex(),
-                "report_id": report.report_id.hex(),
-                "simulated": verified.simulated,
-            },
+            **_claims(verified),
         }
         if init_data is not None:
             evidence["init_data_claims"] = dict(init_data)
-        vector = trust_vector(verified)
+        vector = trust_vector(verified, now)
         claims = {
             "eat_profile": PROFILE,
             "iss": "jindisk-broker",
@@ -133,12 +128,48 @@ class TokenMaker:
         return found
 
 
-def trust_vector(verified: VerifiedSnp) -> dict[str, int]:
+def _claims(verified: Verified) -> dict[str, Any]:
+    """What the evidence says, under the name of its kind."""
+    if isinstance(verified, VerifiedSnp):
+        report = verified.report
+        return {
+            "report_data": report.report_data.hex(),
+            "init_data": report.host_data.hex(),
+            "snp": {
+                "measurement": report.measurement.hex(),
+                "product": verified.product.value,
+                "chip_id": report.chip_id.hex(),
+                "report_id": report.report_id.hex(),
+                "simulated": verified.simulated,
+            },
+        }
+    quote = verified.quote
+    return {
+        "report_data": quote.report_data.hex(),
+        "init_data": quote.mr_config_id.hex(),
+        "tdx": {
+            "mr_td": quote.mr_td.hex(),
+            **{f"rtmr_{number}": value.hex() for number, value in enumerate(quote.rtmrs)},
+            "mr_seam": quote.mr_seam.hex(),
+            "tcb_status": verified.status,
+            "advisory_ids": sorted(verified.advisory_ids),
+            "simulated": verified.simulated,
+        },
+    }
+
+
+def _doubts(verified: Verified, now: datetime) -> bool:
+    """Whether the strict defaults object to something that is no matter of which image it is."""
+    if isinstance(verified, VerifiedSnp):
+        return bool(appraise_snp(verified, LAX_SNP))
+    return bool(appraise_tdx(verified, LAX_TDX, now=now))
+
+
+def trust_vector(verified: Verified, now: datetime) -> dict[str, int]:
     """What the evidence shows by itself. Which image it is, is decided when a resource is asked for: no assertion."""
-    lax = SnpExpectations(any_measurement=True, any_host_data=True, allow_simulated=True)
     return {
         "instance-identity": NOTHING,
-        "configuration": WARNS if appraise_snp(verified, lax) else AFFIRMS,
+        "configuration": WARNS if _doubts(verified, now) else AFFIRMS,
         "executables": NOTHING,
         "file-system": NOTHING,
         "hardware": CONTRADICTS if verified.simulated else AFFIRMS,

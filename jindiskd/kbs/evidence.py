@@ -1,4 +1,4 @@
-"""SEV-SNP evidence between its binary forms and the protocol's JSON (protocol section 11.1).
+"""SEV-SNP and TDX evidence between their binary forms and the protocol's JSON (protocol sections 11.1 and 11.2).
 
 Layouts: AMD 56860, ATTESTATION_REPORT; AMD 56421 section 4.1.8.1 for the certificate table. Nothing is believed here:
 the conversion keeps every signed byte, and the verifier judges the bytes.
@@ -6,6 +6,8 @@ the conversion keeps every signed byte, and the verifier judges the bytes.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import struct
 import uuid
 from collections.abc import Mapping
@@ -16,7 +18,10 @@ from jindiskd.kbs.messages import MalformedMessage
 REPORT_BYTES = 1184
 MAX_TABLE_BYTES = 64 << 10
 MAX_CERTIFICATES = 16
+MAX_QUOTE_BYTES = 64 << 10
+MAX_LOG_BYTES = 1 << 20
 WHAT = "the SNP evidence"
+TDX = "the TDX evidence"
 TURIN_FAMILY = 0x1A
 
 # The GUIDs of the table stand in RFC 4122 byte order.
@@ -194,3 +199,31 @@ def _octets(value: object, name: str, length: int) -> bytes:
     if not all(type(item) is int and 0 <= item < 256 for item in value):
         raise MalformedMessage(WHAT, f"{name} holds something else than bytes")
     return bytes(value)
+
+
+def tdx_to_json(quote: bytes, event_log: bytes = b"") -> dict[str, Any]:
+    """A quote, and the guest's event log where it has one, as the protocol's evidence object."""
+    log = base64.b64encode(event_log).decode() if event_log else None
+    return {"cc_eventlog": log, "quote": base64.b64encode(quote).decode()}
+
+
+def tdx_from_json(evidence: object) -> tuple[bytes, bytes]:
+    """Quote and event log (empty where there is none) of an evidence object.
+
+    Raises:
+        MalformedMessage: a member missing, of another type, or too long.
+    """
+    if not isinstance(evidence, dict):
+        raise MalformedMessage(TDX, "not an object")
+    log = evidence.get("cc_eventlog")
+    quote = _base64(evidence.get("quote"), "quote", MAX_QUOTE_BYTES)
+    return quote, b"" if log is None else _base64(log, "cc_eventlog", MAX_LOG_BYTES)
+
+
+def _base64(text: object, name: str, limit: int) -> bytes:
+    if not isinstance(text, str) or len(text) > limit * 4 // 3 + 4:
+        raise MalformedMessage(TDX, f"{name} is not a text of at most {limit} bytes in base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise MalformedMessage(TDX, f"{name} is not base64") from exc

@@ -8,6 +8,7 @@ Calls block; call them in a thread.
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from jindiskd.attest.kept import Kept
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_BUSY, EXIT_REFUSED, AlreadyExists, JindiskError, NotFound
@@ -22,6 +24,7 @@ from jindiskd.keys import wrap
 from jindiskd.keys.approvals import Approvals
 from jindiskd.keys.audit import AuditBroken, AuditLog, Requester
 from jindiskd.keys.database import KEY_PURPOSE, Database, images_table, releases_table, volumes_table
+from jindiskd.keys.refusals import Refusals
 from jindiskd.policy import rules as release_rules
 from jindiskd.policy.rules import ReleaseRules
 
@@ -86,6 +89,7 @@ class Store:
     Attributes:
         database: the database, for the other parts that live in it.
         approvals: the guests that wait for a person.
+        refusals: what refused guests sent.
     """
 
     def __init__(self, database: Database) -> None:
@@ -93,6 +97,7 @@ class Store:
         self.database, self._engine = database, database.engine
         self.audit = AuditLog(database)
         self.approvals = Approvals(database, self.audit)
+        self.refusals = Refusals(database)
 
     @classmethod
     def open(cls, url: str, kek: Secret, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Store:
@@ -331,12 +336,24 @@ class Store:
         image_id: str,
         requester: Requester,
         findings: Sequence[tuple[str, str]],
-        detail: Mapping[str, object] | None = None,
-    ) -> None:
-        """Write down why a guest got no key; `findings` are (id, text)."""
-        told = {"findings": [{"id": name, "text": text} for name, text in findings], **(detail or {})}
+        evidence: Kept | None = None,
+    ) -> int:
+        """Write down why a guest got no key, and keep what it sent; returns the number of the audit row.
+
+        Args:
+            image_id: whose key it wanted, empty where that is not known.
+            requester: who asked.
+            findings: (id, text) of each reason.
+            evidence: what it sent, as far as it could be read.
+        """
+        told: dict[str, object] = {"findings": [{"id": name, "text": text} for name, text in findings]}
+        if evidence is not None:
+            told |= {"tee": evidence.tee.value, "evidence": hashlib.sha256(evidence.blob).hexdigest()}
         with self.database.write() as connection:
-            self.audit.append(connection, "refused", image_id, requester, told)
+            number = self.audit.append(connection, "refused", image_id, requester, told)
+            if evidence is not None:
+                self.refusals.add(connection, number, image_id, requester.peer, evidence)
+        return number
 
     # Audit
 

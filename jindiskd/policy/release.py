@@ -5,14 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from jindiskd.attest.appraise import SnpExpectations, appraise_snp
+from jindiskd.attest.kept import Verified
 from jindiskd.attest.model import Finding
 from jindiskd.attest.snp import VerifiedSnp
-from jindiskd.attest.tdx import TdxExpectations, VerifiedTdx, appraise_tdx
+from jindiskd.attest.tdx import TdxExpectations, appraise_tdx
 from jindiskd.base.platform import Tee
 from jindiskd.keys.store import ImageRecord, KeyState
 from jindiskd.policy.rules import ReleaseRules, time_of
-
-Verified = VerifiedSnp | VerifiedTdx
 
 
 def decide(
