@@ -96,7 +96,7 @@ def bulk_load(
     shape = geometry or default_geometry(blocks)
     if workers is None:
         workers = default_workers() if blocks > SMALL_BLOCKS else 1
-    _lengthen(target_fd, target_offset_bytes + shape.end * BLOCK)
+    lengthen(target_fd, target_offset_bytes + shape.end * BLOCK)
     device = FileDevice(target_fd, name="the target", offset_bytes=target_offset_bytes)
     loader = _Loader(device, shape, Generator(key, session_id, entropy), ordered=ordered_placement)
     worker = _Worker(source_fd, source_offset_bytes, device)
@@ -104,7 +104,7 @@ def bulk_load(
         wipe(device, shape)
         with Pool(worker.work, workers) as pool:
             if ranges is None:
-                pieces = _data_pieces(source_fd, source_offset_bytes, blocks)
+                pieces = data_pieces(source_fd, source_offset_bytes, blocks)
             else:
                 pieces = _pieces_of(ranges, blocks)
             loader.run(pool, pieces, progress or (lambda _d, _t: None))
@@ -115,13 +115,14 @@ def bulk_load(
         raise VolumeDeviceFailed("loading the volume", exc) from exc
 
 
-def _lengthen(fd: int, size: int) -> None:
+def lengthen(fd: int, size: int) -> None:
+    """Make a regular file at least so long; a device is left as it is."""
     status = os.fstat(fd)
     if status.st_mode & 0o170000 == 0o100000 and status.st_size < size:  # a regular file
         os.ftruncate(fd, size)
 
 
-def _data_pieces(fd: int, offset: int, blocks: int) -> Iterator[Run]:
+def data_pieces(fd: int, offset: int, blocks: int) -> Iterator[Run]:
     """The pieces of the source that may hold data, in order: runs of at most 1024 blocks."""
     at, end = 0, blocks * BLOCK
     while at < end:

@@ -1,4 +1,4 @@
-"""What can be wrong with a JinDisk 2 volume: the classes of the format document, section 16.
+"""What can be wrong with a JinDisk volume: the classes of JinDisk 2's format document, section 16, and of JinDisk 1.
 
 Messages name structure, index and raw block, never keys or contents. Each class knows the `errno` that a block device's
 user is told.
@@ -18,11 +18,12 @@ class VolumeError(JindiskError):
 
 
 class VolumeUnrecognised(VolumeError, code="VolumeUnrecognised", exit_code=EXIT_FAILED):
-    """There is no JinDisk 2 volume."""
+    """There is no volume of the version expected."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, version: int = 2) -> None:
         """`where` names the device or file."""
-        super().__init__(f"there is no JinDisk 2 volume in {where}: check the device, and the offset of the partition")
+        what = f"there is no JinDisk {version} volume in {where}"
+        super().__init__(f"{what}: check the device, and the offset of the partition")
 
 
 class VolumeUnsupported(VolumeError, code="VolumeUnsupported", exit_code=EXIT_FAILED):
