@@ -18,7 +18,7 @@ from uuid import UUID
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
 from jindiskd.jindisk.anchor import Anchor
-from jindiskd.jindisk.create import identification_of, wipe
+from jindiskd.jindisk.create import wipe
 from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey, block_nonce
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeDeviceFailed
@@ -340,6 +340,6 @@ class _Loader:
         )
         sealed = superblock.seal(key, self._generator)
         self._device.pwrite((SLOT_START + superblock.slot) * BLOCK, sealed)
-        self._device.pwrite(0, identification_of(superblock, label).encode())
+        self._device.pwrite(0, superblock.identification(label).encode())
         self._device.flush()
         return Anchor(open=False, session=session_id, sequence=1, root=root_after_superblock(sealed))

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from jindiskd.jindisk.anchor import State
 from jindiskd.jindisk.errors import VolumeInconsistent
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind
-from jindiskd.jindisk.journal import EntryLog, JournalWriter
+from jindiskd.jindisk.journal import JournalWriter
 from jindiskd.jindisk.memtable import LEAF, UNMAPPED, Memtable
-from jindiskd.jindisk.segments import Stream
 from jindiskd.jindisk.superblock import SLOT_START, root_after_superblock
 from jindiskd.jindisk.tree import ZERO_PAGE, PageWriter, TreeUpdate
 
@@ -34,8 +33,8 @@ def merge(session: Session, *, closing: bool) -> tuple[list[int], bytes, Journal
     writer = PageWriter(volume.device, slots, session.generator)
     updates = {kind: TreeUpdate(tree, writer, slots) for kind, tree in volume.trees.items()}
     if closing:
-        session.streams = {name: Stream() for name in session.streams}
-    filling = {stream.segment for stream in session.streams.values() if stream.room}
+        session.appender.end_streams()
+    filling = session.appender.filling
     delta: Counter[int] = Counter()
     placed: list[tuple[int, int]] = []
     if volume.memtable.touched or volume.segments.taken:
@@ -47,8 +46,9 @@ def merge(session: Session, *, closing: bool) -> tuple[list[int], bytes, Journal
         writer.finish()
     else:
         freed = []
-    freed = [segment for segment in freed if segment not in session.free]
-    volume.memtable, volume.named, session.log = Memtable(), set(), EntryLog()
+    freed = [segment for segment in freed if segment not in session.appender.free]
+    volume.memtable, volume.named = Memtable(), set()
+    session.appender.take_log()  # all of it is in the trees now
     journal_key = session.generator.sealing_key()
     before = volume.superblock
     superblock = replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from jindiskd.jindisk.appender import CLEANER
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import PER_LEAF, Kind
 
@@ -14,6 +15,8 @@ KEPT_FREE = 2
 """So many free segments cleaning never touches."""
 BACKGROUND_SHARE = 64
 BACKGROUND_LIVE = 0.75
+BACKGROUND_VICTIMS = 8
+"""At once: others wait meanwhile."""
 _R_LEAF = PER_LEAF[Kind.R]
 
 
@@ -30,14 +33,14 @@ class Cleaner:
         """Segments worth cleaning, the best first. Valid right after a checkpoint."""
         session, segments = self._session, self._session.volume.segments
         size = session.volume.geometry.segment_blocks
-        filling = {stream.segment for stream in session.streams.values()}
-        tight = len(session.free) <= 4
+        filling, free = session.appender.current, session.appender.free
+        tight = len(free) <= 4
         found = []
         for segment, stamp in enumerate(segments.stamps):
             live = segments.live[segment]
             if not stamp or live >= size or segment in filling or segment in segments.taken or segment in self.damaged:
                 continue
-            if not live and segment in session.free:
+            if not live and segment in free:
                 continue  # left over by an earlier process, free already
             share, age = live / size, session.sequence - stamp + 1
             score = -live if tight else (1 - share) * age / (1 + share)
@@ -48,7 +51,7 @@ class Cleaner:
     def clean(self, target: int) -> None:
         """Clean until `target` segments are free or nothing is gained any more. Begins right after a checkpoint."""
         session = self._session
-        while len(session.free) < target:
+        while len(session.appender.free) < target:
             if not self._round(self.victims()):
                 return
             session.checkpoint()
@@ -56,11 +59,11 @@ class Cleaner:
     def background(self) -> bool:
         """One round, if few segments are free and a victim is cheap; whether it was done."""
         session, geometry = self._session, self._session.volume.geometry
-        if len(session.free) >= max(geometry.segments // BACKGROUND_SHARE, KEPT_FREE):
+        if len(session.appender.free) >= max(geometry.segments // BACKGROUND_SHARE, KEPT_FREE):
             return False
         limit = BACKGROUND_LIVE * geometry.segment_blocks
         cheap = [s for s in self.victims() if session.volume.segments.live[s] <= limit]
-        if not cheap or not self._round(cheap):
+        if not cheap or not self._round(cheap[:BACKGROUND_VICTIMS]):
             return False
         session.checkpoint()
         return True
@@ -71,9 +74,9 @@ class Cleaner:
         size, emptied = volume.geometry.segment_blocks, False
         for segment in victims:
             with volume.lock:
-                spare = len(session.free) - KEPT_FREE - session.segments_for(0)
-                room = session.streams["cleaner"].room + max(0, spare) * size
-                if volume.segments.live[segment] > room:
+                appender, live = session.appender, volume.segments.live[segment]
+                spare = len(appender.free) - KEPT_FREE - appender.segments_for(0)
+                if live > appender.room(CLEANER) + max(0, spare) * size or not session.has_slots(live):
                     break
                 if not self._move(segment):
                     self.damaged.add(segment)
@@ -92,7 +95,7 @@ class Cleaner:
             return False
         moving, at = list(zip(live, plain, strict=True)), 0
         while at < len(moving):
-            at += session.fill("cleaner", moving[at:])
+            at += session.appender.fill(CLEANER, moving[at:])
         return True
 
     def _live(self, start: int, size: int) -> list[int]:

@@ -13,7 +13,6 @@ from jindiskd.jindisk.crypto import Generator
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeMalformed
 from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START, Geometry, Kind
-from jindiskd.jindisk.identification import Identification
 from jindiskd.jindisk.journal import JournalWriter
 from jindiskd.jindisk.recovery import Recovered
 from jindiskd.jindisk.segments import SegmentTable
@@ -30,18 +29,6 @@ def wipe(device: Device, geometry: Geometry) -> None:
         raise VolumeMalformed("device", f"it has {device.size_bytes} bytes, the volume needs {geometry.end * BLOCK}")
     device.pwrite(0, bytes(JOURNAL_START * BLOCK))
     device.flush()
-
-
-def identification_of(superblock: Superblock, label: str) -> Identification:
-    """The identification block that goes with a superblock."""
-    geometry = superblock.geometry
-    return Identification(
-        segment_bits=geometry.segment_bits,
-        uuid=superblock.uuid,
-        blocks=geometry.blocks,
-        end=geometry.end,
-        label=label,
-    )
 
 
 def create_volume(
@@ -96,7 +83,7 @@ def create_volume(
         tops=dict.fromkeys(Kind, HOLE),
     )
     sealed = superblock.seal(key, generator)
-    header = identification_of(superblock, label)
+    header = superblock.identification(label)
     device.pwrite((SLOT_START + superblock.slot) * BLOCK, sealed)
     device.flush()
     device.pwrite(0, header.encode())
@@ -120,5 +107,5 @@ def create_volume(
         clock=clock,
         ordered_placement=ordered_placement,
     )
-    session.journal, session.slots = JournalWriter(journal_key, 1, root), Slots(geometry)
+    session.begin_new(JournalWriter(journal_key, 1, root), Slots(geometry))
     return session

@@ -45,12 +45,13 @@ class Memtable:
         Args:
             lba: first block.
             count: at least 1.
-            present: of `count` leaves from a first one, those that exist in F.
+            present: of `count` leaves from a first one, those that exist in F. If it raises, nothing is changed.
         """
         end = lba + count
         first, last = -(-lba // LEAF), end // LEAF
         if first >= last:
             first = last = -1
+        found = set(present(first, last - first)) if first >= 0 else set()
         for block in range(lba, end) if first < 0 else (*range(lba, first * LEAF), *range(last * LEAF, end)):
             self.put(block, UNMAPPED)
         if first < 0:
@@ -62,7 +63,6 @@ class Memtable:
         else:
             for block in range(low, high):
                 self.entries.pop(block, None)
-        found = set(present(first, last - first))
         self.cleared |= found
         self.touched |= found
 

@@ -7,24 +7,26 @@ thread may call any public method; a flush that waits for another's commit share
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
 import threading
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from uuid import UUID
 
 from jindiskd.base.secret import Secret
-from jindiskd.errors import JindiskError
 from jindiskd.jindisk import checkpoint
 from jindiskd.jindisk.anchor import Forgetful, Keeper, Reporting, State
+from jindiskd.jindisk.appender import STREAMS, Appender
 from jindiskd.jindisk.cleaner import Cleaner
 from jindiskd.jindisk.crypto import Generator, check_key
-from jindiskd.jindisk.errors import VolumeCrowded, VolumeDeviceFailed, VolumeError, VolumeFenced, VolumeReadOnly
+from jindiskd.jindisk.errors import VolumeCrowded, VolumeDeviceFailed, VolumeFenced, VolumeReadOnly
 from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START, Kind
 from jindiskd.jindisk.journal import UNORDERED_MAPS, EntryLog, JournalWriter
 from jindiskd.jindisk.memtable import UNMAPPED
-from jindiskd.jindisk.segments import FreeList, Stream, Taken
+from jindiskd.jindisk.reporting import Reporter
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.tree import page_name, ref_raw
 from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
@@ -32,7 +34,6 @@ from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
 RESERVED_SEGMENTS = 4
 """The last free segments are for the cleaner and for checkpoints."""
 FREE_TARGET = 8
-STREAMS = 2
 MEMTABLE_AT_FLUSH = 131_072
 MEMTABLE_LIMIT = 262_144
 PENDING_BLOCKS = 1024
@@ -75,28 +76,22 @@ class Session:
         self.volume = volume
         self.session_id = session_id
         self.generator = generator or Generator(volume.key, session_id, entropy)
-        self.keeper: Keeper = keeper or Forgetful()
         self.clock = clock
-        self._reporting, self._interval_s, self._lease_s, self._monotonic = reporting, interval_s, lease_s, monotonic
+        self.reporter = Reporter(
+            keeper or Forgetful(), reporting, interval_s=interval_s, lease_s=lease_s, monotonic=monotonic
+        )
         self._commits = threading.RLock()
-        choose = None if ordered_placement else random.Random(self.generator.placement_seed()).randrange  # noqa: S311 - hides nothing but order
-        self.free = FreeList(volume.segments.free_segments(volume.named), choose)
-        self.streams = {"guest": Stream(), "cleaner": Stream()}
-        self.log = EntryLog()
+        self.appender = Appender(volume, self.generator, ordered=ordered_placement)
+        self.cleaner = Cleaner(self)
         self.journal: JournalWriter | None = None
         self.epoch = volume.superblock.epoch
         self.sequence = volume.state.sequence
         self.durable: State = volume.state
         """The last durable state."""
         self.slots: Slots | None = None
-        self.fenced: str | None = None
         self.closed = False
+        self._begun = self._close_told = False
         self._changes = self._durable_changes = 0
-        self._reported: State | None = None
-        self._answered = self._last_report = monotonic()
-        self.cleaner = Cleaner(self)
-        self.written_blocks = 0
-        """Data blocks sealed, the cleaner's included."""
 
     def begin(self) -> None:
         """Step R7: have the state adopted, then checkpoint under the new session id. Writes nothing before.
@@ -109,9 +104,14 @@ class Session:
         if self.volume.superblock.readonly_compatible:
             raise VolumeReadOnly
         with self._commits:
-            self._tell(self.keeper.adopt, self.volume.state, self.session_id)
+            self.reporter.adopt(self.volume.state, self.session_id)
+            self._begun = True
             self.checkpoint()
-            self._tell_if_commit()
+            self.reporter.committed(self.durable)
+
+    def begin_new(self, journal: JournalWriter, slots: Slots) -> None:
+        """Instead of `begin`, for a volume that this process has just formatted: there is nothing to adopt."""
+        self.journal, self.slots, self._begun = journal, slots, True
 
     # Requests
 
@@ -120,57 +120,55 @@ class Session:
         """Logical size."""
         return self.volume.size_bytes
 
+    @property
+    def fenced(self) -> str | None:
+        """Why the process gave up writing; None while it has not."""
+        return self.reporter.fenced
+
     def read(self, offset: int, length: int) -> bytes:
         """As `Volume.read`; the latest content."""
         return self.volume.read(offset, length)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bytes; durable after the next `flush` that begins later. All of it is in one commit, if it fits.
+        """Write bytes; durable after the next `flush` that begins later.
+
+        All of it is in one commit if it fits: up to four segments always (1 MiB below 1 GiB of logical size, 16 MiB
+        from 16 GiB up), more as far as segments are free.
 
         Raises:
             InvalidArgument: the range reaches beyond the end.
             VolumeFenced: the session ended.
-            VolumeError: a block that is changed in part cannot be read, or there is no room; nothing was written.
+            VolumeCrowded: there is no room, and cleaning gains none.
+            VolumeError: a block that is changed in part cannot be read; nothing was written.
+            VolumeDeviceFailed: the store refused the data. They are kept in memory, and a flush tries again.
         """
         self.volume.check_range(offset, len(data))
         if not len(data):
             return
-        blocks = -(-(offset + len(data)) // BLOCK) - offset // BLOCK
-        whole = not offset % BLOCK and not len(data) % BLOCK
-        if self._try(blocks, lambda: self._put(offset, data, whole=whole)):
+        if self._put(offset, data):
             return
-        self.checkpoint()
-        if self._try(blocks, lambda: self._put(offset, data, whole=whole)):
+        self._make_room(_blocks(offset, len(data)))
+        if self._put(offset, data):
             return
         # Still not all at once: piece by piece, with room made for each.
         step = self.volume.geometry.segment_blocks * BLOCK
         with memoryview(data) as view:
-            at = 0
-            while at < len(view):
-                size = min(step - (offset + at) % step, len(view) - at)
-                self._put_piece(offset + at, bytes(view[at : at + size]))
-                at += size
-
-    def _put_piece(self, offset: int, data: bytes) -> None:
-        whole = not offset % BLOCK and not len(data) % BLOCK
-        blocks = -(-(offset + len(data)) // BLOCK) - offset // BLOCK
-        while not self._try(blocks, lambda: self._put(offset, data, whole=whole)):
-            self.make_room(blocks)
+            while view:
+                piece = bytes(view[: step - offset % step])
+                self._insist(_blocks(offset, len(piece)), partial(self._put, offset, piece))
+                offset, view = offset + len(piece), view[len(piece) :]
 
     def zero(self, offset: int, length: int) -> None:
-        """Make the bytes read as zeros; whole blocks are unmapped. Durable, and errors, as `write`."""
+        """Make the bytes read as zeros; whole blocks are unmapped. All in one commit; errors as `write`."""
         self.volume.check_range(offset, length)
-        first, last = -(-offset // BLOCK), (offset + length) // BLOCK
-        if first > last:
-            self.write(offset, bytes(length))
+        if not length:
             return
-        if offset % BLOCK:
-            self.write(offset, bytes(first * BLOCK - offset))
-        if last > first:
-            while not self._try(0, lambda: self._clear(first, last - first)):
-                self.make_room(0)
-        if (offset + length) % BLOCK:
-            self.write(last * BLOCK, bytes(offset + length - last * BLOCK))
+        first, last = -(-offset // BLOCK), (offset + length) // BLOCK
+        if first > last:  # within one block
+            self.write(offset, bytes(length))
+        else:
+            parts = (offset % BLOCK > 0) + ((offset + length) % BLOCK > 0)
+            self._insist(parts, partial(self._zero, offset, length, parts))
 
     def discard(self, offset: int, length: int) -> None:
         """Trim: whole blocks within the range read as zeros afterwards, others are kept. Errors as `write`."""
@@ -192,17 +190,14 @@ class Session:
         with self._commits:
             if self._durable_changes < goal:
                 self._commit()
+            self.reporter.committed(self.durable)
 
     def tick(self) -> float:
-        """What is due by the clock: reports, background cleaning. Returns the seconds until it should be called again.
+        """Report what is due by the clock. Returns the seconds until it should be called again.
 
         A failing keeper does not raise; only its refusal fences the session.
         """
-        if self.fenced is None and not self.closed:
-            due = self._reporting is Reporting.INTERVAL and self.durable != self._reported
-            if due and self._monotonic() - self._last_report >= self._interval_s:
-                self._last_report = self._monotonic()
-                self._report_quietly()
+        self.reporter.tick(lambda: self.durable if self._begun and not self.closed else None)
         return TICK_S
 
     def idle(self) -> bool:
@@ -217,283 +212,254 @@ class Session:
         Raises:
             VolumeFenced: the session had ended otherwise, or the keeper refuses.
             VolumeError: writing failed; the session is fenced.
+            Exception: what the keeper raised for want of an answer: close again to ask again.
         """
         with self._commits:
-            if self.closed:
+            if self._close_told:
                 return
-            self._check()
-            self.checkpoint(closing=True)
-            self.closed = True
-            self._tell(self.keeper.close, self.durable)
+            if not self.closed:
+                self._check()
+                self.checkpoint(closing=True)
+                self.closed = True
+            self.reporter.close(self.durable)
+            self._close_told = True
 
-    def rekey(self, new_key: Secret) -> None:
+    def rekey(self, new_key: Secret, *, uuid: UUID | None = None, label: str | None = None) -> None:
         """Put the volume under another volume key: two checkpoints, so that both superblock slots are overwritten.
 
         The data keep their keys; `new_key` replaces the session's and stays the caller's. Errors as `flush`.
+
+        Args:
+            new_key: 32 bytes.
+            uuid: for a copy that becomes a volume of its own (section 15), its new identity. Interrupted, that copy is
+                under the old identity or cannot be opened; copy again.
+            label: the new one; None keeps the old.
         """
         check_key(new_key)
         with self._commits:
             self._check()
-            self.volume.key = new_key
+            volume = self.volume
+            volume.key = new_key
+            if uuid is not None:
+                volume.superblock = replace(volume.superblock, uuid=uuid)
             self.checkpoint()
             self.checkpoint()
-            self._tell(self.keeper.report, self.durable)
-
-    # Fencing and reporting
+            old = volume.identification
+            volume.identification = volume.superblock.identification(old.label if label is None else label)
+            if volume.identification != old:
+                with self._fencing("writing the identification block"):
+                    volume.device.pwrite(0, volume.identification.encode())
+                    volume.device.flush()
+            self.reporter.report(self.durable)
 
     def fence(self, why: str) -> None:
         """End all writing; reads may go on."""
-        self.fenced = self.fenced or why
+        self.reporter.fence(why)
 
     def _check(self) -> None:
-        if self.fenced is None and self._lease_s and self._monotonic() - self._answered > self._lease_s:
-            self.fence("the lease ran out without an answer from the broker")
-        if self.fenced is not None:
-            raise VolumeFenced(self.fenced)
+        if not self._begun:
+            raise VolumeReadOnly
+        self.reporter.check()
         if self.closed:
             raise VolumeFenced("it was closed")
 
-    def _fail(self, doing: str, exc: Exception) -> NoReturn:
-        """Fence after a failure that leaves the disk's state unknown to us."""
-        self.fence(f"{doing} failed ({exc})")
-        if isinstance(exc, JindiskError):
-            raise exc
-        if isinstance(exc, OSError):
+    @contextlib.contextmanager
+    def _fencing(self, doing: str) -> Iterator[None]:
+        """Fence after whatever failure: the disk's state, or what memory says of it, is unknown then."""
+        try:
+            yield
+        except OSError as exc:
+            self.fence(f"{doing} failed ({exc})")
             raise VolumeDeviceFailed(doing, exc) from exc
-        raise exc
-
-    def _tell(self, message: Callable[..., None], *values: object) -> None:
-        """Send a message to the keeper; a refusal fences."""
-        asked = self._monotonic()
-        try:
-            message(*values)
-        except VolumeFenced as exc:
-            self.fence(f"the broker refuses the session ({exc})")
+        except BaseException as exc:
+            self.fence(f"{doing} failed ({exc})")
             raise
-        self._answered = asked
-        self._reported = self.durable
 
-    def _report_quietly(self) -> None:
-        try:
-            self._tell(self.keeper.report, self.durable)
-        except Exception:  # noqa: BLE001 - no answer is no refusal: the next interval tries again, a lease may run out
-            return
+    # Changing what is in memory
 
-    def _tell_if_commit(self) -> None:
-        """Report before a commit is acknowledged, where that is the policy. No answer is as bad as a refusal then."""
-        if self._reporting is Reporting.COMMIT:
-            try:
-                self._tell(self.keeper.report, self.durable)
-            except VolumeFenced:
-                raise
-            except Exception as exc:
-                self.fence(f"the broker gives no answer ({exc})")
-                raise VolumeFenced(self.fenced or "") from exc
+    def _insist(self, blocks: int, change: Callable[[], bool]) -> None:
+        """Make room until a change of so many blocks is accepted."""
+        while not change():
+            if not self._make_room(blocks) and not len(self.volume.pending):
+                raise VolumeCrowded(len(self.cleaner.damaged))
 
-    # Changing what is in memory; the lock is held
-
-    def _try(self, blocks: int, change: Callable[[], None]) -> bool:
-        """Apply a change of so many blocks if there is room for it, else return False and change nothing."""
+    def _put(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
+        """Accept a write as a whole, or return False for want of room. What cannot be read is met before any change."""
         with self.volume.lock:
-            self._check()
-            if not self.has_room(blocks):
+            if not self._accepts(_blocks(offset, len(data))):
                 return False
-            change()
-            self._changes += 1
-            limit = min(PENDING_BLOCKS, STREAMS * self.volume.geometry.segment_blocks)
-            if len(self.volume.pending) >= limit:
-                self.seal_pending()
+            if offset % BLOCK or len(data) % BLOCK:
+                offset, data = self._widen(offset, data)
+            blocks = []
+            for lba, at in enumerate(range(0, len(data), BLOCK), offset // BLOCK):
+                plain = bytes(data[at : at + BLOCK])
+                zero = plain == ZERO_BLOCK
+                blocks.append((lba, None if zero else plain, zero and self.volume.entry(lba) != UNMAPPED))
+            pending = self.volume.pending
+            for lba, block, mapped in blocks:
+                if block is not None:
+                    pending[lba] = block
+                    continue
+                pending.pop(lba, None)
+                if mapped:
+                    self.volume.memtable.put(lba, UNMAPPED)
+                    self.appender.log.unmap(lba, 1)
+            self._accepted()
         return True
 
-    def _put(self, offset: int, data: bytes | bytearray | memoryview, *, whole: bool) -> None:
-        if not whole:
-            first, end = offset // BLOCK, -(-(offset + len(data)) // BLOCK)
-            merged = bytearray(self.volume.read_blocks(first, end - first))
-            merged[offset - first * BLOCK : offset - first * BLOCK + len(data)] = data
-            offset, data = first * BLOCK, merged
-        pending, lba = self.volume.pending, offset // BLOCK
-        for at in range(0, len(data), BLOCK):
-            block = bytes(data[at : at + BLOCK])
-            if block == ZERO_BLOCK:
-                self._clear(lba, 1)
+    def _widen(self, offset: int, data: bytes | bytearray | memoryview) -> tuple[int, bytearray]:
+        """A write of parts of blocks as one of whole blocks."""
+        first = offset // BLOCK
+        merged = bytearray(self.volume.read_blocks(first, _blocks(offset, len(data))))
+        merged[offset - first * BLOCK : offset - first * BLOCK + len(data)] = data
+        return first * BLOCK, merged
+
+    def _zero(self, offset: int, length: int, partial_blocks: int) -> bool:
+        """As `_put`, of zeros, with so many blocks that are zeroed in part."""
+        first, last = -(-offset // BLOCK), (offset + length) // BLOCK
+        with self.volume.lock:
+            if not self._accepts(partial_blocks):
+                return False
+            volume, parts = self.volume, {}
+            for at, size in ((offset, first * BLOCK - offset), (last * BLOCK, offset + length - last * BLOCK)):
+                if size:
+                    start, block = self._widen(at, bytes(size))
+                    parts[start // BLOCK] = bytes(block)
+            count = last - first
+            if count and not (count == 1 and volume.entry(first) == UNMAPPED):
+                volume.memtable.clear(first, count, volume.trees[Kind.F].present)
+                self.appender.log.unmap(first, count)
+            if count > len(volume.pending):
+                volume.pending = {lba: block for lba, block in volume.pending.items() if not first <= lba < last}
             else:
-                pending[lba] = block
-            lba += 1
+                for lba in range(first, last):
+                    volume.pending.pop(lba, None)
+            volume.pending |= parts
+            self._accepted()
+        return True
 
-    def _clear(self, lba: int, count: int) -> None:
-        pending = self.volume.pending
-        if count > len(pending):
-            for block in [b for b in pending if lba <= b < lba + count]:
-                del pending[block]
-        else:
-            for block in range(lba, lba + count):
-                pending.pop(block, None)
-        if count == 1 and self.volume.entry(lba) == UNMAPPED:
-            return  # nothing was mapped, nothing changes
-        self.volume.memtable.clear(lba, count, self.volume.trees[Kind.F].present)
-        self.log.unmap(lba, count)
+    def _accepts(self, blocks: int) -> bool:
+        """Whether there is room for a change of so many blocks. Raises if the store refuses what is waiting."""
+        self._check()
+        if len(self.volume.pending) >= self._pending_limit():
+            self.appender.seal_pending()
+        return self._has_room(blocks)
 
-    def seal_pending(self) -> None:
-        """Step F1: seal what is pending and write it into segments.
+    def _accepted(self) -> None:
+        self._changes += 1
+        if len(self.volume.pending) >= self._pending_limit():
+            self.appender.seal_pending()
 
-        A block leaves `pending` only after it was written: what the store refuses is sealed anew, elsewhere, later.
-        """
-        items = list(self.volume.pending.items())
-        at = 0
-        while at < len(items):
-            at += self.fill("guest", items[at:])
-
-    def fill(self, name: str, items: list[tuple[int, bytes]]) -> int:
-        """Seal blocks into a stream's segment, as many as fit, with one write; returns how many.
-
-        Raises:
-            VolumeDeviceFailed: the store refused; the raw blocks are lost until their segment is cleaned.
-        """
-        stream = self.streams[name]
-        if not stream.room:
-            self._next_segment(stream)
-        items = items[: stream.room]
-        start, sealed, tags = stream.next, [], []
-        for lba, plain in items:
-            _, block = stream.seal(lba, plain)
-            sealed.append(block[:BLOCK])
-            tags.append(block[BLOCK:])
-        try:
-            self.volume.device.pwrite(start * BLOCK, b"".join(sealed))
-        except OSError as exc:
-            raise VolumeDeviceFailed(f"writing data (raw block {start})", exc) from exc
-        memtable, pending, log = self.volume.memtable, self.volume.pending, self.log
-        for (lba, plain), raw, tag in zip(items, range(start, stream.next), tags, strict=True):
-            memtable.put(lba, raw.to_bytes(8, "little") + tag)
-            log.map(lba, raw, tag)
-            if pending.get(lba) is plain:
-                del pending[lba]
-        self.written_blocks += len(items)
-        return len(items)
-
-    def _next_segment(self, stream: Stream) -> None:
-        if not len(self.free):
-            raise VolumeCrowded(len(self.cleaner.damaged))
-        segment, key = self.free.take(), self.generator.sealing_key()
-        geometry = self.volume.geometry
-        stream.begin(segment, geometry.segment_start(segment), geometry.segment_blocks, key)
-        self.volume.segments.taken[segment] = Taken(key.material)
-        self.log.segment(segment, key.material)
+    def _pending_limit(self) -> int:
+        return min(PENDING_BLOCKS, 2 * self.volume.geometry.segment_blocks)
 
     # Room
 
-    def segments_for(self, blocks: int) -> int:
-        """Free segments that pending blocks and `blocks` more will take."""
-        waiting = len(self.volume.pending) + blocks - self.streams["guest"].room
-        return max(0, -(-waiting // self.volume.geometry.segment_blocks))
-
-    def has_room(self, blocks: int) -> bool:
-        """Whether a change of so many blocks may be accepted now."""
-        need = self.segments_for(blocks)
-        if need and len(self.free) - need < RESERVED_SEGMENTS:
+    def _has_room(self, blocks: int) -> bool:
+        need = self.appender.segments_for(blocks)
+        if need and len(self.appender.free) - need < RESERVED_SEGMENTS:
             return False
         memtable = self.volume.memtable
-        if len(memtable) + len(self.volume.pending) + blocks > MEMTABLE_LIMIT and len(memtable):
-            return False
-        return self.slots is None or self.page_estimate(blocks) <= self.slots.free or not len(memtable)
+        if not len(memtable):
+            return True
+        return len(memtable) + len(self.volume.pending) + blocks <= MEMTABLE_LIMIT and self.has_slots(blocks)
 
-    def page_estimate(self, extra: int) -> int:
+    def has_slots(self, blocks: int) -> bool:
+        """Whether the page slots suffice for a checkpoint after a change of so many blocks more."""
+        return self.slots is None or self._page_estimate(blocks) <= self.slots.free
+
+    def _page_estimate(self, extra: int) -> int:
         """At most so many pages will the next checkpoint write (format document, section 14.4)."""
         geometry, memtable = self.volume.geometry, self.volume.memtable
         more = len(self.volume.pending) + extra
         per_segment = max(1, -(-geometry.segment_blocks // 512)) + 1
         counts = {
             Kind.F: len(memtable.touched) + more,
-            Kind.R: (len(self.volume.segments.taken) + self.segments_for(extra) + STREAMS) * per_segment,
-            Kind.S: len(memtable.entries) + 170 * len(memtable.cleared) + more + STREAMS,
+            Kind.R: (len(self.volume.segments.taken) + self.appender.segments_for(extra) + len(STREAMS)) * per_segment,
+            Kind.S: len(memtable.entries) + 170 * len(memtable.cleared) + more + len(STREAMS),
         }
         return sum(min(count, pages) for kind, count in counts.items() for pages in geometry.levels[kind])
 
-    def make_room(self, blocks: int) -> None:
-        """Checkpoint, then clean until a change of so many blocks has room.
-
-        Raises:
-            VolumeCrowded: cleaning gains nothing.
-            VolumeError: writing failed.
-        """
+    def _make_room(self, blocks: int) -> bool:
+        """Checkpoint, then clean until a change of so many blocks has room; whether it has."""
         with self._commits:
             with self.volume.lock:
                 self._check()
-                if self.has_room(blocks):
-                    return
+                if self._has_room(blocks):
+                    return True
             self.checkpoint()
-            need = self.segments_for(blocks)
-            if len(self.free) - need < RESERVED_SEGMENTS + STREAMS:
-                self.cleaner.clean(max(FREE_TARGET, RESERVED_SEGMENTS + need))
+            need, free = self.appender.segments_for(blocks), len(self.appender.free)
+            # Larger requests are split instead: emptying so many segments at once may mean rewriting the whole volume.
+            if need <= FREE_TARGET - RESERVED_SEGMENTS and free - need < RESERVED_SEGMENTS + len(STREAMS):
+                self.cleaner.clean(FREE_TARGET)
             with self.volume.lock:
-                if not self.has_room(blocks) and not len(self.volume.pending):
-                    raise VolumeCrowded(len(self.cleaner.damaged))
+                return self._has_room(blocks)
 
     # Commits
 
     def _commit(self) -> None:
-        """Steps F1 to F5, or a checkpoint where one is due. `_commits` is held."""
+        """Steps F1 to F4, or a checkpoint where one is due. `_commits` is held."""
         with self.volume.lock:
             self._check()
+            self.appender.seal_pending()
             covered = self._changes
-            self.seal_pending()
-            if not self.log.entries:
+            if not self.appender.log.entries:
                 self._durable_changes = covered
                 return
             due = self._checkpoint_due()
             if not due:
-                log, self.log = self.log, EntryLog()
+                log = self.appender.take_log()
                 for segment in log.segments:
                     self.volume.segments.taken[segment].stamp = self.sequence + 1
         if due:
             self.checkpoint()
-        else:
+            return
+        with self._fencing("writing a commit"):
             self._write_commit(log)
-            self._durable_changes = covered
-        self._tell_if_commit()
+        self._durable_changes = covered
 
     def _checkpoint_due(self) -> bool:
         assert self.journal is not None, "the session has begun"
         assert self.slots is not None, "the session has begun"
-        full = self.journal.index + self.log.block_bound() > self.volume.geometry.journal_blocks
+        full = self.journal.index + self.appender.log.block_bound() > self.volume.geometry.journal_blocks
         large = len(self.volume.memtable) > MEMTABLE_AT_FLUSH
-        return full or large or self.page_estimate(0) > self.slots.free * 4 // 5
+        return full or large or self._page_estimate(0) > self.slots.free * 4 // 5
 
     def _write_commit(self, log: EntryLog) -> None:
         assert self.journal is not None, "the session has begun"
+        device, start = self.volume.device, JOURNAL_START + self.journal.index
         ordered = log.maps > UNORDERED_MAPS
-        start = JOURNAL_START + self.journal.index
-        try:
-            if ordered:
-                self.volume.device.flush()
-            sealed = self.journal.seal(log.blocks(), self.sequence + 1, ordered=ordered)
-            self.volume.device.pwrite(start * BLOCK, sealed)
-            self.volume.device.flush()
-        except OSError as exc:
-            self._fail("writing a commit", exc)
+        if ordered:
+            device.flush()
+        device.pwrite(start * BLOCK, self.journal.seal(log.blocks(), self.sequence + 1, ordered=ordered))
+        device.flush()
         self.sequence += 1
         self.durable = State(session=self.session_id, sequence=self.sequence, root=self.journal.root)
 
     def checkpoint(self, *, closing: bool = False) -> None:
-        """Steps C1 to C7: everything written so far becomes durable in the trees. Any failure fences."""
+        """Steps C1 to C7: everything written so far becomes durable in the trees.
+
+        Raises:
+            VolumeDeviceFailed: the store refused waiting data, which are kept; or, and then the session is fenced,
+                anything else.
+            VolumeError: the session is fenced.
+        """
         with self._commits:
-            self._check()
             with self.volume.lock:
-                self.seal_pending()  # if the store refuses, the data are kept and nothing was begun
-            try:
-                with self.volume.lock:
+                self._check()
+                self.appender.seal_pending()  # if the store refuses, the data are kept and nothing was begun
+                with self._fencing("a checkpoint"):
                     covered = self._changes
                     self._collect_slots()
                     freed, superblock, journal = checkpoint.merge(self, closing=closing)
+            with self._fencing("a checkpoint"):
                 checkpoint.commit(self, superblock)
-            except (VolumeError, OSError) as exc:
-                self._fail("a checkpoint", exc)
             with self.volume.lock:
                 self.journal = journal
                 self._durable_changes = covered
                 assert self.slots is not None, "collected above"
                 self.slots.release_retired()
-                self.free.add(freed)
+                self.appender.free.add(freed)
                 self.volume.reuse += 1
 
     def _collect_slots(self) -> None:
@@ -505,3 +471,8 @@ class Session:
             for level, index, ref in tree.interior_refs():
                 slots.mark(ref_raw(ref), page_name(kind, level, index, ref_raw(ref)))
         self.slots = slots
+
+
+def _blocks(offset: int, length: int) -> int:
+    """How many blocks a range of bytes touches."""
+    return -(-(offset + length) // BLOCK) - offset // BLOCK

@@ -11,7 +11,7 @@ from jindiskd.base.secret import Secret
 from jindiskd.jindisk.crypto import TAG_BYTES, ZERO_NONCE, Generator, superblock_opening_key
 from jindiskd.jindisk.errors import VolumeInconsistent, VolumeMalformed, VolumeUnsupported
 from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START, REF_BYTES, Geometry, Kind
-from jindiskd.jindisk.identification import MAJOR, MINOR
+from jindiskd.jindisk.identification import MAJOR, MINOR, Identification
 
 MAGIC = b"JD2super"
 SLOT_START = 1
@@ -53,6 +53,19 @@ class Superblock:
     def slot(self) -> int:
         """Slot it is written to, 0 or 1."""
         return self.epoch % 2
+
+    def identification(self, label: str) -> Identification:
+        """The identification block that goes with it; the label is public and authenticated nowhere."""
+        return Identification(
+            segment_bits=self.geometry.segment_bits,
+            uuid=self.uuid,
+            blocks=self.geometry.blocks,
+            end=self.geometry.end,
+            label=label,
+            incompatible=self.incompatible,
+            readonly_compatible=self.readonly_compatible,
+            compatible=self.compatible,
+        )
 
     def encode(self) -> bytes:
         """The plaintext, 4048 bytes."""

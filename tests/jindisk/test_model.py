@@ -69,7 +69,7 @@ class Model:
 
     def clean(self) -> None:
         self.checkpoint()
-        self.session.cleaner.clean(len(self.session.free) + 1)
+        self.session.cleaner.clean(len(self.session.appender.free) + 1)
 
     def reopen(self) -> None:
         crash = self.random.random() < 0.5
