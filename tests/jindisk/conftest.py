@@ -1,6 +1,5 @@
 """What the tests of JinDisk share."""
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers, `jd`
 
 from jd import Audit
-
-LONG = os.environ.get("JINDISK_LONG") == "1"
-
-
-@pytest.fixture
-def long_run() -> bool:
-    """Whether the full sizes of the test plan are asked for."""
-    return LONG
 
 
 @pytest.fixture

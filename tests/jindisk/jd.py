@@ -1,6 +1,8 @@
 """Helpers of the JinDisk tests: a device in memory, an auditor of nonces, a keeper of anchors."""
 
+import copy
 import hashlib
+import itertools
 import random
 from dataclasses import dataclass
 from uuid import UUID
@@ -18,6 +20,7 @@ from jindiskd.jindisk.session import Session
 from jindiskd.jindisk.volume import Volume, open_volume
 
 KEY = bytes(range(32))
+_processes = itertools.count()
 UUID1 = UUID(bytes=bytes(range(0x40, 0x50)))
 
 
@@ -29,22 +32,31 @@ def small_geometry() -> Geometry:
     )
 
 
+ZERO = bytes(BLOCK)
+
+
 class MemoryDevice:
-    """A device in memory."""
+    """A device in memory that holds what is not zero; copies are cheap."""
 
     name = "memory"
 
-    def __init__(self, size_bytes: int, data: bytes | None = None) -> None:
-        self.data = bytearray(data or bytes(size_bytes))
+    def __init__(self, size_bytes: int, blocks: dict[int, bytes] | None = None) -> None:
         self.size_bytes = size_bytes
-        self.writes = 0
+        self.blocks = dict(blocks or {})
+        """Content by raw block."""
 
     def pread(self, offset: int, length: int) -> bytes:
-        return bytes(self.data[offset : offset + length])
+        assert not offset % BLOCK
+        assert not length % BLOCK
+        first = offset // BLOCK
+        return b"".join(self.blocks.get(raw, ZERO) for raw in range(first, first + length // BLOCK))
 
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        self.writes += len(data)
-        self.data[offset : offset + len(data)] = data
+        assert not offset % BLOCK
+        assert not len(data) % BLOCK
+        assert offset + len(data) <= self.size_bytes
+        for at in range(0, len(data), BLOCK):
+            self.blocks[(offset + at) // BLOCK] = bytes(data[at : at + BLOCK])
 
     def flush(self) -> None:
         """Nothing is lost here."""
@@ -53,7 +65,7 @@ class MemoryDevice:
         """Nothing to do."""
 
     def copy(self) -> "MemoryDevice":
-        return MemoryDevice(self.size_bytes, bytes(self.data))
+        return MemoryDevice(self.size_bytes, self.blocks)
 
 
 class Broker:
@@ -167,13 +179,24 @@ class World:
     broker: Broker
     key: Secret
     seed: int = 0
-    count: int = 0
+    audit: Audit | None = None
 
     def entropy(self, length: int) -> bytes:
-        self.count += 1
-        return random.Random(f"{self.seed} {self.count}").randbytes(length)
+        """The system's random bytes: different ones for every process, forks of one history included."""
+        return random.Random(f"{self.seed} {next(_processes)}").randbytes(length)
+
+    def fork(self, device: MemoryDevice | None = None, broker: Broker | None = None) -> "World":
+        """The same volume on a copy of the disk, with a copy of what the broker remembers."""
+        device = self.device.copy() if device is None else device
+        broker = copy.copy(broker or self.broker)
+        return World(device=device, broker=broker, key=self.key, seed=self.seed, audit=self.audit)
+
+    def _new_process(self) -> None:
+        if self.audit is not None:
+            self.audit.new_process()
 
     def create(self, geometry: Geometry | None = None) -> Session:
+        self._new_process()
         _, session_id = self.broker.release()
         session = create_volume(
             self.device, geometry=geometry or small_geometry(), key=self.key, uuid=UUID1, session_id=session_id,
@@ -186,6 +209,7 @@ class World:
         return open_volume(self.device, key=self.key, uuid=UUID1, anchor=anchor or self.broker.anchor)
 
     def begin(self, **options: object) -> Session:
+        self._new_process()
         anchor, session_id = self.broker.release()
         volume = open_volume(self.device, key=self.key, uuid=UUID1, anchor=anchor)
         session = Session(
@@ -195,9 +219,9 @@ class World:
         return session
 
 
-def world(geometry: Geometry | None = None, seed: int = 0) -> World:
+def world(geometry: Geometry | None = None, seed: int = 0, audit: Audit | None = None) -> World:
     geometry = geometry or small_geometry()
-    return World(device=MemoryDevice(geometry.end * BLOCK), broker=Broker(), key=Secret(KEY), seed=seed)
+    return World(device=MemoryDevice(geometry.end * BLOCK), broker=Broker(), key=Secret(KEY), seed=seed, audit=audit)
 
 
 def content(number: int) -> bytes:

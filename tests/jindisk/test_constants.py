@@ -49,7 +49,7 @@ def test_format_and_first_write_give_the_documents_bytes() -> None:
     )  # fmt: skip
     assert plain[:264].hex() == expected
     assert not any(plain[264:])
-    assert struct.unpack_from("<I", device.data, 508)[0] == 0x12FFF78F
+    assert struct.unpack_from("<I", device.pread(0, BLOCK), 508)[0] == 0x12FFF78F
     session.write(0, DATA)
     session.flush()
     assert session.volume.entry(0)[8:].hex() == "e4a1efdcf7ea3bedf58eb4485580ddb3"

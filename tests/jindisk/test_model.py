@@ -16,9 +16,8 @@ class Model:
     """The volume under test, and what it should hold at each state."""
 
     def __init__(self, seed: int, audit: Audit) -> None:
-        self.world: World = world(seed=seed)
+        self.world: World = world(seed=seed, audit=audit)
         self.random = random.Random(seed)
-        self.audit = audit
         self.blocks: dict[int, bytes] = {}
         self.flushed: dict[int, bytes] = {}
         self.number = 0
@@ -77,7 +76,6 @@ class Model:
             self.flush()
         else:
             self.session.close()
-        self.audit.new_process()
         self.session = self.world.begin()
         self.compare()
 
@@ -87,14 +85,18 @@ class Model:
         assert found == expected
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_volume_holds_what_a_dict_holds(seed: int, audit: Audit, long_run: bool) -> None:
+SHORT = [(seed, 2_500) for seed in range(3)]
+LONG = [pytest.param(seed, 50_000, marks=pytest.mark.long) for seed in range(3, 6)]
+
+
+@pytest.mark.parametrize(("seed", "requests"), [*SHORT, *LONG])
+def test_the_volume_holds_what_a_dict_holds(seed: int, requests: int, audit: Audit) -> None:
     """Random requests, reopening and crashes; compared after each opening, and checked at the end."""
     model = Model(seed, audit)
     steps = [model.write] * 60 + [model.read] * 15 + [model.write_part] * 6 + [model.flush] * 14 + [model.trim] * 4
     steps += [model.checkpoint]
     rare = [model.reopen] * 3 + [model.clean]
-    for number in range(40_000 if long_run else 2_500):
+    for number in range(requests):
         model.random.choice(rare if number % 50 == 49 else steps)()
     model.compare()
     model.session.close()
