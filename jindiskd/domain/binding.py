@@ -61,6 +61,10 @@ class Bindings:
         with contextlib.suppress(FileNotFoundError):
             self._path(uuid).unlink()
 
+    def uuids(self) -> set[str]:
+        """The domains that have a record."""
+        return {path.stem for path in self._directory.glob("*.json") if UUID.fullmatch(path.stem)}
+
     def _path(self, uuid: str) -> Path:
         if not UUID.fullmatch(uuid):
             raise InvalidArgument("domain UUID", uuid, "it is 36 characters of lower-case hexadecimal and hyphens")

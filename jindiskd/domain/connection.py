@@ -41,14 +41,17 @@ def sentence(message: str) -> str:
     return " ".join(kept or lines[-1:])[-MAX_SENTENCE:]
 
 
-def translate(exc: libvirt.libvirtError, what: str) -> JindiskError:
-    """The typed error for an error of libvirt, by its code and never by its text."""
+def translate(exc: libvirt.libvirtError, what: str, *, alive: bool = True) -> JindiskError:
+    """The typed error for an error of libvirt, by its code and never by its text.
+
+    `alive`: whether the connection still stands. One that does not has errors of its own for every call.
+    """
     code = exc.get_error_code()
     said = sentence(str(exc.get_error_message() or exc))
     if code == libvirt.VIR_ERR_NO_DOMAIN:
         return NotFound("domain", what)
-    if code in UNREACHABLE:
-        return ServiceUnavailable("libvirtd", f"{said}; start it, or set domains.libvirt_uri")
+    if code in UNREACHABLE or not alive:
+        return ServiceUnavailable("libvirtd", f"{what} failed: {said}; start it, or set domains.libvirt_uri")
     if code == libvirt.VIR_ERR_OPERATION_FAILED and "already exists" in said:
         return AlreadyExists("domain", what)
     return LibvirtFailed(what, said)
@@ -100,10 +103,14 @@ class Connection:
         conn = self._conn
         if conn is None:
             raise ServiceUnavailable("libvirtd", "it is not connected; start it, or set domains.libvirt_uri")
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._calls, function, conn)
-        except libvirt.libvirtError as exc:
-            raise translate(exc, what) from exc
+
+        def run() -> T:
+            try:
+                return function(conn)
+            except libvirt.libvirtError as exc:
+                raise translate(exc, what, alive=_stands(conn)) from exc
+
+        return await asyncio.get_running_loop().run_in_executor(self._calls, run)
 
     async def _keep(self) -> None:
         warned = False
@@ -122,8 +129,9 @@ class Connection:
             log.info("connected to libvirt", uri=self._uri)
             self._on_connected()
             await self._lost.wait()
-            self._conn = None
+            lost, self._conn = self._conn, None
             log.warning("the connection to libvirt was lost", uri=self._uri)
+            await loop.run_in_executor(self._calls, self._close, lost)
 
     def _open(self) -> libvirt.virConnect:
         conn = libvirt.open(self._uri)
@@ -152,6 +160,13 @@ class Connection:
         loop = self._loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(function, *args)
+
+
+def _stands(conn: libvirt.virConnect) -> bool:
+    try:
+        return bool(conn.isAlive())
+    except libvirt.libvirtError:
+        return False
 
 
 def _start_event_thread() -> None:

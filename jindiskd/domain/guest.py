@@ -35,6 +35,8 @@ class Guest:
         self.changed = asyncio.Event()
         self.follower: Callable[[str], None] | None = None
         """Told each state's name as it is reached, while somebody waits for the launch."""
+        self.must_be_off = False
+        """Whether its machine was to be switched off, and libvirt has not said yet that it is."""
         self._lock = asyncio.Lock()
         self._retired = False
         self._broker: Closing | None = None

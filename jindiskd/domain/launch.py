@@ -65,6 +65,8 @@ class Launcher:
             async with asyncio.timeout(seconds):
                 if old is not None:
                     await old.retire()
+                    if old.must_be_off:
+                        await machine.end(self._connection, old)
                 spec = await self._define(guest, stored.path, manifest, memory_mib or self._settings.memory_mib)
                 await self._power_on(guest, spec)
                 await self._follow(guest)
@@ -142,7 +144,7 @@ class Launcher:
     async def _abandon(self, guest: Guest, why: BaseException) -> None:
         """End a launch that did not get there."""
         with contextlib.suppress(JindiskError):
-            await machine.power_off(self._connection, guest.view.name, guest.view.uuid)
+            await machine.end(self._connection, guest)
         await guest.clear()
         if guest.view.state in ACTIVE:
             reason = str(why) if isinstance(why, JindiskError) else "the launch was given up"

@@ -10,6 +10,7 @@ import libvirt
 from jindiskd.domain import capabilities
 from jindiskd.domain.capabilities import Host
 from jindiskd.domain.connection import Connection
+from jindiskd.domain.guest import Guest
 from jindiskd.domain.spec import EMULATOR
 
 
@@ -64,6 +65,17 @@ async def power_off(connection: Connection, name: str, uuid: str) -> None:
                 raise
 
     await connection.call(f"switching off domain {name!r}", call)
+
+
+async def end(connection: Connection, guest: Guest) -> None:
+    """Switch off a machine that must not go on; if libvirt cannot be asked now, the next look at all domains does it.
+
+    Raises:
+        JindiskError: it could not be asked; `guest.must_be_off` stays set.
+    """
+    guest.must_be_off = True
+    await power_off(connection, guest.view.name, guest.view.uuid)
+    guest.must_be_off = False
 
 
 async def undefine(connection: Connection, name: str, uuid: str) -> None:

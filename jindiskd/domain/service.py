@@ -200,7 +200,7 @@ class DomainService:
         await asyncio.sleep(SETTLE_S)
         if guest.view.state not in ACTIVE and self._guests.holds(guest):
             with contextlib.suppress(JindiskError):
-                await self._power_off(guest)
+                await machine.end(self.connection, guest)
 
     # Reading everything anew
 
@@ -221,6 +221,8 @@ class DomainService:
                     log.info("a domain claims an image but was not made by us", domain=item.name)
                 elif known is None:
                     await self._adopt(item, binding)
+                elif item.active and known.must_be_off:
+                    await machine.end(self.connection, known)
                 elif not item.active and known.view.state in ACTIVE:
                     await self._ended(known)
             there = {item.uuid for item in found}
@@ -229,6 +231,9 @@ class DomainService:
                 if same and view.uuid not in there and view.state is not DomainState.STARTING:
                     log.info("a domain is gone", domain=view.name)
                     await self._forget(guest)
+            for identity in self._bindings.uuids() - there:
+                if self._guests.get(identity) is None:  # its launch ended before libvirt knew of it
+                    self._bindings.drop(identity)
             for home in self._settings.vsock_dir.iterdir():
                 known = self._guests.get(home.name)
                 if known is None or known.view.state not in ACTIVE:
@@ -262,7 +267,7 @@ class DomainService:
         log.info("found a domain", domain=item.name, state=state.value, simulated=view.simulated)
         try:
             if interrupted:
-                await self._power_off(guest)
+                await machine.end(self.connection, guest)
                 await guest.clear()
             elif record is not None:
                 await guest.listen(self._open_broker, lambda word: self._on_word(guest, word))

@@ -25,7 +25,7 @@ from jindiskd.base.files import replace_file
 from jindiskd.base.process import ENVIRONMENT, ToolFailed, ToolMissing
 from jindiskd.errors import TimedOut
 
-READY_S = 5.0
+READY_S = 30.0
 RECORD = "binding.json"
 LOG = "device.log"
 QEMU_USER = "libvirt-qemu"

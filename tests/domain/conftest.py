@@ -135,7 +135,7 @@ class Bench:
             simulated_root=directory / "state" / "simulated",
             vhost_device_vsock=VSOCK,
             memory_mib=256,
-            launch_timeout_s=15,
+            launch_timeout_s=120,
         )
         self.services: list[DomainService] = []
         self.writers: list[asyncio.StreamWriter] = []
@@ -162,12 +162,12 @@ class Bench:
         )
         self.services.append(service)
         await service.start()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await service.ready.wait()
         return service
 
     @staticmethod
-    async def until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
+    async def until(condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
         """Wait for a condition with a deadline."""
         async with asyncio.timeout(seconds):
             while not condition():  # noqa: ASYNC110 - conditions of other processes have no event

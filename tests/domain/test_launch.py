@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import libvirt
+import libvirtd
 import pytest
 
+from jindiskd.domain import connection, machine
 from jindiskd.domain.state import LaunchFailed, LaunchRefused
-from jindiskd.errors import AlreadyExists, Busy, TimedOut
+from jindiskd.errors import AlreadyExists, Busy, ServiceUnavailable, TimedOut
 
 pytestmark = pytest.mark.host
 
@@ -135,7 +139,7 @@ async def test_time_runs_out(bench) -> None:
     """A guest that never says anything is ended when its time is over, and the sentence says how far it came."""
     service = await bench.service()
     with pytest.raises(TimedOut, match=r"as far as (starting|started)"):
-        await service.launch("demo", timeout_s=6)
+        await service.launch("demo", timeout_s=3)
     assert service.get("demo").state == "failed"
     await bench.until(lambda: bench.strays() == [])
 
@@ -212,38 +216,163 @@ async def test_what_virsh_removes_is_gone(bench) -> None:
 
 
 DAEMON = """
-import asyncio, sys
+import asyncio, functools, os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[4:]
 from conftest import Bench
+from jindiskd.domain import binding, firmware, guest, machine, vsock
+
+PLACES = {
+    "device": (vsock, "start_device"),
+    "device process": (vsock.os, "posix_spawn"),
+    "listen": (guest.Guest, "listen"),
+    "binding": (binding.Bindings, "put"),
+    "define": (machine, "define"),
+    "start": (machine, "start_paused"),
+    "firmware": (firmware.FirmwareProcess, "start"),
+    "resume": (machine, "resume"),
+}
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(function, after):
+    if asyncio.iscoroutinefunction(function):
+        async def wrapped(*args, **options):
+            if not after:
+                die()
+            await function(*args, **options)
+            die()
+    else:
+        def wrapped(*args, **options):
+            if not after:
+                die()
+            function(*args, **options)
+            die()
+    return wrapped
+
+holder, name = PLACES[sys.argv[2]]
+found = getattr(holder, name)
+setattr(holder, name, dying(found, sys.argv[3] == "after"))
+
 async def main():
     bench = Bench(Path(sys.argv[1]))
     service = await bench.service()
-    task = asyncio.create_task(service.launch("demo"))
-    await bench.until(lambda: any(v.state == "started" for v in service.list()))
-    service.on_attested(service.get("demo").uuid)
-    await task
+    await service.launch("demo")
 asyncio.run(main())
 """
+PLACES = ("device", "device process", "listen", "binding", "define", "start", "firmware", "resume")
 
 
 @pytest.mark.slow
-async def test_killed_at_any_moment(bench, directory) -> None:
-    """SIGKILL at many moments of a launch: the next start ends the machine and everything made for it."""
-    for step in range(8):
+@pytest.mark.parametrize("place", PLACES)
+async def test_killed_at_every_step(bench, directory, place: str) -> None:
+    """SIGKILL before and after each step of making a machine: the next start ends it and all that was made for it."""
+    here = Path(__file__).parent
+    for moment in ("before", "after"):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-uc", DAEMON, str(directory), str(Path(__file__).parent),
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            sys.executable, "-c", DAEMON, str(directory), place, moment, str(here), str(here.parent / "support"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
-        assert process.stdout is not None
-        async with asyncio.timeout(30):
-            while b"launch " not in await process.stdout.readline():
-                pass
-        await asyncio.sleep(0.15 * step)
-        process.kill()
-        await process.wait()
+        async with asyncio.timeout(120):
+            _, said = await process.communicate()
+        assert process.returncode == -signal.SIGKILL, said.decode()[-2000:]
         service = await bench.service()
-        await bench.until(lambda: bench.strays() == [])
+        await bench.until(lambda: bench.strays() == [])  # what is killed takes a moment to be gone
         assert virsh("list").strip() == ""
         assert not list((bench.settings.runtime_dir / "vsock").iterdir())
+        defined = virsh("list", "--all", "--name").split()
+        assert [view.name for view in service.list()] == defined
+        assert {view.state for view in service.list()} <= {"defined", "failed"}
+        assert len(list((directory / "state/domains").iterdir())) == len(defined)
         await service.stop()
+    service = await bench.service()
+    await bench.launch(service)
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Libvirt is looked for more often than in earnest."""
+    monkeypatch.setattr(connection, "RETRY_S", 0.1)
+
+
+async def test_libvirtd_restarts_under_a_launch(bench, impatient) -> None:
+    """A launch that waits for its guest goes on; the machine, its listeners and its end are followed as before."""
+    service = await bench.service(launch_timeout_s=300)
+    task = asyncio.create_task(service.launch("demo"))
+    await bench.until(lambda: task.done() or any(view.state == "started" for view in service.list()))
+    await asyncio.to_thread(libvirtd.stop, signal.SIGTERM)
+    await bench.until(lambda: not service.connection.connected)
+    with pytest.raises(ServiceUnavailable, match="libvirtd"):
+        await service.stop_domain("demo", force=True)
+    uuid = service.get("demo").uuid
+    service.on_attested(uuid)
+    service.on_released(uuid)
+    await asyncio.to_thread(libvirtd.start)
+    await bench.until(lambda: service.connection.connected)
+    assert not task.done()
+    await bench.say(uuid, "unlocked\nrunning\n")
+    assert (await task).state == "running"
+    virsh("destroy", "demo")
+    await bench.until(lambda: service.get("demo").state == "stopped")
+    await bench.until(lambda: bench.strays() == [])
+
+
+@pytest.mark.parametrize("step", ["define", "start_paused", "resume"])
+async def test_libvirtd_dies_within_a_launch(bench, impatient, monkeypatch, step: str) -> None:
+    """The launch ends with an error that names libvirtd; a machine that runs on is ended as soon as that can be."""
+    service = await bench.service(launch_timeout_s=300)
+    real = getattr(machine, step)
+
+    async def dies(*arguments: object) -> object:
+        if step == "resume":
+            await asyncio.to_thread(libvirtd.stop)
+        answer = await real(*arguments)
+        await asyncio.to_thread(libvirtd.stop)
+        return answer
+
+    monkeypatch.setattr(machine, step, dies)
+    with pytest.raises(ServiceUnavailable, match="libvirtd"):
+        await service.launch("demo")
+    assert service.get("demo").state == "failed"
+    assert "libvirtd" in service.get("demo").reason
+    monkeypatch.setattr(machine, step, real)
+    await asyncio.to_thread(libvirtd.start)
+    await bench.until(lambda: service.connection.connected)
+    await bench.until(lambda: virsh("list").strip() == "")
+    await bench.until(lambda: bench.strays() == [])
+    await bench.launch(service)
+
+
+async def test_a_guest_ends_while_libvirtd_is_away(bench, impatient) -> None:
+    """No event tells of it: what libvirt says afterwards does."""
+    service = await bench.service()
+    await bench.launch(service)
+    await asyncio.to_thread(libvirtd.stop)
+    machines = [entry for entry in Path("/proc").glob("[0-9]*") if _is_machine(entry)]
+    assert len(machines) == 1
+    os.kill(int(machines[0].name), signal.SIGKILL)
+    await asyncio.to_thread(libvirtd.start)
+    await bench.until(lambda: service.get("demo").state == "stopped")
+    await bench.until(lambda: bench.strays() == [])
+
+
+def _is_machine(entry: Path) -> bool:
+    try:
+        return (entry / "comm").read_text().startswith("qemu-system")
+    except OSError:
+        return False
+
+
+async def test_events_do_not_leak_with_connections(bench, impatient) -> None:
+    """Each restart of libvirtd leaves as many descriptors open as before."""
+    service = await bench.service()
+    await asyncio.to_thread(libvirtd.restart)
+    await bench.until(lambda: service.connection.connected)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(2):
+        await asyncio.to_thread(libvirtd.stop)
+        await bench.until(lambda: not service.connection.connected)
+        await asyncio.to_thread(libvirtd.start)
+        await bench.until(lambda: service.connection.connected)
+    await bench.until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before)
