@@ -40,6 +40,11 @@ class BrokerLimits:
     sessions: int = 256
     asks_per_session: int = 8
     """How often an attested session may ask for a resource."""
+    refusals: int = 8
+    """Of one guest at once. Each further one costs it a pause in which it is not judged, twice as long as the last."""
+    refusal_pause_s: float = 60.0
+    longest_refusal_pause_s: float = 900.0
+    """A guest that is quiet for so long after a pause begins anew."""
     connections_per_peer: int = 64
     connections: int = 1024
     """Of one listener."""

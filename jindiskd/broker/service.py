@@ -25,6 +25,7 @@ from jindiskd.broker.http import Handler, Refusal, answer, body_of, error, with_
 from jindiskd.broker.judge import judge
 from jindiskd.broker.metrics import Metrics
 from jindiskd.broker.peer import BrokerEvent, BrokerLimits, Peer
+from jindiskd.broker.refusals import Refusals
 from jindiskd.broker.sessions import MemorySessions, Session, SessionKeeper, Stage, TooManySessions, session_id
 from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
 from jindiskd.errors import InvalidArgument, JindiskError, NotFound
@@ -87,6 +88,7 @@ class Broker:
         with store.database.signing_key(draw_signing_key) as key:
             self._tokens = TokenMaker(key.reveal())
         self._sessions = sessions or MemorySessions(self.limits, monotonic)
+        self._refusals = Refusals(self.limits, monotonic)
         self._volumes = Volumes(store)
         self._freshness = Freshness(self._volumes)
         self.metrics.gauge("jindisk_broker_sessions", self._sessions.count)
@@ -142,6 +144,7 @@ class Broker:
             )
         if asked.tee not in self._tees:
             raise Refusal("AttestationError", "this broker does not judge that kind of TEE")
+        self._turn_away(peer)
         name, session = await self._keep(self._sessions.new, peer.description, self._tees[asked.tee])
         self._on_event(BrokerEvent(peer=peer, kind="challenged"))
         told = answer({"nonce": session.nonce, "extra-params": ""})
@@ -153,6 +156,7 @@ class Broker:
         # Whatever comes of it, the nonce was used: of two at the same time, one is judged.
         if not await self._keep(self._sessions.spend, session):
             raise Refusal("AttestationError", "RCAR handshake Attest failed")
+        self._turn_away(peer)
         try:
             with self.metrics.timed("jindisk_broker_judge_seconds"):
                 arguments = (body, session.nonce, self._verifiers, self._now(), session.tee)
@@ -214,6 +218,7 @@ class Broker:
             raise Refusal("TokenNotFound", "the session is not attested")
         if not await self._keep(self._sessions.ask, session):
             raise Refusal("TokenNotFound", "the session has asked as often as it may")
+        self._turn_away(peer)
         with self.metrics.timed("jindisk_broker_release_seconds"):
             image_id, sealed, findings = await asyncio.to_thread(self._decide, session, peer, resource, give)
         simulated = session.verified.simulated
@@ -260,15 +265,28 @@ class Broker:
     async def _refused(
         self, peer: Peer, who: Requester, image_id: str, findings: Sequence[Finding], evidence: Kept | None
     ) -> None:
-        log.warning("refused", peer=peer.description, image_id=image_id, findings=[f.id for f in findings])
         for finding in findings:
             self.metrics.count("jindisk_broker_refusals_total", finding=finding.id)
-        told = [(finding.id, finding.text) for finding in findings]
-        await asyncio.to_thread(self._store.record_refusal, image_id, who, told, evidence)
+        noted = self._refusals.note(peer)
+        if noted.write:
+            ids = [finding.id for finding in findings]
+            log.warning("refused", peer=peer.description, image_id=image_id, findings=ids, pause_s=noted.pause_s)
+            told = [(finding.id, finding.text) for finding in findings]
+            more = {"omitted": noted.omitted, "pause_s": noted.pause_s}
+            detail = {name: value for name, value in more.items() if value}
+            await asyncio.to_thread(self._store.record_refusal, image_id, who, told, evidence, detail=detail)
         event = BrokerEvent(
             peer=peer, kind="refused", image_id=image_id, simulated=who.simulated, findings=tuple(findings)
         )
         self._on_event(event)
+
+    def _turn_away(self, peer: Peer) -> None:
+        """Refuse a guest that was refused too often, before anything of it is looked at."""
+        finding = self._refusals.turned_away(peer)
+        if finding is not None:
+            self.metrics.count("jindisk_broker_refusals_total", finding=finding.id)
+            self._on_event(BrokerEvent(peer=peer, kind="refused", image_id=peer.image_id or "", findings=(finding,)))
+            raise Refusal("AttestationError", "refused too often: not judged for a while")
 
     # Sessions
 

@@ -337,6 +337,8 @@ class Store:
         requester: Requester,
         findings: Sequence[tuple[str, str]],
         evidence: Kept | None = None,
+        *,
+        detail: Mapping[str, object] | None = None,
     ) -> int:
         """Write down why a guest got no key, and keep what it sent; returns the number of the audit row.
 
@@ -345,8 +347,10 @@ class Store:
             requester: who asked.
             findings: (id, text) of each reason.
             evidence: what it sent, as far as it could be read.
+            detail: what else the row says.
         """
-        told: dict[str, object] = {"findings": [{"id": name, "text": text} for name, text in findings]}
+        reasons = [{"id": name, "text": text} for name, text in findings]
+        told: dict[str, object] = {**(detail or {}), "findings": reasons}
         if evidence is not None:
             told |= {"tee": evidence.tee.value, "evidence": hashlib.sha256(evidence.blob).hexdigest()}
         with self.database.write() as connection:

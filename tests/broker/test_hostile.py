@@ -245,7 +245,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
 
 async def test_hostile_attestations_end_in_the_same_refusal(root: SimulatedRoot, tmp_path: Path) -> None:
     """One error and one text for all; an audit row with the reason each; no attested session; no fault of ours."""
-    async with bench(root, tmp_path, limits=BrokerLimits(sessions_per_peer=100)) as b:
+    async with bench(root, tmp_path, limits=BrokerLimits(sessions_per_peer=100, refusals=100)) as b:
         texts = set()
         for name, (make, finding) in HOSTILE.items():
             cookie, nonce = await b.session()

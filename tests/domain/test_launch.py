@@ -21,7 +21,9 @@ pytestmark = pytest.mark.host
 
 
 def virsh(*words: str) -> str:
-    return subprocess.run(["virsh", "-q", *words], check=True, capture_output=True, text=True, timeout=60).stdout
+    done = subprocess.run(["virsh", "-q", *words], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 async def test_a_launch_runs_through_its_states(bench) -> None:
