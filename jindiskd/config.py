@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.settings import near
@@ -162,12 +162,19 @@ class Setting:
     """The file that sets it, or `default`."""
 
 
+C = TypeVar("C")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class Loaded(Generic[C]):
     """A configuration and where it comes from."""
 
-    config: Config
+    config: C
     settings: tuple[Setting, ...]
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The settings for JSON: name, value, origin."""
+        return [{"name": s.name, "value": json.loads(s.value), "origin": s.origin} for s in self.settings]
 
 
 class BadConfiguration(JindiskError, code="BadConfiguration", exit_code=EXIT_USAGE):
@@ -178,9 +185,9 @@ class BadConfiguration(JindiskError, code="BadConfiguration", exit_code=EXIT_USA
         super().__init__("\n".join(self.faults))
 
 
-def sections() -> dict[str, type]:
+def sections(schema: type = Config) -> dict[str, type]:
     """The dataclass of each section, by name."""
-    return typing.get_type_hints(Config)
+    return typing.get_type_hints(schema)
 
 
 def files(main: Path) -> list[Path]:
@@ -189,24 +196,29 @@ def files(main: Path) -> list[Path]:
     return [path for path in (main, *drop_ins) if path.exists()]
 
 
-def load(main: Path = DEFAULT_FILE) -> Loaded:
-    """Read the main file, if there is one, and its drop-ins.
+def load(main: Path = DEFAULT_FILE) -> Loaded[Config]:
+    """Read the service's main file, if there is one, and its drop-ins.
 
     Raises:
         BadConfiguration: with every fault in every file.
     """
+    return load_as(Config, main)
+
+
+def load_as(schema: type[C], main: Path) -> Loaded[C]:
+    """Read files as the settings of another program: `schema` is a dataclass of dataclasses, a field a section."""
     faults: list[str] = []
     values: dict[tuple[str, str], tuple[Any, str]] = {}
     for path in files(main):
         for section, content in _read(path, faults).items():
-            _section(path, section, content, values, faults)
+            _section(sections(schema), path, section, content, values, faults)
     if faults:
         raise BadConfiguration(faults)
     built = {
         section: kind(**{name: value for (where, name), (value, _) in values.items() if where == section})
-        for section, kind in sections().items()
+        for section, kind in sections(schema).items()
     }
-    return Loaded(config=Config(**built), settings=tuple(_settings(built, values)))
+    return Loaded(config=schema(**built), settings=tuple(_settings(built, values)))
 
 
 def _read(path: Path, faults: list[str]) -> Mapping[str, Any]:
@@ -224,11 +236,16 @@ def _read(path: Path, faults: list[str]) -> Mapping[str, Any]:
 
 
 def _section(
-    path: Path, section: str, content: Any, values: dict[tuple[str, str], tuple[Any, str]], faults: list[str]
+    known_sections: Mapping[str, type],
+    path: Path,
+    section: str,
+    content: Any,
+    values: dict[tuple[str, str], tuple[Any, str]],
+    faults: list[str],
 ) -> None:
-    kind = sections().get(section)
+    kind = known_sections.get(section)
     if kind is None:
-        faults.append(f"{path}: [{section}] is not a section: {near(section, sections())}")
+        faults.append(f"{path}: [{section}] is not a section: {near(section, known_sections)}")
         return
     if not isinstance(content, Mapping):
         faults.append(f"{path}: {section} is a section: write [{section}]")

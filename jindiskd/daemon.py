@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import faulthandler
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +21,6 @@ import jindiskd
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
 from jindiskd.backend import GuestsBackend, ImagesBackend, KeyPort, KeysBackend
 from jindiskd.base import log as logs
-from jindiskd.base.notify import notify, reloading, watchdog_interval_s
 from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import listen_unix
 from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
@@ -35,16 +31,16 @@ from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Loaded, load
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
-from jindiskd.errors import EXIT_FAILED, EXIT_UNAVAILABLE, JindiskError, NotFound
+from jindiskd.errors import EXIT_UNAVAILABLE, NotFound
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
 from jindiskd.jobs.manager import JobManager
 from jindiskd.keys.store import Store
 from jindiskd.keys.wrap import CREDENTIAL, load_kek
+from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
 from jindiskd.sim.pki import SimulatedRoot
 
 log = structlog.get_logger(__name__)
-PR_SET_DUMPABLE = 4  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +80,6 @@ class StateFiles:
         return self.root / "console"
 
 
-def credentials_directory() -> Path | None:
-    """Where the service manager put the unit's credentials."""
-    found = os.environ.get("CREDENTIALS_DIRECTORY")
-    return Path(found) if found else None
-
-
 def open_store(config: Config, state: StateFiles) -> Store:
     """Open the key store. A database file is made readable for us alone before anything is in it."""
     database = state.root / "keys.db"
@@ -117,7 +107,7 @@ def warnings(config: Config, state: StateFiles) -> tuple[str, ...]:
 class Service:
     """The parts of the service, started and stopped together."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded[Config]) -> None:
         self._loaded, self._config = loaded, loaded.config
         self._state = StateFiles(root=self._config.service.state_dir)
         self._stack = contextlib.AsyncExitStack()
@@ -223,55 +213,20 @@ def tell_domains(domains: DomainService, event: BrokerEvent) -> None:
         domains.on_refused(uuid, "; ".join(finding.text for finding in event.findings))
 
 
-async def _watchdog(interval_s: float) -> None:
-    """Signs of life. They come from the event loop, so they prove that it turns."""
-    while True:
-        notify("WATCHDOG=1")
-        await asyncio.sleep(interval_s)
-
-
-def _check_again(path: Path) -> None:
-    """On SIGHUP: say whether the configuration is right. What changed takes effect at the next start."""
-    reloading()
-    try:
-        load(path)
-        log.info("the configuration is right; changes take effect at the next start")
-    except JindiskError as exc:
-        log.error("the configuration is wrong; the service would not start with it", problem=str(exc))
-    notify("READY=1")
-
-
-async def serve(loaded: Loaded, path: Path) -> int:
+async def serve(loaded: Loaded[Config], path: Path) -> int:
     """Run until a signal ends it (status 0) or the bus does (69)."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
-    loop.add_signal_handler(signal.SIGHUP, _check_again, path)
     service = Service(loaded)
-    tasks: list[asyncio.Task[object]] = []
-    try:
-        bus = await service.start()
-        interval_s = watchdog_interval_s()
-        if interval_s is not None:
-            tasks.append(loop.create_task(_watchdog(interval_s)))
-        notify("READY=1", "STATUS=serving")
-        log.info("ready", version=jindiskd.__version__)
-        told = loop.create_task(ended.wait())
-        lost = loop.create_task(bus.wait_disconnected())
-        tasks += [told, lost]
-        await asyncio.wait({told, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if not told.done():
-            log.error("the connection to the bus was lost", reason=lost.result())
-            return EXIT_UNAVAILABLE
-        return 0
-    finally:
-        notify("STOPPING=1")
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await service.stop()
-        log.info("stopped")
+    async with signals(lambda: load(path)) as ended:
+        try:
+            bus = await service.start()
+            log.info("ready", version=jindiskd.__version__)
+            if await until_first(bus.wait_disconnected(), ended=ended) is not None:
+                log.error("the connection to the bus was lost")
+                return EXIT_UNAVAILABLE
+            return 0
+        finally:
+            await service.stop()
+            log.info("stopped")
 
 
 def run(path: Path | None, check_config: bool, show_config: bool) -> int:
@@ -280,34 +235,17 @@ def run(path: Path | None, check_config: bool, show_config: bool) -> int:
         raise NotFound("configuration file", str(path))
     loaded = load(path or DEFAULT_FILE)
     if show_config:
-        document = [{"name": s.name, "value": json.loads(s.value), "origin": s.origin} for s in loaded.settings]
-        click.echo(json.dumps({"settings": document}, indent=2))
+        click.echo(json.dumps({"settings": loaded.plain()}, indent=2))
     if check_config or show_config:
         return 0
-    faulthandler.enable()  # what the watchdog's SIGABRT prints: stacks, no values
-    # Keys are in this memory: no core dumps, and no debugger but root's.
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+    keep_memory_private()
     logs.setup(loaded.config.service.log_level.value)
     return asyncio.run(serve(loaded, path or DEFAULT_FILE))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return int(daemon_command(run).main(words, prog_name="jindiskd", standalone_mode=False) or 0)
-    except click.ClickException as exc:
-        exc.show()
-        return exc.exit_code
-    except click.exceptions.Exit as exc:
-        return exc.exit_code
-    except JindiskError as exc:
-        click.echo(f"jindiskd: {exc}", err=True)
-        return exc.exit_code
-    except OSError as exc:
-        click.echo(f"jindiskd: {exc.filename or 'it'}: {exc.strerror or exc}", err=True)
-        return EXIT_FAILED
+    return run_program("jindiskd", daemon_command(run), arguments)
 
 
 if __name__ == "__main__":

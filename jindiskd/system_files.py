@@ -49,11 +49,14 @@ FILES = (
     SystemFile(package="units", name="jindiskd.service", target="{units}/jindiskd.service"),
     SystemFile(package="units", name="jindiskd.sysusers", target="{sysusers}/jindiskd.conf"),
     SystemFile(package="units", name="jindiskd.tmpfiles", target="{tmpfiles}/jindiskd.conf"),
+    SystemFile(package="units", name="jindisk-broker.service", target="{units}/jindisk-broker.service"),
+    SystemFile(package="units", name="jindisk-broker.sysusers", target="{sysusers}/jindisk-broker.conf"),
+    SystemFile(package="units", name="jindisk-broker.tmpfiles", target="{tmpfiles}/jindisk-broker.conf"),
 )
 
 NEXT_STEPS = (
-    "systemd-sysusers jindiskd.conf",
-    "systemd-tmpfiles --create jindiskd.conf",
+    "systemd-sysusers jindiskd.conf jindisk-broker.conf",
+    "systemd-tmpfiles --create jindiskd.conf jindisk-broker.conf",
     "busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus ReloadConfig",
     "systemctl daemon-reload",
     "systemctl enable --now jindiskd.service",

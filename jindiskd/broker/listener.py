@@ -1,4 +1,5 @@
-"""Where the broker listens: a unix socket for each guest (the host's end of its vsock), AF_VSOCK, or TCP.
+"""Where the broker listens: a unix socket for each guest (the host's end of its vsock), AF_VSOCK, or TCP; and where its
+administration and metrics do.
 
 Connections are counted before TLS begins, the handshake and the whole connection have a time limit, and each has its
 own HTTP server object; so a peer that never speaks, speaks slowly or speaks garbage costs one of its own few places.
@@ -11,16 +12,18 @@ import contextlib
 import os
 import socket
 import ssl
+import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
-from jindiskd.broker.http import Connection
+from jindiskd.broker.http import Connection, Handler
 from jindiskd.broker.identity import TlsIdentity
-from jindiskd.broker.peer import Peer
-from jindiskd.broker.service import Broker
+from jindiskd.broker.metrics import Metrics
+from jindiskd.broker.peer import BrokerLimits, Peer
 from jindiskd.errors import NotSupported
 
 log = structlog.get_logger(__name__)
@@ -30,6 +33,17 @@ BACKLOG = 128
 PAUSE_S = 0.2
 CLOSE_S = 1.0
 Who = Callable[[socket.socket], Peer | None]
+_UCRED = struct.Struct("3i")  # struct ucred, linux/socket.h: pid, uid, gid
+
+
+class Serves(Protocol):
+    """What answers requests: the broker, its administration, or its metrics."""
+
+    metrics: Metrics
+    limits: BrokerLimits
+
+    def handler(self, peer: Peer) -> Handler:
+        """What answers the requests of one peer."""
 
 
 class Listener:
@@ -41,13 +55,16 @@ class Listener:
 
     def __init__(
         self,
-        broker: Broker,
-        context: ssl.SSLContext,
+        broker: Serves,
+        context: ssl.SSLContext | None,
         sockets: Sequence[socket.socket],
         who: Who,
         path: Path | None = None,
     ) -> None:
-        """Begin to accept; use the functions below. `who` says who is at the other end, None for a stranger."""
+        """Begin to accept; use the functions below. `who` says who is at the other end, None for a stranger.
+
+        Without `context` there is no TLS: for sockets of this machine alone.
+        """
         self._broker, self._context, self._sockets, self._who, self._path = broker, context, list(sockets), who, path
         self.addresses = [sock.getsockname() for sock in self._sockets]
         self._open: Counter[str] = Counter()
@@ -103,9 +120,8 @@ class Listener:
         transport = None
         try:
             async with asyncio.timeout(LIFETIME_S):
-                transport, _ = await loop.connect_accepted_socket(
-                    server, taken, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=CLOSE_S
-                )
+                times = {"ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": CLOSE_S} if self._context else {}
+                transport, _ = await loop.connect_accepted_socket(server, taken, ssl=self._context, **times)
                 await server.lost.wait()
         except TimeoutError:
             log.debug("a connection was ended: it took too long", peer=peer.description)
@@ -125,24 +141,45 @@ class Listener:
                         await server.lost.wait()
 
 
-async def listen_unix(broker: Broker, identity: TlsIdentity, path: Path, peer: Peer, mode: int = 0o600) -> Listener:
-    """Serve one peer on a unix socket; a socket left there is replaced."""
+async def listen_unix(broker: Serves, identity: TlsIdentity, path: Path, peer: Peer, mode: int = 0o600) -> Listener:
+    """Serve one peer on a unix socket, with TLS; a socket left there is replaced."""
+    return _listen_unix(broker, identity, path, lambda _taken: peer, mode)
+
+
+async def listen_local(service: Serves, path: Path, who: Callable[[int, int], Peer | None], mode: int) -> Listener:
+    """Serve users of this machine on a unix socket, without TLS; a socket left there is replaced.
+
+    Args:
+        service: what answers.
+        path: of the socket.
+        who: the peer for a user id and group id, as the kernel tells them; None for one who may not.
+        mode: of the socket.
+    """
+
+    def of_user(taken: socket.socket) -> Peer | None:
+        _pid, uid, gid = _UCRED.unpack(taken.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        return who(uid, gid)
+
+    return _listen_unix(service, None, path, of_user, mode)
+
+
+def _listen_unix(broker: Serves, identity: TlsIdentity | None, path: Path, who: Who, mode: int) -> Listener:
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(sock.fileno(), mode)  # the name appears with this mode, or a narrower one
         sock.bind(os.fspath(path))
         path.chmod(mode)
-        return _listening(broker, identity, [sock], lambda _taken: peer, path)
+        return _listening(broker, identity, [sock], who, path)
     except BaseException:
         sock.close()
         raise
 
 
 async def listen_tcp(
-    broker: Broker, identity: TlsIdentity, host: str, port: int, peer: Peer | None = None
+    broker: Serves, identity: TlsIdentity | None, host: str, port: int, peer: Peer | None = None
 ) -> Listener:
-    """Serve on a TCP port; without `peer`, each address that connects is one."""
+    """Serve on a TCP port; without `peer`, each address that connects is one. Without `identity` there is no TLS."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
@@ -166,7 +203,7 @@ async def listen_tcp(
 
 
 async def listen_vsock(
-    broker: Broker, identity: TlsIdentity, port: int, who: Callable[[int], Peer | None]
+    broker: Serves, identity: TlsIdentity, port: int, who: Callable[[int], Peer | None]
 ) -> Listener:
     """Serve guests on AF_VSOCK; `who` tells the peer from the context id that the kernel gives, None for a stranger.
 
@@ -186,9 +223,9 @@ async def listen_vsock(
 
 
 def _listening(
-    broker: Broker, identity: TlsIdentity, sockets: Sequence[socket.socket], who: Who, path: Path | None = None
+    broker: Serves, identity: TlsIdentity | None, sockets: Sequence[socket.socket], who: Who, path: Path | None = None
 ) -> Listener:
-    context = identity.ssl_context()
+    context = identity.ssl_context() if identity is not None else None
     for sock in sockets:
         sock.setblocking(False)
         sock.listen(BACKLOG)

@@ -16,6 +16,8 @@ class Peer:
     domain_uuid: str | None = None
     image_id: str | None = None
     """The only image whose key this peer may ask for; None for any."""
+    local: bool = False
+    """Whether it is a user of this machine, known by the kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

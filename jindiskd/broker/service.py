@@ -193,7 +193,7 @@ class Broker:
             raise Refusal("InvalidRequestPath", "the path is not a resource", 404) from exc
 
         def give(record: ImageRecord, who: Requester) -> Secret:
-            return self._store.release_to(record.image_id, who, revision=record.revision)
+            return self._store.release_to(record.image_id, who, revision=record.revision, resource=resource)
 
         return await self._decided(session, peer, resource, give)
 
@@ -202,7 +202,9 @@ class Broker:
         resource, volume = parse_release(await body_of(request))
 
         def give(record: ImageRecord, who: Requester) -> Secret:
-            grant = self._volumes.release(volume, record.image_id, who, revision=record.revision)
+            grant = self._volumes.release(
+                volume, record.image_id, who, revision=record.revision, resource=resource
+            )
             try:
                 return Secret(grant.pack())
             finally:

@@ -41,6 +41,7 @@ BY_CODE: Mapping[str, int] = {
     "EvidenceRefused": EXIT_REFUSED,
     "FirmwareUnsuitable": EXIT_USAGE,
     "IdentityDamaged": EXIT_INTEGRITY,
+    "HandoverUnusable": EXIT_INTEGRITY,
     "ImageDamaged": EXIT_INTEGRITY,
     "ImageFormatRefused": EXIT_USAGE,
     "InvalidArgument": EXIT_USAGE,

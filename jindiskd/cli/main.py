@@ -10,6 +10,7 @@ import click
 import jindiskd
 from jindiskd.cli.app import App, common, exit_status
 from jindiskd.cli.attest import attest
+from jindiskd.cli.broker import broker
 from jindiskd.cli.completion import PROGRAM, completion
 from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
@@ -25,7 +26,7 @@ def cli() -> None:
     """Build, launch and attest virtual machines whose disks only they can read."""
 
 
-for _command in (status, image, launch, domain, job, key, audit, attest, daemon, system_files, completion):
+for _command in (status, image, launch, domain, job, key, audit, attest, broker, daemon, system_files, completion):
     cli.add_command(_command)
 
 

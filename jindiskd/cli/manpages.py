@@ -1,6 +1,7 @@
 """Manual pages, made from the commands, the settings and the table of exit statuses.
 
-`python -m jindiskd.cli.manpages DIRECTORY` writes jindiskctl(1), jindiskd(8) and jindiskd.toml(5). The pages follow
+`python -m jindiskd.cli.manpages DIRECTORY` writes jindiskctl(1), jindiskd(8) and jindisk-broker(8), and their settings
+jindiskd.toml(5) and jindisk-broker.toml(5). The pages follow
 from the program alone: the same version gives the same bytes.
 """
 
@@ -19,10 +20,10 @@ from pathlib import Path
 import click
 
 import jindiskd
-from jindiskd import config
+from jindiskd import broker_config, config
 from jindiskd.cli.exits import MEANINGS
 from jindiskd.cli.main import cli
-from jindiskd.cli.serving import daemon_command
+from jindiskd.cli.serving import broker_command, daemon_command
 
 COMMON = frozenset(("json", "log_json", "no_legend", "help"))
 ABOUT_JINDISKCTL = """
@@ -44,11 +45,19 @@ may do what (org.jindisk1.policy). It is told to stop by SIGTERM; SIGHUP has it 
 
 The broker that releases keys runs inside it: whoever rules the host can then read the keys.
 """
+ABOUT_BROKER = """
+It keeps the keys of a guest owner's images, on a machine that the owner trusts, and releases a key to a guest whose
+attestation report is genuine and fits the image. Guests come over vsock and through the relay of the host's
+jindiskd(8), which can read nothing of it.
+
+It is administered with jindiskctl broker: by its local socket, or over the network with a token. Several brokers may
+share one PostgreSQL database behind a load balancer that passes TLS through. It is told to stop by SIGTERM; SIGHUP has
+it check its configuration.
+"""
 ABOUT_SETTINGS = """
 A TOML file. Files in the directory beside it are read after it in the order of their names, and override single
-settings. Wrong settings are shown all at once, with the nearest right name: jindiskd --check-config.
-
-jindiskctl daemon config shows the settings in effect and the file that each comes from.
+settings. Wrong settings are shown all at once, with the nearest right name: PROGRAM --check-config. PROGRAM
+--show-config shows the settings in effect and the file that each comes from.
 """
 
 
@@ -159,6 +168,30 @@ def jindiskd_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def broker_page() -> str:
+    """The page of the owner's broker."""
+    command = broker_command(lambda **_: 0)
+    lines = head("jindisk-broker", 8, "key broker of encrypted virtual machine images")
+    lines += [".SH SYNOPSIS", r"\fBjindisk-broker\fR [\fIOPTION\fR...]"]
+    lines += [".SH DESCRIPTION", *paragraphs(command.help or ""), *paragraphs(ABOUT_BROKER), ".SH OPTIONS"]
+    for option in command.params:
+        if isinstance(option, click.Option):
+            lines += option_lines(option)
+    lines += [".SH FILES"]
+    for name, meaning in (
+        (str(broker_config.DEFAULT_FILE), "The configuration, see jindisk-broker.toml(5)."),
+        ("/var/lib/jindisk-broker", "Key-encryption key, key store, TLS identity."),
+        ("/run/jindisk-broker/admin.sock", "The socket of administration."),
+        ("/etc/credstore.encrypted/jindisk.kek", "The key-encryption key, if the service manager is to give it."),
+    ):
+        lines += [".TP", escape(name), escape(meaning)]
+    lines += [".SH EXIT STATUS"]
+    for status, meaning in MEANINGS.items():
+        lines += [".TP", str(status), escape(meaning)]
+    lines += [".SH SEE ALSO", r"\fBjindiskctl\fR(1), \fBjindisk-broker.toml\fR(5), \fBjindiskd\fR(8)"]
+    return "\n".join(lines) + "\n"
+
+
 def _kind(hint: object) -> str:
     """What a setting takes, in words."""
     if isinstance(hint, types.UnionType):
@@ -170,13 +203,13 @@ def _kind(hint: object) -> str:
     return {int: "an integer", bool: "true or false", str: "text", Path: "a path"}[typing.cast("type", hint)]
 
 
-def settings() -> str:
-    """The page of the configuration."""
-    lines = head("jindiskd.toml", 5, "configuration of jindiskd")
-    lines += [".SH SYNOPSIS", escape(str(config.DEFAULT_FILE)), ".br", escape(f"{config.DEFAULT_FILE}.d/*.toml")]
+def settings(program: str = "jindiskd", file: Path = config.DEFAULT_FILE, schema: type = config.Config) -> str:
+    """The page of a program's configuration."""
+    lines = head(f"{program}.toml", 5, f"configuration of {program}")
+    lines += [".SH SYNOPSIS", escape(str(file)), ".br", escape(f"{file}.d/*.toml")]
     lines += [".SH DESCRIPTION"]
-    lines += paragraphs(ABOUT_SETTINGS)
-    for section, kind in config.sections().items():
+    lines += paragraphs(ABOUT_SETTINGS.replace("PROGRAM", program))
+    for section, kind in config.sections(schema).items():
         about = (inspect.getdoc(kind) or "").partition(": ")[2]
         lines += [f".SH [{escape(section).upper()}]", ".PP", escape(about[:1].upper() + about[1:])]
         hints = typing.get_type_hints(kind)
@@ -193,11 +226,22 @@ def settings() -> str:
                 rf"\fB{escape(item.name)}\fR",
                 escape(f"{text[:1].upper()}{text[1:]} ({'; '.join(facts)})."),
             ]
-    lines += [".SH SEE ALSO", r"\fBjindiskd\fR(8), \fBjindiskctl\fR(1)"]
+    lines += [".SH SEE ALSO", rf"\fB{escape(program)}\fR(8), \fBjindiskctl\fR(1)"]
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"jindiskctl.1": jindiskctl, "jindiskd.8": jindiskd_page, "jindiskd.toml.5": settings}
+def broker_settings() -> str:
+    """The page of the broker's configuration."""
+    return settings("jindisk-broker", broker_config.DEFAULT_FILE, broker_config.Config)
+
+
+PAGES = {
+    "jindiskctl.1": jindiskctl,
+    "jindiskd.8": jindiskd_page,
+    "jindisk-broker.8": broker_page,
+    "jindiskd.toml.5": settings,
+    "jindisk-broker.toml.5": broker_settings,
+}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The command line of `jindiskd` itself. What it does is in `jindiskd.daemon`, and given here as a function."""
+"""The command lines of the services themselves. What they do is given here as a function."""
 
 from __future__ import annotations
 
@@ -8,24 +8,41 @@ from pathlib import Path
 import click
 
 import jindiskd
-from jindiskd.config import DEFAULT_FILE
+from jindiskd import broker_config, config
 
 
 def daemon_command(run: Callable[..., int]) -> click.Command:
-    """The command, which calls `run(path, check_config, show_config)` and returns its exit status."""
+    """The command of jindiskd, which calls `run(path, check_config, show_config)` and returns its exit status."""
+    return _command("jindiskd", config.DEFAULT_FILE, "Serve images, domains and keys on the system bus.", run)
 
-    @click.command()
-    @click.version_option(jindiskd.__version__, prog_name="jindiskd")
+
+def broker_command(run: Callable[..., int]) -> click.Command:
+    """The command of jindisk-broker; `run` also gets `rotate_kek`."""
+    text = "Release the keys of encrypted images to guests that attest, on the machine of their owner."
+    command = _command("jindisk-broker", broker_config.DEFAULT_FILE, text, run)
+    command.params += [
+        click.Option(
+            ["--rotate-kek"],
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            metavar="FILE",
+            help="Only wrap every key anew, by the key-encryption key in FILE; then put that in the old one's place.",
+        ),
+    ]
+    return command
+
+
+def _command(program: str, default: Path, text: str, run: Callable[..., int]) -> click.Command:
+    @click.command(help=text)
+    @click.version_option(jindiskd.__version__, prog_name=program)
     @click.option(
         "--config",
         "path",
         type=click.Path(path_type=Path),
-        help=f"The configuration, instead of {DEFAULT_FILE}; its drop-ins are in a directory of its name and .d added.",
+        help=f"The configuration, instead of {default}; its drop-ins are in a directory of its name and .d added.",
     )
     @click.option("--check-config", is_flag=True, help="Only check the configuration: exit status 0 or 2.")
     @click.option("--show-config", is_flag=True, help="Only print the settings in effect, as JSON.")
-    def command(path: Path | None, check_config: bool, show_config: bool) -> int:
-        """Serve images, domains and keys on the system bus."""
-        return run(path, check_config, show_config)
+    def command(**given: object) -> int:
+        return run(**given)
 
     return command

@@ -78,19 +78,19 @@ class Approvals:
         with self._database.read() as connection:
             return [Approval(**row) for row in connection.execute(query).mappings()]
 
-    def grant(self, number: int) -> None:
+    def grant(self, number: int, by: Requester | None = None) -> None:
         """Approve one.
 
         Raises:
             NotFound: it does not wait, or no longer.
         """
-        self._decide(number, granted=True)
+        self._decide(number, by, granted=True)
 
-    def deny(self, number: int) -> None:
+    def deny(self, number: int, by: Requester | None = None) -> None:
         """Take one off the list; the guest may ask again, and waits again. Raises as `grant`."""
-        self._decide(number, granted=False)
+        self._decide(number, by, granted=False)
 
-    def _decide(self, number: int, *, granted: bool) -> None:
+    def _decide(self, number: int, by: Requester | None, *, granted: bool) -> None:
         table, now = approvals_table, self._database.now().timestamp()
         one = table.c.number == number
         with self._database.write() as connection:
@@ -103,7 +103,7 @@ class Approvals:
             else:
                 connection.execute(table.delete().where(one))
             detail = {"approval": number, "guest": row.guest}
-            self._audit.append(connection, "approved" if granted else "not approved", row.image_id, detail=detail)
+            self._audit.append(connection, "approved" if granted else "not approved", row.image_id, by, detail)
 
     @staticmethod
     def forget(connection: sa.Connection, image_id: str) -> None:

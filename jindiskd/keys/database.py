@@ -5,13 +5,17 @@ audit row's number and digest follow from the row before, and a decision and its
 that is `BEGIN IMMEDIATE` with `synchronous=FULL`; with PostgreSQL an advisory lock held to the end of the transaction.
 Calls block; call them in a thread.
 
-    meta       version of these tables; a check value for the key-encryption key; the key that signs tokens, wrapped
+    meta       version of these tables; a check value for the key-encryption key; the broker's own keys, wrapped
     images     name, platform, resource, state, launch digests, rules, revision, wrapped key
-    volumes    anchor, pending session (both wrapped), once-only acceptance of any state, end of the lease
+    keys       further keys of an image: resource, wrapped key
+    volumes    resource of its key, anchor, pending session (both wrapped), once-only acceptance of any state, lease
     audit      numbered, chained rows (`keys.audit`)
-    releases   one row a release: image, guest, time; what the limits count
+    releases   one row a release: image, resource, guest, time; what the limits count
     approvals  guests that wait for a person
     sessions   attestation sessions, where several brokers share them (`broker.shared`)
+    tokens     who may administer over the network: digests of their tokens (`keys.tokens`)
+
+`keys.migrations` brings the tables of earlier releases to this form.
 """
 
 from __future__ import annotations
@@ -26,9 +30,9 @@ import sqlalchemy as sa
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_INTEGRITY, EXIT_UNAVAILABLE, JindiskError, NotSupported
-from jindiskd.keys import wrap
+from jindiskd.keys import migrations, wrap
 
-VERSION = 2
+VERSION = 3
 LOCK = 0x6A696E6469736B64  # "jindiskd"
 KEK_CHECK = b"jindiskd key-encryption key"
 WAIT_S = 10.0
@@ -54,6 +58,14 @@ images_table = sa.Table(
     sa.Column("rules", sa.String, nullable=False, server_default=""),
     sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
 )
+keys_table = sa.Table(
+    "keys",
+    META,
+    sa.Column("resource", sa.String, primary_key=True),
+    sa.Column("image_id", sa.String, nullable=False, index=True),
+    sa.Column("wrapped", sa.LargeBinary, nullable=False),
+    sa.Column("created", sa.String, nullable=False),
+)
 audit_table = sa.Table(
     "audit",
     META,
@@ -78,6 +90,7 @@ volumes_table = sa.Table(
     sa.Column("accept_any", sa.Boolean, nullable=False),
     sa.Column("pending_any", sa.Boolean, nullable=False),
     sa.Column("lease_until", sa.Float, nullable=False),
+    sa.Column("resource", sa.String, nullable=False, server_default=""),
 )
 releases_table = sa.Table(
     "releases",
@@ -86,6 +99,7 @@ releases_table = sa.Table(
     sa.Column("image_id", sa.String, nullable=False),
     sa.Column("guest", sa.String, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
+    sa.Column("resource", sa.String, nullable=False, server_default=""),
     sa.Index("releases_by_time", "image_id", "at"),
     sa.Index("releases_by_guest", "image_id", "guest"),
 )
@@ -114,6 +128,15 @@ sessions_table = sa.Table(
     sa.Column("tee_pubkey", sa.JSON, nullable=False),
     sa.Column("facts", sa.JSON, nullable=False),
     sa.Column("report", sa.LargeBinary, nullable=False),
+)
+tokens_table = sa.Table(
+    "tokens",
+    META,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("digest", sa.String, nullable=False, unique=True),
+    sa.Column("role", sa.String, nullable=False),
+    sa.Column("created", sa.String, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
 )
 
 
@@ -222,7 +245,7 @@ class Database:
             for table, column, purpose, owner in WRAPPED:
                 query = sa.select(owner, column).where(column.is_not(None))
                 if table is meta_table:
-                    query = query.where(owner.in_([KEK, SIGNING]))
+                    query = query.where(owner.in_([KEK, SIGNING, TRANSFER]))
                 for name, wrapped in connection.execute(query).all():
                     with wrap.unwrap(self.kek, bytes(wrapped), purpose=purpose, owner=name) as value:
                         again = wrap.wrap(new, value, purpose=purpose, owner=name)
@@ -233,20 +256,41 @@ class Database:
 
     def signing_key(self, make: Callable[[], bytes]) -> Secret:
         """The key that signs tokens, shared by all brokers on this database; `make` draws it the first time."""
+        return self._own_key(SIGNING, make)
+
+    def transfer_key(self, make: Callable[[], bytes]) -> Secret:
+        """The key that image keys are encrypted to on their way here; shared and made as the other."""
+        return self._own_key(TRANSFER, make)
+
+    def _own_key(self, name: str, make: Callable[[], bytes]) -> Secret:
         with self.write() as connection:
-            stored = connection.scalar(sa.select(meta_table.c.value).where(meta_table.c.name == SIGNING))
+            stored = connection.scalar(sa.select(meta_table.c.value).where(meta_table.c.name == name))
             if stored is not None:
-                return wrap.unwrap(self.kek, bytes(stored), purpose=META_PURPOSE, owner=SIGNING)
+                return wrap.unwrap(self.kek, bytes(stored), purpose=META_PURPOSE, owner=name)
             key = Secret(bytearray(make()))
-            wrapped = wrap.wrap(self.kek, key, purpose=META_PURPOSE, owner=SIGNING)
-            connection.execute(meta_table.insert().values(name=SIGNING, value=wrapped))
+            wrapped = wrap.wrap(self.kek, key, purpose=META_PURPOSE, owner=name)
+            connection.execute(meta_table.insert().values(name=name, value=wrapped))
             return key
+
+    def setting(self, name: str) -> bytes | None:
+        """A value that is no secret, kept for all brokers on this database; None where it was never set."""
+        with self.read() as connection:
+            stored = connection.scalar(sa.select(meta_table.c.value).where(meta_table.c.name == f"setting {name}"))
+        return bytes(stored) if stored is not None else None
+
+    @staticmethod
+    def set_setting(connection: sa.Connection, name: str, value: bytes) -> None:
+        """Keep such a value, within a write transaction."""
+        stored = f"setting {name}"
+        connection.execute(meta_table.delete().where(meta_table.c.name == stored))
+        connection.execute(meta_table.insert().values(name=stored, value=value))
 
 
 KEY_PURPOSE, ANCHOR_PURPOSE, PENDING_PURPOSE, META_PURPOSE = "volume key", "volume anchor", "pending session", "broker"
-KEK, SIGNING, VERSION_NAME = "kek", "signing-key", "version"
+KEK, SIGNING, TRANSFER, VERSION_NAME = "kek", "signing-key", "transfer-key", "version"
 WRAPPED: tuple[tuple[sa.Table, sa.Column[Any], str, sa.Column[Any]], ...] = (
     (images_table, images_table.c.wrapped, KEY_PURPOSE, images_table.c.image_id),
+    (keys_table, keys_table.c.wrapped, KEY_PURPOSE, keys_table.c.resource),
     (volumes_table, volumes_table.c.anchor, ANCHOR_PURPOSE, volumes_table.c.volume),
     (volumes_table, volumes_table.c.pending, PENDING_PURPOSE, volumes_table.c.volume),
     (meta_table, meta_table.c.value, META_PURPOSE, meta_table.c.name),
@@ -308,19 +352,24 @@ def _upgrade(connection: sa.Connection, kek: Secret) -> None:
     if found > VERSION:
         raise DatabaseNewer(found)
     if found == 1:
-        for column in ("rules VARCHAR NOT NULL DEFAULT ''", "revision INTEGER NOT NULL DEFAULT 0"):
-            connection.exec_driver_sql(f"ALTER TABLE images ADD COLUMN {column}")
         # There is no check value yet: one of its keys tells whether the key-encryption key is right.
-        one = connection.execute(sa.select(images_table.c.image_id, images_table.c.wrapped).limit(1)).first()
+        query = sa.select(images_table.c.image_id, images_table.c.wrapped).limit(1)
+        one = connection.execute(query).first()
         if one is not None:
             wrap.unwrap(kek, bytes(one.wrapped), purpose=KEY_PURPOSE, owner=one.image_id).close()
-    if found < VERSION:
+    if found == 0:
         META.create_all(connection)
+    else:
+        migrations.run(connection, found)
+    if found < 2:
         check = wrap.wrap(kek, Secret(KEK_CHECK), purpose=META_PURPOSE, owner=KEK)
-        rows = [{"name": VERSION_NAME, "value": str(VERSION).encode()}, {"name": KEK, "value": check}]
-        connection.execute(meta_table.insert(), rows)
+        connection.execute(meta_table.insert().values(name=KEK, value=check))
+        connection.execute(meta_table.insert().values(name=VERSION_NAME, value=b""))
     stored = connection.scalar(sa.select(meta_table.c.value).where(meta_table.c.name == KEK))
     try:
         wrap.unwrap(kek, bytes(stored or b""), purpose=META_PURPOSE, owner=KEK).close()
     except wrap.KeyUnreadable as exc:
         raise KekWrong from exc
+    if found < VERSION:
+        version = meta_table.update().where(meta_table.c.name == VERSION_NAME)
+        connection.execute(version.values(value=str(VERSION).encode()))

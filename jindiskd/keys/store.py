@@ -23,7 +23,14 @@ from jindiskd.errors import EXIT_BUSY, EXIT_REFUSED, AlreadyExists, JindiskError
 from jindiskd.keys import wrap
 from jindiskd.keys.approvals import Approvals
 from jindiskd.keys.audit import AuditBroken, AuditLog, Requester
-from jindiskd.keys.database import KEY_PURPOSE, Database, images_table, releases_table, volumes_table
+from jindiskd.keys.database import (
+    KEY_PURPOSE,
+    Database,
+    images_table,
+    keys_table,
+    releases_table,
+    volumes_table,
+)
 from jindiskd.keys.refusals import Refusals
 from jindiskd.policy import rules as release_rules
 from jindiskd.policy.rules import ReleaseRules
@@ -81,6 +88,16 @@ class ImageRecord:
     rules: ReleaseRules = field(default_factory=ReleaseRules)
     revision: int = 0
     """Counts the changes of this record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredKey:
+    """One key of an image, wrapped."""
+
+    owner: str
+    """What it is bound to."""
+    resource: str
+    wrapped: bytes
 
 
 class Store:
@@ -161,49 +178,51 @@ class Store:
         digests = [digest.hex() for digest in launch_digests]
         values = {"state": KeyState.ACTIVE.value, "launch_digests": digests}
         with self.database.write() as connection:
-            if self._change(connection, image_id, values, images_table.c.state == KeyState.PENDING.value):
+            if self.change(connection, image_id, values, images_table.c.state == KeyState.PENDING.value):
                 self.audit.append(connection, "activated", image_id, detail={"launch_digests": digests})
                 also(connection)
         self.image(image_id)
 
-    def forget(self, image_id: str) -> None:
-        """Delete a key and its volumes' anchors for good; no error if it is not there."""
+    def forget(self, image_id: str, by: Requester | None = None) -> None:
+        """Delete an image's keys and its volumes' anchors for good; no error if it is not there."""
         with self.database.write() as connection:
             if connection.execute(images_table.delete().where(images_table.c.image_id == image_id)).rowcount:
-                connection.execute(volumes_table.delete().where(volumes_table.c.image_id == image_id))
+                for table in (keys_table, volumes_table):
+                    connection.execute(table.delete().where(table.c.image_id == image_id))
                 self.approvals.forget(connection, image_id)
-                self.audit.append(connection, "forgotten", image_id)
+                self.audit.append(connection, "forgotten", image_id, by)
 
-    def revoke(self, image_id: str) -> None:
-        """Stop release of a key. Raises `NotFound` if it is not there or was never active."""
-        self._change_state(image_id, KeyState.REVOKED, "revoked")
+    def revoke(self, image_id: str, by: Requester | None = None) -> None:
+        """Stop release of an image's keys. Raises `NotFound` if it is not there or was never active."""
+        self._change_state(image_id, KeyState.REVOKED, "revoked", by)
 
-    def reinstate(self, image_id: str) -> None:
-        """Allow release of a revoked key again. Raises as `revoke`."""
-        self._change_state(image_id, KeyState.ACTIVE, "reinstated")
+    def reinstate(self, image_id: str, by: Requester | None = None) -> None:
+        """Allow release of a revoked image's keys again. Raises as `revoke`."""
+        self._change_state(image_id, KeyState.ACTIVE, "reinstated", by)
 
-    def set_rules(self, image_id: str, rules: ReleaseRules) -> None:
+    def set_rules(self, image_id: str, rules: ReleaseRules, by: Requester | None = None) -> None:
         """Replace the rules of an image; they count from the next decision on.
 
         Raises:
             NotFound, InvalidArgument: nothing was changed.
         """
         with self.database.write() as connection:
-            if not self._change(connection, image_id, {"rules": rules.check().dump()}):
+            if not self.change(connection, image_id, {"rules": rules.check().dump()}):
                 raise NotFound("key of image", image_id)
-            self.audit.append(connection, "rules", image_id, detail={"rules": rules.digest})
+            self.audit.append(connection, "rules", image_id, by, {"rules": rules.digest})
 
-    def _change_state(self, image_id: str, state: KeyState, kind: str) -> None:
+    def _change_state(self, image_id: str, state: KeyState, kind: str, by: Requester | None) -> None:
         with self.database.write() as connection:
             values = {"state": state.value}
-            if not self._change(connection, image_id, values, images_table.c.state != KeyState.PENDING.value):
+            if not self.change(connection, image_id, values, images_table.c.state != KeyState.PENDING.value):
                 raise NotFound("key of image", image_id)
-            self.audit.append(connection, kind, image_id)
+            self.audit.append(connection, kind, image_id, by)
 
     @staticmethod
-    def _change(
+    def change(
         connection: sa.Connection, image_id: str, values: Mapping[str, Any], *conditions: sa.ColumnElement[bool]
     ) -> bool:
+        """Change columns of an image and count its revision, in a write transaction; False if it is not there."""
         changed = connection.execute(
             images_table.update()
             .where(images_table.c.image_id == image_id, *conditions)
@@ -231,7 +250,8 @@ class Store:
         Raises:
             NotFound: no such resource.
         """
-        return self._one(images_table.c.resource == resource, resource)
+        others = sa.select(keys_table.c.image_id).where(keys_table.c.resource == resource).scalar_subquery()
+        return self._one(sa.or_(images_table.c.resource == resource, images_table.c.image_id == others), resource)
 
     def _one(self, condition: sa.ColumnElement[bool], name: str) -> ImageRecord:
         with self.database.read() as connection:
@@ -246,32 +266,40 @@ class Store:
         """Give a key to a peer of which no more is known; raises as `release_to`."""
         return self.release_to(image_id, Requester(peer=peer, measurement=measurement, simulated=simulated))
 
-    def release_to(self, image_id: str, requester: Requester, *, revision: int | None = None) -> Secret:
+    def release_to(
+        self, image_id: str, requester: Requester, *, revision: int | None = None, resource: str | None = None
+    ) -> Secret:
         """Give a key out; the audit row is durable before the key leaves.
 
         Args:
             image_id: the image.
             requester: who asks; goes into the audit row.
             revision: of the record by which it was decided; None where nothing was decided by a record.
+            resource: which of the image's keys; its root's if None.
 
         Raises:
             NotFound, ReleaseRefused, RecordChanged, ApprovalWaiting, KeyUnreadable: no key leaves.
         """
         waiting = None
         with self.database.write() as connection:
-            record, wrapped = self.for_release(connection, image_id, requester, revision)
+            record, stored = self.for_release(connection, image_id, requester, revision, resource)
             waiting = self.approvals.needed(connection, record.image_id, requester) if record.rules.approval else None
             if waiting is None:
                 # A key that does not open is not released: the row must not say so.
-                key = self.open_key(image_id, wrapped)
-                self.released(connection, record, requester, {})
+                key = self.open_key(stored)
+                self.released(connection, record, requester, {}, stored.resource)
         if waiting is not None:
             raise ApprovalWaiting(waiting)
         return key
 
     def for_release(
-        self, connection: sa.Connection, image_id: str, requester: Requester, revision: int | None
-    ) -> tuple[ImageRecord, bytes]:
+        self,
+        connection: sa.Connection,
+        image_id: str,
+        requester: Requester,
+        revision: int | None,
+        resource: str | None = None,
+    ) -> tuple[ImageRecord, StoredKey]:
         """The record and wrapped key, if state and limits allow a release now; within a write transaction."""
         row = connection.execute(sa.select(images_table).where(images_table.c.image_id == image_id)).mappings().first()
         if row is None:
@@ -281,18 +309,37 @@ class Store:
             raise ReleaseRefused(image_id, "key.state", f"is {record.state}")
         if revision is not None and revision != record.revision:
             raise RecordChanged(image_id)
-        self._check_limits(connection, record, requester)
-        return record, bytes(row["wrapped"])
+        stored = self.stored_key(connection, row, resource)
+        self._check_limits(connection, record, requester, stored.resource)
+        return record, stored
 
-    def open_key(self, image_id: str, wrapped: bytes) -> Secret:
+    @staticmethod
+    def stored_key(connection: sa.Connection, row: Mapping[Any, Any], resource: str | None = None) -> StoredKey:
+        """The key of an image (by its row) at a resource; its root's if None. Raises `NotFound`."""
+        if resource is None or resource == row["resource"]:
+            return StoredKey(owner=row["image_id"], resource=row["resource"], wrapped=bytes(row["wrapped"]))
+        mine = (keys_table.c.resource == resource, keys_table.c.image_id == row["image_id"])
+        wrapped = connection.scalar(sa.select(keys_table.c.wrapped).where(*mine))
+        if wrapped is None:
+            raise NotFound("key", resource)
+        return StoredKey(owner=resource, resource=resource, wrapped=bytes(wrapped))
+
+    def open_key(self, stored: StoredKey) -> Secret:
         """Unwrap; raises `KeyUnreadable`."""
-        return wrap.unwrap(self.database.kek, wrapped, purpose=KEY_PURPOSE, owner=image_id)
+        return wrap.unwrap(self.database.kek, stored.wrapped, purpose=KEY_PURPOSE, owner=stored.owner)
 
     def released(
-        self, connection: sa.Connection, record: ImageRecord, requester: Requester, detail: Mapping[str, object]
+        self,
+        connection: sa.Connection,
+        record: ImageRecord,
+        requester: Requester,
+        detail: Mapping[str, object],
+        resource: str,
     ) -> None:
         """Write a release down, within the transaction that decides it."""
         detail = {"rules": record.rules.digest, **detail}
+        if resource != record.resource:
+            detail["resource"] = resource
         number = self.audit.append(connection, "released", record.image_id, requester, detail)
         connection.execute(
             releases_table.insert().values(
@@ -300,10 +347,15 @@ class Store:
                 image_id=record.image_id,
                 guest=requester.guest,
                 at=self.database.now().timestamp(),
+                resource=resource,
             )
         )
 
-    def _check_limits(self, connection: sa.Connection, record: ImageRecord, requester: Requester) -> None:
+    def _check_limits(
+        self, connection: sa.Connection, record: ImageRecord, requester: Requester, resource: str
+    ) -> None:
+        # Each key of an image is counted for itself; releases of before there were several say no resource.
+        this = releases_table.c.resource.in_([resource, ""] if resource == record.resource else [resource])
         limits = (
             (
                 "limit.guest",
@@ -327,7 +379,7 @@ class Store:
         for finding, limit, condition, reason in limits:
             if limit is None:
                 continue
-            query = sa.select(sa.func.count()).where(releases_table.c.image_id == record.image_id, condition)
+            query = sa.select(sa.func.count()).where(releases_table.c.image_id == record.image_id, this, condition)
             if (connection.scalar(query) or 0) >= limit:
                 raise ReleaseRefused(record.image_id, finding, reason)
 

@@ -55,6 +55,8 @@ class VolumeRecord:
     """Whether a session was released and not yet adopted."""
     accept_any: bool
     """Whether the owner accepts, once, whatever authentic state is found."""
+    resource: str
+    """Of its key; empty for that of the image's root."""
 
 
 class Volumes:
@@ -64,21 +66,30 @@ class Volumes:
         """`draw` gives random bytes for session identifiers."""
         self._store, self._database, self._draw = store, store.database, draw
 
-    def add(self, volume: str, image_id: str, anchor: Anchor | None) -> None:
-        """Begin to remember a volume, whose key is that of an image; `anchor` as its builder closed it.
+    def add(
+        self,
+        volume: str,
+        image_id: str,
+        anchor: Anchor | None,
+        *,
+        resource: str | None = None,
+        by: Requester | None = None,
+    ) -> None:
+        """Begin to remember a volume, whose key is one of an image; `anchor` as its builder closed it.
+
+        `resource` names the key if it is another than that of the image's root; `by` is who does it.
 
         Without an anchor it cannot be released until `accept_rollback`.
 
         Raises:
             AlreadyExists: it is remembered already.
-            NotFound: no such image.
+            NotFound: no such image, or no such key of it.
         """
         check_volume(volume)
         try:
             with self._database.write() as connection:
-                if connection.scalar(sa.select(images_table.c.name).where(images_table.c.image_id == image_id)) is None:
-                    raise NotFound("key of image", image_id)
-                self._insert(connection, volume, image_id, anchor)
+                self.insert(connection, volume, image_id, anchor, resource)
+                self._store.audit.append(connection, "volume added", image_id, by, {"volume": volume})
         except sa.exc.IntegrityError as exc:
             raise AlreadyExists("volume", volume) from exc
 
@@ -90,12 +101,24 @@ class Volumes:
         check_volume(volume)
         try:
             self._store.activate(
-                image_id, launch_digests, lambda connection: self._insert(connection, volume, image_id, anchor)
+                image_id, launch_digests, lambda connection: self._activated(connection, volume, image_id, anchor)
             )
         except sa.exc.IntegrityError as exc:
             raise AlreadyExists("volume", volume) from exc
 
-    def _insert(self, connection: sa.Connection, volume: str, image_id: str, anchor: Anchor | None) -> None:
+    def _activated(self, connection: sa.Connection, volume: str, image_id: str, anchor: Anchor) -> None:
+        self.insert(connection, volume, image_id, anchor, None)
+        self._store.audit.append(connection, "volume added", image_id, detail={"volume": volume})
+
+    def insert(
+        self, connection: sa.Connection, volume: str, image_id: str, anchor: Anchor | None, resource: str | None
+    ) -> None:
+        """The part of `add` that is within the caller's write transaction."""
+        query = sa.select(images_table).where(images_table.c.image_id == image_id)
+        image = connection.execute(query).mappings().first()
+        if image is None:
+            raise NotFound("key of image", image_id)
+        stored = self._store.stored_key(connection, image, resource)
         row = {
             "volume": volume,
             "image_id": image_id,
@@ -104,9 +127,9 @@ class Volumes:
             "accept_any": False,
             "pending_any": False,
             "lease_until": 0.0,
+            "resource": "" if stored.resource == image["resource"] else stored.resource,
         }
         connection.execute(volumes_table.insert().values(row))
-        self._store.audit.append(connection, "volume added", image_id, detail={"volume": volume})
 
     def list(self) -> list[VolumeRecord]:
         """All volumes."""
@@ -124,7 +147,7 @@ class Volumes:
         with self._database.read() as connection:
             return self._record(self._row(connection, volume))
 
-    def accept_rollback(self, volume: str, reason: str) -> None:
+    def accept_rollback(self, volume: str, reason: str, by: Requester | None = None) -> None:
         """Accept whatever authentic state the next session finds, once: after a restored backup, or a lost database.
 
         Raises:
@@ -134,10 +157,16 @@ class Volumes:
             row = self._row(connection, volume)
             self._update(connection, volume, accept_any=True)
             detail = {"volume": volume, "reason": reason, **self._position(row)}
-            self._store.audit.append(connection, "rollback accepted", row["image_id"], detail=detail)
+            self._store.audit.append(connection, "rollback accepted", row["image_id"], by, detail)
 
     def release(
-        self, volume: str, image_id: str, requester: Requester, *, revision: int | None = None
+        self,
+        volume: str,
+        image_id: str,
+        requester: Requester,
+        *,
+        revision: int | None = None,
+        resource: str | None = None,
     ) -> VolumeGrant:
         """Draw a session and give out key, anchor and session; audit row and pending session are durable before.
 
@@ -148,9 +177,9 @@ class Volumes:
         """
         session = self._draw(SESSION_BYTES)
         with self._database.write() as connection:
-            record, wrapped = self._store.for_release(connection, image_id, requester, revision)
+            record, stored = self._store.for_release(connection, image_id, requester, revision, resource)
             row = self._row(connection, volume)
-            if row["image_id"] != image_id:
+            if row["image_id"] != image_id or (row["resource"] or record.resource) != stored.resource:
                 raise ReleaseRefused(image_id, "volume.image", "does not belong to this volume")
             anchor = self._anchor(row)
             if anchor is None and not row["accept_any"]:
@@ -158,11 +187,11 @@ class Volumes:
             approvals = self._store.approvals
             waiting = approvals.needed(connection, image_id, requester) if record.rules.approval else None
             if waiting is None:
-                key = self._store.open_key(image_id, wrapped)
+                key = self._store.open_key(stored)
                 pending = self._wrap(session, PENDING_PURPOSE, volume)
                 self._update(connection, volume, pending=pending, pending_any=row["accept_any"])
                 detail = {"volume": volume, "any state": bool(row["accept_any"])}
-                self._store.released(connection, record, requester, detail)
+                self._store.released(connection, record, requester, detail, stored.resource)
         if waiting is not None:
             raise ApprovalWaiting(waiting)
         return VolumeGrant(
@@ -320,6 +349,7 @@ class Volumes:
             anchor=self._anchor(row),
             pending=row["pending"] is not None,
             accept_any=row["accept_any"],
+            resource=row["resource"],
         )
 
 

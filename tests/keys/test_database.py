@@ -6,13 +6,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
 from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import wrap
-from jindiskd.keys.database import DatabaseNewer, KekWrong
+from jindiskd.keys.database import META, DatabaseNewer, KekWrong
 from jindiskd.keys.store import ApprovalWaiting, RecordChanged, ReleaseRefused, Requester, Store
 from jindiskd.keys.volumes import Volumes
 from jindiskd.policy import rules
@@ -59,6 +61,19 @@ def test_a_database_of_version_1_is_brought_up(tmp_path: Path) -> None:
         assert bytes(store.release_to(IMAGE, guest("a")).reveal()) == KEY
         assert store.image(IMAGE).rules == ReleaseRules()
         store.close()
+
+
+def test_the_steps_lead_to_the_tables_of_a_fresh_database(tmp_path: Path) -> None:
+    """Alembic's comparison finds no difference between what was brought up and what is made anew."""
+    path = tmp_path / "keys.db"
+    with sqlite3.connect(path) as raw:
+        raw.executescript(VERSION_1)
+    raw.close()
+    store = Store.open(f"sqlite:///{path}", Secret.random(32))
+    with store.database.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, META) == []
+    store.close()
 
 
 def test_a_newer_database_and_other_kinds_are_refused(tmp_path: Path) -> None:

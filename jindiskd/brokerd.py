@@ -1,0 +1,310 @@
+"""`jindisk-broker`: the key broker as a service of its own, on the machine of the guests' owner.
+
+The same broker as the one embedded in jindiskd, without images, domains and bus. Builds all parts, hands them to each
+other, and stops them in the opposite order.
+
+What lies in the state directory::
+
+    kek          32 bytes, mode 0600: the key-encryption key, unless it comes from a credential or a TPM
+    keys.db      the key store and audit log (SQLite, mode 0600), unless configured elsewhere
+    broker.pem   the key that guests pin, mode 0600: every image of this owner pins it; brokers that share a database
+                 share it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import json
+import os
+import pwd
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import structlog
+from cryptography.hazmat.primitives.serialization import load_der_private_key
+
+import jindiskd
+from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
+from jindiskd.attest.snp_certs import to_der
+from jindiskd.attest.snp_roots import SnpRoots
+from jindiskd.base import log as logs
+from jindiskd.base.endpoint import Endpoint, parse_endpoint
+from jindiskd.base.secret import Secret
+from jindiskd.broker.admin import Admin, MetricsPage
+from jindiskd.broker.identity import TlsIdentity
+from jindiskd.broker.listener import Listener, listen_local, listen_tcp, listen_unix, listen_vsock
+from jindiskd.broker.metrics import Metrics
+from jindiskd.broker.peer import BrokerLimits, Peer
+from jindiskd.broker.service import Broker
+from jindiskd.broker.shared import DatabaseSessions
+from jindiskd.broker_config import DEFAULT_FILE, Config, KekSource
+from jindiskd.cli.serving import broker_command
+from jindiskd.config import Loaded, load_as
+from jindiskd.errors import InvalidArgument, JindiskError, NotFound
+from jindiskd.keys import handover
+from jindiskd.keys.database import KekWrong
+from jindiskd.keys.store import Store
+from jindiskd.keys.wrap import CREDENTIAL, KEK_BYTES, KekMissing, KekUnusable, load_kek
+from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
+
+log = structlog.get_logger(__name__)
+IDENTITY = "broker.pem"
+
+
+def kek_of(config: Config, *, create: bool) -> Secret:
+    """The key-encryption key from where the configuration says; drawn there where it may be and none is yet."""
+    credentials = credentials_directory()
+    if config.keys.kek is KekSource.CREDENTIAL:
+        if credentials is None or not (credentials / CREDENTIAL).exists():
+            raise KekMissing(f"the unit's credential {CREDENTIAL}")
+        create = False
+    return load_kek(config.kek_file, None if config.keys.kek is KekSource.FILE else credentials, create=create)
+
+
+def open_store(config: Config) -> Store:
+    """Open the key store. A database file is made readable for us alone before anything is in it.
+
+    With a shared database a key-encryption key is drawn for the first broker alone: the next one must be given a copy.
+    """
+    database, fresh = config.service.state_dir / "keys.db", True
+    if not config.keys.database:
+        fresh = not database.exists() or database.stat().st_size == 0
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    had = config.kek_file.exists()
+    kek = kek_of(config, create=fresh)
+    try:
+        return Store.open(config.database_url, kek)
+    except KekWrong as exc:
+        if had or not config.kek_file.exists():
+            raise
+        config.kek_file.unlink()  # it was drawn just now, for a database that has one already
+        raise KekMissing(str(config.kek_file)) from exc
+
+
+def warnings(config: Config) -> tuple[str, ...]:
+    """What an administrator should know, a sentence each."""
+    found = []
+    credentials = credentials_directory()
+    credential = credentials is not None and (credentials / CREDENTIAL).exists()
+    if config.keys.kek is KekSource.FILE or (config.keys.kek is KekSource.AUTO and not credential):
+        found.append(f"the key-encryption key is a file, {config.kek_file}: better give the unit {CREDENTIAL}")
+    if config.broker.allow_simulated:
+        found.append("reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing")
+    if os.geteuid() == 0:
+        found.append("the broker runs as root: nothing it does needs that; use its unit")
+    return tuple(found)
+
+
+def verifiers_of(config: Config) -> list[SnpVerifier]:
+    """A verifier for AMD's roots, and one for the simulated root where that is allowed."""
+    found = [SnpVerifier(roots=AMD_ROOTS)]
+    if config.broker.allow_simulated:
+        path = config.broker.simulated_root
+        if path is None:
+            remedy = "name the ark.pem of the simulated platform, from the host's state directory"
+            raise InvalidArgument("broker.simulated_root", "unset", remedy)
+        try:
+            ark = to_der(path.read_bytes(), "simulated root")[0]
+        except OSError as exc:
+            raise InvalidArgument("broker.simulated_root", str(path), f"it cannot be read: {exc.strerror}") from exc
+        found.append(SnpVerifier(roots=SnpRoots.simulated_from(ark)))
+    return found
+
+
+class Service:
+    """The parts of the broker, started and stopped together."""
+
+    def __init__(self, config: Config) -> None:
+        """Open nothing yet."""
+        self._config, self._stack = config, contextlib.AsyncExitStack()
+        self.listeners: dict[str, Listener] = {}
+
+    async def start(self) -> None:
+        """Start everything; when this returns, guests and administrators are answered.
+
+        Raises:
+            JindiskError, OSError: something is in the way; `stop` undoes what was started.
+        """
+        config, stack = self._config, self._stack
+        for directory, mode in ((config.service.state_dir, 0o700), (config.service.runtime_dir, 0o755)):
+            directory.mkdir(parents=True, exist_ok=True, mode=mode)
+        verifiers = verifiers_of(config)
+        store = await asyncio.to_thread(open_store, config)
+        stack.callback(store.close)
+        identity = await asyncio.to_thread(TlsIdentity.load_or_create, config.service.state_dir / IDENTITY)
+        limits = BrokerLimits(
+            session_lifetime_s=config.broker.session_lifetime_s,
+            sessions=config.broker.max_sessions,
+            sessions_per_peer=config.broker.max_sessions_per_peer,
+            connections=config.broker.max_connections,
+            connections_per_peer=config.broker.max_connections_per_peer,
+        )
+        metrics = Metrics()
+        broker = await asyncio.to_thread(
+            lambda: Broker(
+                store=store,
+                verifiers=verifiers,
+                allow_simulated=config.broker.allow_simulated,
+                limits=limits,
+                sessions=DatabaseSessions(store.database, limits) if store.database.shared else None,
+                metrics=metrics,
+            )
+        )
+        admin = await asyncio.to_thread(self._admin, store, identity, metrics)
+        await self._listen(broker, admin, MetricsPage(metrics, _health(store)), identity)
+
+    def _admin(self, store: Store, identity: TlsIdentity, metrics: Metrics) -> Admin:
+        config = self._config
+        with store.database.transfer_key(handover.draw_transfer_key) as key:
+            card = handover.card(identity.spki_sha256, key)
+            private = load_der_private_key(bytes(key.reveal()), None)
+
+        def facts() -> dict[str, Any]:
+            return {
+                "allow_simulated": config.broker.allow_simulated,
+                "warnings": list(warnings(config)),
+                "listen": {name: [_address(a) for a in found.addresses] for name, found in self.listeners.items()},
+            }
+
+        return Admin(store, card, private, metrics, facts)  # type: ignore[arg-type]  # an EC key, as it was drawn
+
+    async def _listen(self, broker: Broker, admin: Admin, page: MetricsPage, identity: TlsIdentity) -> None:
+        config = self._config
+        listen = config.listen
+
+        async def opened(name: str, listener: Listener) -> None:
+            self._stack.push_async_callback(listener.close)
+            self.listeners[name] = listener
+            log.info("listening", what=name, where=[_address(address) for address in listener.addresses])
+
+        group = grp.getgrnam(config.admin.group).gr_gid if config.admin.group else None
+        local = await listen_local(admin, config.admin_socket, local_users(group), 0o600 if group is None else 0o660)
+        await opened("admin socket", local)
+        if group is not None:
+            os.chown(config.admin_socket, -1, group)
+        if listen.guests:
+            where = parse_endpoint(listen.guests, "listen.guests")
+            await opened("guests", await listen_tcp(broker, identity, where.host, where.port))
+        if listen.unix is not None:
+            peer = Peer(description="unix socket")
+            await opened("guests, unix", await listen_unix(broker, identity, listen.unix, peer, 0o666))
+        if listen.vsock_port:
+            port, of_cid = listen.vsock_port, lambda cid: Peer(description=f"vsock {cid}")
+            await opened("guests, vsock", await listen_vsock(broker, identity, port, of_cid))
+        if listen.admin:
+            where = parse_endpoint(listen.admin, "listen.admin")
+            await opened("admin", await listen_tcp(admin, identity, where.host, where.port))
+        if listen.metrics:
+            where = parse_endpoint(listen.metrics, "listen.metrics")
+            await opened("metrics", await listen_tcp(page, None, where.host, where.port))
+
+    async def stop(self) -> None:
+        """Stop everything that was started, last first."""
+        await self._stack.aclose()
+
+
+def _address(address: Any) -> str:
+    """Of a socket, as the kernel names it, for people: a path, or host:port."""
+    if isinstance(address, str):
+        return address
+    return str(Endpoint(host=address[0], port=address[1])) if isinstance(address[0], str) else str(address)
+
+
+def local_users(group: int | None) -> Callable[[int, int], Peer | None]:
+    """Who may administer by the socket: root, our own user, and a group's members."""
+
+    def who(uid: int, gid: int) -> Peer | None:
+        members = set(grp.getgrgid(group).gr_mem) if group is not None else set()
+        if uid in {0, os.geteuid()} or gid == group or _name(uid) in members:
+            return Peer(description=f"user {_name(uid)} ({uid})", local=True)
+        return None
+
+    return who
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return "?"
+
+
+def _health(store: Store) -> Callable[[], asyncio.Future[bool]]:
+    def probe() -> bool:
+        try:
+            with store.database.read():
+                return True
+        except JindiskError:
+            return False
+
+    return lambda: asyncio.ensure_future(asyncio.to_thread(probe))
+
+
+def change_kek(config: Config, file: Path) -> int:
+    """Wrap everything anew by the key in `file`; says what to do next."""
+    mode = file.stat().st_mode
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise InvalidArgument("the file of the new key", str(file), "make it readable by its owner alone: chmod 600")
+    new = Secret(bytearray(file.read_bytes()))
+    if len(new) != KEK_BYTES:
+        raise KekUnusable(str(file))
+    store = open_store(config)
+    try:
+        changed = store.database.change_kek(new)
+        with store.database.write() as connection:
+            store.audit.append(connection, "key-encryption key changed", "", detail={"values": changed})
+    finally:
+        store.close()
+    click.echo(f"{changed} values are wrapped by the new key. Put {file} in the old one's place, then start again.")
+    return 0
+
+
+async def serve(config: Config, path: Path) -> int:
+    """Run until a signal ends it."""
+    service = Service(config)
+    async with signals(lambda: load_as(Config, path)) as ended:
+        try:
+            await service.start()
+            for warning in warnings(config):
+                log.warning(warning)
+            log.info("ready", version=jindiskd.__version__)
+            await until_first(ended=ended)
+            return 0
+        finally:
+            await service.stop()
+            log.info("stopped")
+
+
+def run(path: Path | None, check_config: bool, show_config: bool, rotate_kek: Path | None = None) -> int:
+    """What the command line asks for; returns the exit status."""
+    if path is not None and not path.exists():
+        raise NotFound("configuration file", str(path))
+    loaded: Loaded[Config] = load_as(Config, path or DEFAULT_FILE)
+    config = loaded.config
+    for name in ("guests", "admin", "metrics"):
+        if text := getattr(config.listen, name):
+            parse_endpoint(text, f"listen.{name}")
+    if show_config:
+        click.echo(json.dumps({"settings": loaded.plain()}, indent=2))
+    if check_config or show_config:
+        return 0
+    keep_memory_private()
+    logs.setup(config.service.log_level.value)
+    if rotate_kek is not None:
+        return change_kek(config, rotate_kek)
+    return asyncio.run(serve(config, path or DEFAULT_FILE))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    return run_program("jindisk-broker", broker_command(run), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""`jindiskctl broker`: the owner's key broker, by its local socket or over the network. Needs no jindiskd here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from jindiskd.base import document
+from jindiskd.cli.app import App, common, pass_app
+from jindiskd.cli.broker_keys import key, recovery, token, volume
+from jindiskd.cli.broker_target import EXISTING, FILE, Target, reached, show_image, when, write
+from jindiskd.cli.output import fields, platform, table
+from jindiskd.errors import InvalidArgument
+from jindiskd.keys import handover
+
+
+@click.group()
+@common
+def broker() -> None:
+    """Administer the key broker of a guest owner."""
+
+
+@broker.command()
+@reached
+def status(target: Target) -> None:
+    """Show how the broker is, and what its owner should know."""
+    told = target.call("GET", "status")
+
+    def text() -> str:
+        simulated = told["images_simulated"]
+        pairs = {
+            "version": told["version"],
+            "key digest": told["spki_sha256"],
+            "database": told["database"],
+            "listens": "; ".join(f"{name}: {', '.join(where)}" for name, where in told["listen"].items()),
+            "simulated reports": "accepted: they prove nothing" if told["allow_simulated"] else "refused",
+            "images": f"{told['images']}" + (f", {simulated} of them simulated" if simulated else ""),
+            "waiting approvals": str(told["approvals_waiting"]),
+            "recovery key": "set" if told["recovery_key"] else "not set",
+        }
+        return fields(pairs) + "".join(f"\nwarning: {line}" for line in told["warnings"])
+
+    target.app.show(told, text)
+
+
+@broker.command()
+@click.option("--output", type=FILE, default="-", help="The file to write; standard output if not given.")
+@reached
+def card(target: Target, output: Path) -> None:
+    """Print the broker's card: what hosts that build and launch for its owner are configured with."""
+    told = target.call("GET", "card")
+    write(output, json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+
+@broker.command(name="make-card")
+@click.option("--certificate", type=EXISTING, required=True, help="The broker's TLS certificate, PEM.")
+@click.option("--transfer-key", type=EXISTING, required=True, help="Public key, PEM, that image keys are sealed to.")
+@common
+@pass_app
+def make_card(app: App, certificate: Path, transfer_key: Path) -> None:
+    """Make a card for a broker of another kind, such as a Trustee KBS, whose owner opens handovers himself."""
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except ValueError as exc:
+        raise InvalidArgument("--certificate", str(certificate), "it is a certificate in PEM") from exc
+    spki = found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    made = handover.BrokerCard(
+        spki_sha256=hashlib.sha256(spki).digest(),
+        transfer_key=handover.recipient_of_pem(transfer_key.read_bytes()),
+    )
+    plain = document.to_plain(made)
+    app.show(plain, lambda: json.dumps(plain, indent=2, sort_keys=True))
+
+
+@broker.command()
+@reached
+def metrics(target: Target) -> None:
+    """Print the counters as Prometheus gets them."""
+    told = target.call("GET", "metrics")
+    target.app.show({"metrics": told}, lambda: told.rstrip())
+
+
+# Images
+
+
+@broker.group()
+@common
+def image() -> None:
+    """The images whose keys the broker releases."""
+
+
+@image.command(name="list")
+@reached
+def image_list(target: Target) -> None:
+    """List the images, and the state of their keys."""
+    told = target.call("GET", "images")
+    rows = [
+        (
+            item["name"],
+            platform({"Platform": item["platform"], "Simulated": item["simulated"]}),
+            item["state"],
+            " ".join(digest[:16] for digest in item["launch_digests"]),
+            item["image_id"],
+        )
+        for item in told["images"]
+    ]
+    head = ("IMAGE", "PLATFORM", "KEY", "RELEASED TO", "ID")
+    target.app.show(told, lambda: table(head, rows, legend=target.app.legend))
+
+
+@image.command(name="show")
+@click.argument("name")
+@reached
+def image_show(target: Target, name: str) -> None:
+    """Show one image, its rules, further keys and volumes."""
+    show_image(target, target.call("GET", "images", name))
+
+
+@image.command(name="import")
+@click.argument("file", type=click.File("rb"))
+@reached
+def image_import(target: Target, file: Any) -> None:
+    """Take over an image and its keys from the handover in FILE (`jindiskctl key export`); - is standard input.
+
+    From then on the keys are released to guests with the launch digests in it: import what you know the origin of.
+    """
+    show_image(target, target.call("POST", "images", body=file.read()))
+
+
+@image.command(name="remove")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@reached
+def image_remove(target: Target, name: str, yes: bool) -> None:
+    """Forget an image and its keys for good: what is on its disks can never be read again."""
+    target.app.confirm(f"Forget the keys of {name} for good?", f"forgetting the keys of {name}", yes=yes)
+    target.call("DELETE", "images", name)
+    target.app.show({}, lambda: f"The keys of {name} are gone.")
+
+
+@image.command(name="policy")
+@click.argument("name")
+@click.option("--set", "file", type=click.File("rb"), help="Put the policy in this TOML file in force; - is stdin.")
+@reached
+def image_policy(target: Target, name: str, file: Any) -> None:
+    """Show the policy of an image as TOML, or replace it."""
+    if file is not None:
+        show_image(target, target.call("PUT", "images", name, "policy", body=file.read()))
+        return
+    told = target.call("GET", "images", name, "policy")
+    target.app.show(told, lambda: told["policy"].rstrip())
+
+
+@image.command(name="limits")
+@click.argument("name")
+@click.option("--per-hour", type=click.IntRange(0, 1_000_000), help="Releases of a key within an hour; 0 for no limit.")
+@click.option("--per-guest", type=click.IntRange(0, 1_000_000), help="Releases to one launch of a guest; 0 for none.")
+@click.option("--approval/--no-approval", default=None, help="Whether each guest waits for a person's approval.")
+@reached
+def image_limits(target: Target, name: str, per_hour: int | None, per_guest: int | None, approval: bool | None) -> None:
+    """Show or change how often the keys of an image are released."""
+    told = target.call("GET", "images", name)
+    rules = dict(told["rules"])
+    for setting, value in (("releases_per_hour", per_hour), ("releases_per_guest", per_guest)):
+        if value is not None:
+            rules[setting] = value or None
+    if approval is not None:
+        rules["approval"] = approval
+    if rules != told["rules"]:
+        told = target.call("PUT", "images", name, "rules", body=rules)
+    show_image(target, told)
+
+
+# Approvals
+
+
+@broker.group()
+@common
+def approval() -> None:
+    """The guests that wait until a person approves the release."""
+
+
+@approval.command(name="list")
+@reached
+def approval_list(target: Target) -> None:
+    """List them; waiting ends by itself."""
+    told = target.call("GET", "approvals")
+    rows = [
+        (
+            str(item["number"]),
+            item["image_id"],
+            item["guest"][:16],
+            item["peer"],
+            "simulated" if item["simulated"] else "hardware",
+            "granted" if item["granted"] else "waiting",
+            when(item["expires"]),
+        )
+        for item in told["approvals"]
+    ]
+    head = ("NUMBER", "IMAGE", "GUEST", "PEER", "EVIDENCE", "STATE", "UNTIL")
+    target.app.show(told, lambda: table(head, rows, legend=target.app.legend))
+
+
+def _decide(target: Target, number: int, verb: str, sentence: str) -> None:
+    told = target.call("POST", "approvals", str(number), verb)
+    target.app.show(told, lambda: sentence)
+
+
+@approval.command()
+@click.argument("number", type=click.IntRange(1))
+@reached
+def grant(target: Target, number: int) -> None:
+    """Let this guest have its key, for a quarter of an hour."""
+    _decide(target, number, "grant", "Approved: the guest gets its key when it asks again.")
+
+
+@approval.command()
+@click.argument("number", type=click.IntRange(1))
+@reached
+def deny(target: Target, number: int) -> None:
+    """Take this guest off the list."""
+    _decide(target, number, "deny", "Denied.")
+
+
+# Audit
+
+
+@broker.group()
+@common
+def audit() -> None:
+    """The broker's log of decisions and changes."""
+
+
+@audit.command(name="list")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="Number of rows.")
+@click.option("--image", help="Name or id of the image to look at.")
+@reached
+def audit_list(target: Target, limit: int, image: str | None) -> None:
+    """List decisions and changes, newest last."""
+    query = {"limit": str(limit), **({"image": image} if image else {})}
+    told = target.call("GET", "audit", query=query)
+    rows = [
+        (
+            str(item["number"]),
+            item["time"][:19],
+            item["kind"],
+            item["image_id"],
+            item["peer"],
+            ("simulated" if item["simulated"] else "hardware") if item["measurement"] else "",
+            " ".join(finding["id"] for finding in item["detail"].get("findings", [])),
+        )
+        for item in told["rows"]
+    ]
+    head = ("NUMBER", "WHEN (UTC)", "WHAT", "IMAGE", "WHO", "EVIDENCE", "FINDINGS")
+    target.app.show(told, lambda: table(head, rows, legend=target.app.legend))
+
+
+@audit.command(name="verify")
+@reached
+def audit_verify(target: Target) -> None:
+    """Check that no row of the log was changed, removed or inserted."""
+    told = target.call("GET", "audit", "verify")
+    text = f"The audit log is whole: {told['rows']} rows, the last is {told['head'] or 'none'}."
+    target.app.show(told, lambda: text)
+
+
+for _group in (key, volume, recovery, token):
+    broker.add_command(_group)
