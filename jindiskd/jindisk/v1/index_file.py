@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeInconsistent, VolumeUnauthentic
@@ -61,9 +61,10 @@ class LeafCache:
             self._leaves.move_to_end(name)
         return leaf
 
-    def clear(self) -> None:
-        """Forget all: slots were written."""
-        self._leaves.clear()
+    def forget(self, slot: int) -> None:
+        """A slot is written anew."""
+        for name in [name for name in self._leaves if name[0] == slot]:
+            del self._leaves[name]
 
 
 class IndexFile:
@@ -204,7 +205,7 @@ class IndexWriter:
         """How many records it still takes."""
         return FILE_RECORDS - self.records
 
-    def add(self, keys: list[int] | tuple[int, ...], records: bytes | bytearray | memoryview) -> None:
+    def add(self, keys: Sequence[int], records: bytes | bytearray | memoryview) -> None:
         """Append records, at most `room`, with keys ascending and greater than all before."""
         if not self.records:
             self._first = keys[0]

@@ -272,7 +272,7 @@ class _Loader:
         full, rest = divmod(self._next, SEGMENT_BLOCKS)
         allocated = full + bool(rest)
         last = dst_entry(first_bits(rest))
-        if must_pad(layout, allocated):
+        if must_pad(layout.logical_segments, allocated):
             last = FULL_ENTRY
 
         def entry_of(segment: int) -> bytes:

@@ -32,14 +32,13 @@ def first_bits(count: int) -> bytes:
     return ((1 << count) - 1).to_bytes(BITMAP_BYTES, "little")
 
 
-def must_pad(layout: Layout, allocated: int, logical_segments: int | None = None) -> bool:
+def must_pad(logical_segments: int, allocated: int) -> bool:
     """Whether a partly used segment must be marked full, as the module does itself (rule 11).
 
     From N = 320 on, and with at least N - 320 segments allocated, the module collects segments that are marked partly
     used a second after opening, and does not read all of what it moved.
     """
-    count = layout.logical_segments if logical_segments is None else logical_segments
-    return count >= 320 and allocated >= count - 320
+    return logical_segments >= 320 and allocated >= logical_segments - 320
 
 
 def dst_block(entry_of: Callable[[int], bytes], layout: Layout, number: int) -> bytes:
