@@ -32,7 +32,7 @@ from jindiskd.image.store import verify
 from jindiskd.jobs.job import Job
 from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys.store import ImageRecord, KeyState, Store
-from jindiskd.keys.volumes import Volumes
+from jindiskd.keys.volumes import VolumeRecord, Volumes
 
 KEY_UNKNOWN = "unknown"
 """State of the key of an image that this key store does not know, for example one copied from elsewhere."""
@@ -79,6 +79,7 @@ class ImagesBackend:
 
     def __init__(self, service: ImageService, store: Store, domains: DomainService, config: Config) -> None:
         self._service, self._store, self._domains, self._config = service, store, domains, config
+        self._volumes = Volumes(store)
 
     def checked(self, order: BuildOrder) -> BuildOrder:
         """Fill in the defaults; refuse what can be refused before any work is done.
@@ -165,6 +166,19 @@ class ImagesBackend:
         if digest != manifest.launch_digest:
             raise DigestDiffers(name, manifest.launch_digest, digest)
         return digest
+
+    async def accept_rollback(self, image_id: str, reason: str) -> None:
+        """Have its next start take whatever authentic state its volume is in, once."""
+        records = await asyncio.to_thread(self._volumes.of_image, image_id)
+        if not records:
+            raise NotSupported(
+                f"accepting another state for image {image_id}", "only JinDisk 2 roots have states that are remembered"
+            )
+        for domain in self._domains.list():
+            if domain.image_id == image_id and domain.state in ACTIVE:
+                raise Busy(f"image {domain.image!r}", f"domain {domain.name!r} runs from it; stop that first")
+        for record in records:
+            await asyncio.to_thread(self._volumes.accept_rollback, record.volume, reason)
 
     async def revoke(self, image_id: str) -> None:
         """Stop release of its key."""
@@ -281,14 +295,30 @@ def _guest(view: DomainView) -> GuestView:
     )
 
 
+def _volume(record: VolumeRecord | None) -> Mapping[str, object]:
+    """What is told of a volume: where it stands, never a session."""
+    if record is None:
+        return {}
+    known = record.anchor
+    return {
+        "volume": record.volume,
+        "volume-state": ("open" if known.open else "closed") if known else "unknown",
+        "volume-sequence": known.sequence if known else 0,
+        "volume-root": known.root.hex() if known else "",
+        "volume-pending": record.pending,
+        "volume-rollback-accepted": record.accept_any,
+    }
+
+
 class KeysBackend:
     """The key store's records and its audit log."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._store, self._volumes = store, Volumes(store)
 
     async def records(self) -> Sequence[Mapping[str, object]]:
         """One dictionary a key, without the key."""
+        volumes = {record.image_id: record for record in await asyncio.to_thread(self._volumes.list)}
         return [
             {
                 "image-id": record.image_id,
@@ -299,6 +329,7 @@ class KeysBackend:
                 "state": record.state.value,
                 "launch-digests": [digest.hex() for digest in record.launch_digests],
                 "created": microseconds(datetime.fromisoformat(record.created)),
+                **_volume(volumes.get(record.image_id)),
             }
             for record in await asyncio.to_thread(self._store.images)
         ]

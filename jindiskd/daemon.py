@@ -210,7 +210,7 @@ def tell_domains(domains: DomainService, event: BrokerEvent) -> None:
     elif event.kind == "released":
         domains.on_released(uuid)
     elif event.kind == "refused":
-        domains.on_refused(uuid, "; ".join(finding.text for finding in event.findings))
+        domains.on_refused(uuid, "; ".join(str(finding) for finding in event.findings))
 
 
 async def serve(loaded: Loaded[Config], path: Path) -> int:

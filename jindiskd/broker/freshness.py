@@ -1,4 +1,5 @@
-"""The messages that keep a JinDisk volume fresh, over HTTP: `adopt`, `report`, `close` (format document, section 13).
+"""The messages that keep a JinDisk volume fresh, over HTTP: `adopt`, `report`, `close` (format document, section 13),
+and `stale`, by which a guest says that its disk is in no state that its session may begin from.
 
 They carry no cookie: the session identifier, which only the process has that was given it, authenticates them.
 """
@@ -13,7 +14,7 @@ from jindiskd.broker.http import Refusal
 from jindiskd.broker.peer import Peer
 from jindiskd.kbs.freshness import parse_state
 from jindiskd.keys.store import Requester
-from jindiskd.keys.volumes import LeaseHeld, SessionRefused, Volumes
+from jindiskd.keys.volumes import LeaseHeld, SessionRefused, Stale, Volumes
 
 log = structlog.get_logger(__name__)
 MOST_PEERS = 4096
@@ -55,6 +56,19 @@ class Freshness:
         except LeaseHeld as exc:
             raise Refusal("LeaseHeld", "the session before may still be writing") from exc
         return {"result": "ok"}
+
+    async def stale(self, body: bytes, peer: Peer) -> Stale:
+        """Take from a guest that its disk is an old one; the audit row is durable when this returns.
+
+        Raises:
+            MalformedMessage, Refusal: it was not taken.
+        """
+        state, who = parse_state(body), Requester(peer=peer.description)
+        try:
+            return await asyncio.to_thread(self.volumes.stale, state, who, peer.image_id)
+        except SessionRefused as exc:
+            await self._fenced("stale", state.volume, who, exc)
+            raise Refusal("Fenced", "the session is not the one released last") from exc
 
     async def _fenced(self, verb: str, volume: str, who: Requester, why: SessionRefused) -> None:
         left = self._left.get(who.peer, self._fenced_per_peer if len(self._left) < MOST_PEERS else 0)

@@ -116,6 +116,8 @@ class Broker:
                 return step, await self._resource(request, peer, path)
             if step == "release":
                 return step, await self._release(request, peer)
+            if step == "stale":
+                return step, await self._stale(request, peer)
             return step, answer(await self._freshness.tell(step, await body_of(request), peer))
         except Refusal as exc:
             return step, error(exc.kind, exc.detail, exc.status)
@@ -134,6 +136,22 @@ class Broker:
         return step, error("PluginInternalError", "internal error")
 
     # The steps
+
+    async def _stale(self, request: web.BaseRequest, peer: Peer) -> web.Response:
+        """A guest got its key, and then found an old copy of its disk: as much a refusal as one of ours."""
+        found = await self._freshness.stale(await body_of(request), peer)
+        log.warning("refused", peer=peer.description, image_id=found.image_id, findings=[found.finding.id])
+        self.metrics.count("jindisk_broker_refusals_total", finding=found.finding.id)
+        self._on_event(
+            BrokerEvent(
+                peer=peer,
+                kind="refused",
+                image_id=found.image_id,
+                simulated=found.simulated,
+                findings=(found.finding,),
+            )
+        )
+        return answer({"result": "ok"})
 
     async def _auth(self, request: web.BaseRequest, peer: Peer) -> web.Response:
         asked = parse_request(await body_of(request))
@@ -336,6 +354,7 @@ _STEPS = {
     ("POST", "jindisk/adopt"): "adopt",
     ("POST", "jindisk/report"): "report",
     ("POST", "jindisk/close"): "close",
+    ("POST", "jindisk/stale"): "stale",
 }
 
 

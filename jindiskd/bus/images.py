@@ -10,14 +10,28 @@ from jindiskd.bus.objects import Object, ObjectPath, Options
 from jindiskd.bus.peers import Caller
 from jindiskd.bus.ports import Images, ImageView
 from jindiskd.bus.server import Server
-from jindiskd.errors import NotFound
+from jindiskd.errors import InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager
+
+REASON_LIMIT = 500
 
 
 def image_path(image_id: str) -> ObjectPath:
     """Where an image is exported."""
     return ObjectPath(f"{ROOT_PATH}/image/{path_label(image_id)}")
+
+
+def bounded_reason(reason: str) -> str:
+    """A reason for the audit log, as it is to be kept.
+
+    Raises:
+        InvalidArgument: it is too long, or has characters that are not for a line.
+    """
+    if len(reason) > REASON_LIMIT or not reason.isprintable():
+        remedy = f"give one line of printable text, {REASON_LIMIT} characters at most"
+        raise InvalidArgument("reason", f"{len(reason)} characters", remedy)
+    return reason
 
 
 class ImageObject(Object, spec="org.jindisk1.Image"):
@@ -72,6 +86,10 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         """Allow release of its key again."""
         await self._images.reinstate(self._view.image_id)
         await self._refresh()
+
+    async def accept_rollback(self, caller: Caller, reason: str, options: Options) -> None:  # noqa: ARG002 (as above)
+        """Take whatever state its volume is in, once."""
+        await self._images.accept_rollback(self._view.image_id, bounded_reason(reason))
 
     async def get_manifest(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
         """What was built, from what."""

@@ -103,6 +103,9 @@ class Images(Protocol):
     async def reinstate(self, image_id: str) -> None:
         """Allow release of its key again."""
 
+    async def accept_rollback(self, image_id: str, reason: str) -> None:
+        """Have its next start take whatever authentic state its volume is in, once."""
+
 
 class Guests(Protocol):
     """The domains."""

@@ -15,7 +15,8 @@ from jindiskd.cli.completion import PROGRAM, completion
 from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
 from jindiskd.cli.job import job
-from jindiskd.cli.service import audit, daemon, key, status
+from jindiskd.cli.key import key
+from jindiskd.cli.service import audit, daemon, status
 from jindiskd.cli.system import system_files
 
 

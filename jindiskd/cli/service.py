@@ -1,4 +1,4 @@
-"""`jindiskctl status`, `key`, `audit` and `daemon`: the service itself."""
+"""`jindiskctl status`, `audit` and `daemon`: the service itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jindiskd.cli.client import connected
 from jindiskd.cli.domain import DOMAIN
 from jindiskd.cli.image import IMAGE, MANAGER
 from jindiskd.cli.jobs import FINAL, JOB
-from jindiskd.cli.output import fields, moment, platform, table
+from jindiskd.cli.output import fields, moment, table
 
 
 def _counted(items: list[dict[str, Any]], what: str) -> str:
@@ -60,37 +60,6 @@ async def _status(app: App) -> None:
         "jobs_running": len(jobs),
     }
     app.show(document, lambda: fields(pairs) + warnings)
-
-
-@click.group()
-@common
-def key() -> None:
-    """Look at what is known of the keys; never at the keys."""
-
-
-@key.command(name="list")
-@common
-@pass_app
-def key_list(app: App) -> None:
-    """List the keys: whose they are, and what they are released to."""
-    run(_key_list(app))
-
-
-async def _key_list(app: App) -> None:
-    async with connected() as client:
-        keys = await client.call(ROOT_PATH, MANAGER, "ListKeys", {})
-    head = ("IMAGE", "PLATFORM", "STATE", "RELEASED TO", "CREATED")
-    rows = [
-        (
-            item["name"],
-            platform({"Platform": item["platform"], "Simulated": item["simulated"]}),
-            item["state"],
-            " ".join(digest[:16] for digest in item["launch-digests"]),
-            moment(item["created"]),
-        )
-        for item in keys
-    ]
-    app.show({"keys": keys}, lambda: table(head, rows, legend=app.legend))
 
 
 @click.group()

@@ -69,11 +69,11 @@ class DomainView:
 
 
 class LaunchRefused(JindiskError, code="LaunchRefused", exit_code=EXIT_REFUSED):
-    """The broker refused the guest its key."""
+    """The broker refused the guest its key, or the guest its disk."""
 
     def __init__(self, name: str, reason: str) -> None:
         """`reason` is the broker's findings in one sentence."""
-        super().__init__(f"domain {name!r} was refused its key: {reason}")
+        super().__init__(f"domain {name!r} was refused: {reason}")
         self.reason = reason
 
 

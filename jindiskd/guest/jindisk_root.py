@@ -67,6 +67,12 @@ class BrokerKeeper:
             client = self._broker.client(seconds_from_now(MESSAGE_S))
             client.report(self._volume, self._session, state.sequence, state.root)
 
+    def stale(self, state: State) -> None:
+        """The disk's newest state is this one, which the anchor does not accept: the owner should know."""
+        with _refusals():
+            client = self._broker.client(seconds_from_now(MESSAGE_S))
+            client.stale(self._volume, self._session, state.sequence, state.root)
+
     def close(self, state: State) -> None:
         """See `jindisk.anchor.Keeper`."""
         with _refusals():
@@ -91,9 +97,15 @@ def open_session(device: Path, expectation: JindiskExpectation, grant: VolumeGra
     """
     anchor = UNANCHORED if grant.anchor is None else Anchor.unpack(grant.anchor.pack())
     opened: FileDevice = OpenFile(device, writable=True).__enter__()  # for the life of the process
-    volume = open_volume(
-        opened, key=grant.key, uuid=UUID(expectation.uuid), anchor=anchor, name="the root", cache_pages=CACHE_PAGES
-    )
+    try:
+        volume = open_volume(
+            opened, key=grant.key, uuid=UUID(expectation.uuid), anchor=anchor, name="the root", cache_pages=CACHE_PAGES
+        )
+    except VolumeStale as exc:
+        if exc.newest is not None:
+            with contextlib.suppress(Exception):  # the boot ends here, whoever hears of it
+                keeper.stale(exc.newest)
+        raise
     session = Session(
         volume,
         session_id=grant.session,

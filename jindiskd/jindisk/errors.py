@@ -9,6 +9,7 @@ from __future__ import annotations
 from errno import EIO, ENOSPC, EROFS
 
 from jindiskd.errors import EXIT_BUSY, EXIT_FAILED, EXIT_INTEGRITY, JindiskError
+from jindiskd.jindisk.anchor import State
 
 
 class VolumeError(JindiskError):
@@ -54,12 +55,13 @@ class VolumeUnauthentic(VolumeError, code="VolumeUnauthentic", exit_code=EXIT_IN
 class VolumeStale(VolumeError, code="VolumeStale", exit_code=EXIT_INTEGRITY):
     """Authentic, but not a state that the anchor accepts."""
 
-    def __init__(self, wanted: int, found: str) -> None:
-        """`wanted` is the anchor's sequence number, `found` says what is there."""
+    def __init__(self, wanted: int, found: str, newest: State | None = None) -> None:
+        """`wanted` is the anchor's sequence number, `found` says what is there, `newest` is its newest superblock."""
         super().__init__(
             f"the volume is not in an acceptable state: {wanted} is the last state known to the owner, the disk holds "
             f"{found}; it was set back or forked, restore the right disk"
         )
+        self.newest = newest
 
 
 class VolumeInconsistent(VolumeError, code="VolumeInconsistent", exit_code=EXIT_INTEGRITY):

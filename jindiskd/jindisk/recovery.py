@@ -126,9 +126,10 @@ def recover(device: Device, *, key: Secret, uuid: UUID | None, anchor: Anchor | 
         raise failures[0]
     if not candidates:
         raise unauthentic[0]
-    newest = candidates[0][0]
+    newest, block = candidates[0]
     wanted = anchor.sequence if isinstance(anchor, Anchor) else 0
-    raise VolumeStale(wanted, f"sequence number {newest.sequence} and its journal")
+    state = State(session=newest.session, sequence=newest.sequence, root=root_after_superblock(block))
+    raise VolumeStale(wanted, f"sequence number {newest.sequence} and its journal", state)
 
 
 def _agree(header: Identification, superblock: Superblock, uuid: UUID | None) -> None:

@@ -177,6 +177,13 @@ class KbsClient:
         """Tell the last state of the session; nothing may be written after it is sent. Raises as `adopt`."""
         self._tell("close", VolumeState(volume=volume, session=session, sequence=sequence, root=root))
 
+    def stale(self, volume: str, session: bytes, sequence: int, root: bytes) -> None:
+        """Tell that the disk's newest state is this one, none that the anchor accepts: the session does not begin.
+
+        Raises as `adopt`.
+        """
+        self._tell("stale", VolumeState(volume=volume, session=session, sequence=sequence, root=root))
+
     def _attested(
         self,
         tee: str,

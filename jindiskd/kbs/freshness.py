@@ -20,7 +20,7 @@ from jindiskd.errors import InvalidArgument
 from jindiskd.kbs.messages import MalformedMessage, check_resource, read_object
 
 SESSION_BYTES = ROOT_BYTES = 32
-VERBS = ("release", "adopt", "report", "close")
+VERBS = ("release", "adopt", "report", "close", "stale")
 _ANCHOR = struct.Struct("<B32sQ32s")
 _GRANT = struct.Struct("<4sIB73s32s")
 _MAGIC = b"JDR1"
@@ -103,7 +103,7 @@ class VolumeGrant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeState:
-    """`adopt`, `report`, `close`: a session tells a state of its volume."""
+    """`adopt`, `report`, `close`, `stale`: a session tells a state of its volume."""
 
     volume: str
     session: bytes = field(repr=False)
@@ -159,7 +159,7 @@ def parse_release(body: bytes) -> tuple[str, str]:
 
 
 def parse_state(body: bytes) -> VolumeState:
-    """Read an `adopt`, `report` or `close`.
+    """Read an `adopt`, `report`, `close` or `stale`.
 
     Raises:
         MalformedMessage: it is none.

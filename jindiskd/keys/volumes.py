@@ -10,11 +10,12 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
+from jindiskd.attest.model import Finding
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_BUSY, EXIT_REFUSED, AlreadyExists, JindiskError, NotFound
 from jindiskd.kbs.freshness import SESSION_BYTES, Anchor, VolumeGrant, VolumeState, check_volume
@@ -57,6 +58,15 @@ class VolumeRecord:
     """Whether the owner accepts, once, whatever authentic state is found."""
     resource: str
     """Of its key; empty for that of the image's root."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stale:
+    """That a guest found an old copy of its disk."""
+
+    image_id: str
+    simulated: bool
+    finding: Finding
 
 
 class Volumes:
@@ -147,6 +157,10 @@ class Volumes:
         with self._database.read() as connection:
             return self._record(self._row(connection, volume))
 
+    def of_image(self, image_id: str) -> Sequence[VolumeRecord]:
+        """The volumes that the key of an image opens."""
+        return [record for record in self.list() if record.image_id == image_id]
+
     def accept_rollback(self, volume: str, reason: str, by: Requester | None = None) -> None:
         """Accept whatever authentic state the next session finds, once: after a restored backup, or a lost database.
 
@@ -215,7 +229,8 @@ class Volumes:
         """
         with self._database.write() as connection:
             row, anchor = self._known(connection, state, image_id)
-            if self._image(connection, row["image_id"]).state is not KeyState.ACTIVE:
+            record = self._image(connection, row["image_id"])
+            if record.state is not KeyState.ACTIVE:
                 raise SessionRefused(state.volume, "key.state", "the key of its image is not active")
             if anchor is not None and anchor == _anchor_of(state, open_=True):
                 return self._renew(connection, row, state)
@@ -240,7 +255,7 @@ class Volumes:
             detail = {"volume": state.volume, "sequence": state.sequence, "before": self._position(row)}
             if row["pending_any"]:
                 detail["any state"] = True
-            self._store.audit.append(connection, "adopted", row["image_id"], requester, detail)
+            self._store.audit.append(connection, "adopted", row["image_id"], _seen(requester, record), detail)
         return None
 
     def report(self, state: VolumeState, image_id: str | None = None) -> None:
@@ -265,7 +280,41 @@ class Volumes:
                 lease_until=0.0,
             )
             detail = {"volume": state.volume, "sequence": state.sequence}
-            self._store.audit.append(connection, "closed", row["image_id"], requester, detail)
+            record = self._image(connection, row["image_id"])
+            self._store.audit.append(connection, "closed", row["image_id"], _seen(requester, record), detail)
+
+    def stale(self, state: VolumeState, requester: Requester, image_id: str | None = None) -> Stale:
+        """A released session found a disk in no acceptable state: write that down, and forget the session.
+
+        Args:
+            state: the newest on the disk.
+            requester: who says it.
+            image_id: the only image whose volumes this peer may speak of; None for any.
+
+        Raises:
+            SessionRefused: the session is not the pending one.
+        """
+        with self._database.write() as connection:
+            row, anchor = self._known(connection, state, image_id)
+            if not self._is_pending(row, state):
+                raise SessionRefused(state.volume, "session.not_pending", "the session is not the one released last")
+            record = self._image(connection, row["image_id"])
+            last = anchor.sequence if anchor else "unknown"
+            text = (
+                f"its disk is not in the latest state: it holds state {state.sequence}, the last one known is {last},"
+                " so an old or foreign copy was attached; attach the right disk, or accept this one once by"
+                f" `jindiskctl key accept-rollback {record.name}`"
+            )
+            self._update(connection, state.volume, pending=None, pending_any=False)
+            finding = Finding("volume.stale", text)
+            detail = {
+                "volume": state.volume,
+                "sequence": state.sequence,
+                "before": self._position(row),
+                "findings": [{"id": finding.id, "text": finding.text}],
+            }
+            self._store.audit.append(connection, "refused", record.image_id, _seen(requester, record), detail)
+        return Stale(image_id=record.image_id, simulated=record.platform.simulated, finding=finding)
 
     def record_fenced(self, volume: str, verb: str, requester: Requester, why: SessionRefused) -> None:
         """Write down that a message was refused."""
@@ -351,6 +400,11 @@ class Volumes:
             accept_any=row["accept_any"],
             resource=row["resource"],
         )
+
+
+def _seen(requester: Requester, record: ImageRecord) -> Requester:
+    """Who speaks for a session: it was attested when its key was released, as what its image is for."""
+    return replace(requester, simulated=record.platform.simulated)
 
 
 def _anchor_of(state: VolumeState, *, open_: bool) -> Anchor:

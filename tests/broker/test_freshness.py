@@ -56,6 +56,24 @@ async def test_a_session_from_release_to_close(root: SimulatedRoot, tmp_path: Pa
         assert b.store.audit_rows()[-6]["detail"]["volume"] == VOLUME
 
 
+async def test_a_stale_disk_is_refused_with_a_finding(root: SimulatedRoot, tmp_path: Path) -> None:
+    """The guest says it over the wire; whoever follows guests hears of a refusal, and the broker counts it."""
+    async with bench(root, tmp_path) as b:
+        with_volumes(b)
+        grant = await release(b)
+        await tell(b, "stale", VOLUME, grant.session, 3, bytes(32))
+        event = b.events[-1]
+        assert (event.kind, event.image_id, event.simulated) == ("refused", IMAGE, True)
+        assert [finding.id for finding in event.findings] == ["volume.stale"]
+        assert b.store.audit_rows()[-1]["kind"] == "refused"
+        assert b.store.audit_rows()[-1]["simulated"]
+        with pytest.raises(Fenced):
+            await tell(b, "stale", VOLUME, grant.session, 3, bytes(32))
+        with pytest.raises(Fenced):
+            await tell(b, "adopt", VOLUME, grant.session, 7, FIRST.root)
+        assert b.store.audit_rows()[-1]["kind"] == "fenced"
+
+
 async def test_the_anchor_is_remembered_by_the_next_broker(root: SimulatedRoot, tmp_path: Path) -> None:
     """A restart in the middle of a session is nothing that the guest notices."""
     async with bench(root, tmp_path) as b:

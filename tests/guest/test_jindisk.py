@@ -55,6 +55,10 @@ class Remembering:
                 key=self.key, anchor=freshness.Anchor.unpack(self.anchor.pack()), session=self.pending, lease_s=0
             )
             return 200, jwe.seal(grant.pack(), self.broker.recipient).encode()
+        if verb == "stale":
+            assert bytes.fromhex(body["session"]) == self.pending
+            self.told[-1] += f" {body['sequence']}"
+            return 200, b"{}"
         session, sequence, root = bytes.fromhex(body["session"]), body["sequence"], bytes.fromhex(body["root"])
         wanted = self.pending if verb == "adopt" else self.anchor.session
         state = State(session=session if verb != "adopt" else self.anchor.session, sequence=sequence, root=root)
@@ -112,6 +116,7 @@ def boot(machine, guest_kernel, volume, tmp_path) -> Boot:
 def test_life(boot) -> None:
     """Two boots: each adopts, writes and closes; what was written is there, sound, and the old copy is refused."""
     old = Path(shutil.copy(boot.volume.path, boot.tmp_path / "old.img"))
+    first = boot.memory.anchor.sequence
     boot.run()
     assert boot.machine.stages == ["boot", "report", "attested", "key", "unlocked", "running"], boot.machine.console
     assert "ROOT-SEES" in boot.machine.console, boot.machine.console
@@ -127,7 +132,7 @@ def test_life(boot) -> None:
     boot.volume.path = old
     boot.run()
     assert boot.machine.stages[-1] == f"fail {Code.STALE.value}"
-    assert boot.memory.told[-1] == "release"
+    assert boot.memory.told[-2:] == ["release", f"stale {first}"]
 
 
 def test_power_failure(boot, tmp_path_factory) -> None:

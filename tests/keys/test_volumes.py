@@ -290,3 +290,60 @@ def test_against_a_model_of_the_rules(tmp_path: Path, seed: int) -> None:
         assert b.anchor == anchor
     assert accepted > 5
     b.store.close()
+
+
+def test_an_old_copy_is_written_down_and_ends_the_session(b: Bench) -> None:
+    """What a guest tells of a stale disk is a refusal in the audit log; only the released session can say it, once."""
+    running = b.running()
+    b.report(running, 12)
+    session = b.release().session
+    for wrong in (running, b"\x09" * 32):
+        with pytest.raises(SessionRefused, match="not the one released last"):
+            b.volumes.stale(state(wrong, 8), WHO)
+    with pytest.raises(SessionRefused, match="another image"):
+        b.volumes.stale(state(session, 8), WHO, "another")
+    found = b.volumes.stale(state(session, 8), WHO, IMAGE)
+    assert (found.image_id, found.simulated, found.finding.id) == (IMAGE, False, "volume.stale")
+    row = b.store.audit_rows()[-1]
+    assert (row["kind"], row["image_id"], row["detail"]["sequence"]) == ("refused", IMAGE, 8)
+    (written,) = row["detail"]["findings"]
+    assert written == {"id": "volume.stale", "text": found.finding.text}
+    for words in ("holds state 8", "known is 12", "key accept-rollback web"):
+        assert words in written["text"]
+    # The session that was released for the old disk is over, the one that runs is not.
+    with pytest.raises(SessionRefused):
+        b.volumes.stale(state(session, 8), WHO)
+    with pytest.raises(SessionRefused, match="not the one released last"):
+        b.adopt(session, 12)
+    b.report(running, 13)
+    b.store.verify_audit()
+
+
+def test_rows_of_simulated_sessions_say_so(b: Bench) -> None:
+    """Adopting and closing come from a guest whose report proved nothing: the rows say it as the release's does."""
+    other, volume = "55555555-5555-4555-8555-555555555555", "66666666-6666-4666-8666-666666666666"
+    b.store.add_image(other, "sim", Platform.SIMULATED_SNP, f"default/{other}/root", Secret(KEY))
+    b.volumes.activate(other, [bytes(48)], volume, FIRST)
+    session = b.volumes.release(volume, other, WHO).session
+    tell = {"volume": volume, "session": session}
+    b.volumes.adopt(VolumeState(**tell, sequence=FIRST.sequence, root=FIRST.root), WHO)
+    b.volumes.close(VolumeState(**tell, sequence=9, root=bytes(32)), WHO)
+    rows = {row["kind"]: row["simulated"] for row in b.store.audit_rows() if row["image_id"] == other}
+    assert rows["adopted"]
+    assert rows["closed"]
+
+
+def test_a_key_and_its_volume_become_known_in_one_step(b: Bench) -> None:
+    """A volume that is known already keeps the key pending; a repetition changes nothing."""
+    other = "55555555-5555-4555-8555-555555555555"
+    b.store.add_image(other, "other", Platform.SNP, f"default/{other}/root", Secret(KEY))
+    with pytest.raises(AlreadyExists):
+        b.volumes.activate(other, [bytes(48)], VOLUME, FIRST)
+    assert b.store.image(other).state == "pending"
+    assert b.volumes.of_image(other) == []
+    fresh = "66666666-6666-4666-8666-666666666666"
+    for _ in range(2):
+        b.volumes.activate(other, [bytes(48)], fresh, FIRST)
+    (record,) = b.volumes.of_image(other)
+    assert (record.volume, record.anchor) == (fresh, FIRST)
+    assert b.store.image(other).state == "active"
