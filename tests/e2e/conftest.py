@@ -86,10 +86,19 @@ class Host:
 
     def refusal(self) -> list[str]:
         """The findings of the last refusal in the audit log."""
-        rows = self.json("audit", "list")
-        rows = rows if isinstance(rows, list) else next(value for value in rows.values() if isinstance(value, list))
-        assert rows[-1]["kind"] == "refused"
-        return list(rows[-1]["findings"])
+        row = self.rows()[-1]
+        assert row["kind"] == "refused"
+        return list(row["findings"])
+
+    def rows(self, image: str | None = None) -> list[dict[str, Any]]:
+        """The audit log, of one image if it is named."""
+        words = ["--image", self.json("image", "show", image)["image"]["ImageId"]] if image else []
+        rows = self.json("audit", "list", *words)
+        return rows if isinstance(rows, list) else next(value for value in rows.values() if isinstance(value, list))
+
+    def key(self, image: str) -> dict[str, Any]:
+        """What is known of an image's key and volume."""
+        return dict(self.json("key", "show", image)["key"])
 
 
 @pytest.fixture(scope="module")
