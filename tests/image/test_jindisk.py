@@ -146,13 +146,13 @@ async def test_key_and_first_state_become_known_together(request_for, disk_image
     service = ImageService(images, KeyPort(keys), broker_spki_sha256=bytes(32))
     volumes = Volumes(keys)
     fd = os.open(disk_image, os.O_RDONLY)
-    insert, undo = Volumes._insert, ImageService._undo
+    insert, undo = Volumes._activated, ImageService._undo
 
     def fails(*arguments: object) -> None:
         insert(*arguments)
         raise Crash
 
-    monkeypatch.setattr(Volumes, "_insert", fails)
+    monkeypatch.setattr(Volumes, "_activated", fails)
     monkeypatch.setattr(ImageService, "_undo", lambda *_: None)
     with pytest.raises(Crash):
         await service.build(request_for(name="web", **JINDISK), fd, lambda _progress: None)
@@ -160,7 +160,7 @@ async def test_key_and_first_state_become_known_together(request_for, disk_image
     (record,) = keys.images()
     assert record.state is KeyState.PENDING
     assert volumes.list() == []
-    monkeypatch.setattr(Volumes, "_insert", insert)
+    monkeypatch.setattr(Volumes, "_activated", insert)
     monkeypatch.setattr(ImageService, "_undo", undo)
     for _ in range(2):
         await service.reconcile()
