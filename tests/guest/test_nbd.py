@@ -73,7 +73,7 @@ class Memory:
         self.flushed = bytes(self.data)
 
     def discard(self, offset: int, length: int) -> None:
-        self.data[offset : offset + length] = bytes(length)
+        self.data[offset : offset + length] = bytes(min(length, len(self.data) - offset))
 
     def close(self) -> None:
         if self.failing:
@@ -148,6 +148,15 @@ def test_errors_reach_the_kernel(served) -> None:
     volume.failing = True
     assert kernel.send(nbd.WRITE, 0, 4, b"data")[0] == errno.ENOSPC
     volume.failing = False
+    assert kernel.send(nbd.READ, 0, 4) == (0, bytes(4))
+
+
+def test_a_trim_may_be_long(served) -> None:
+    """The kernel trims up to 4 GiB with one request: that is no junk, as a read of this length would be."""
+    kernel, volume, _, _ = served
+    volume.size_bytes = 1 << 32
+    assert kernel.send(nbd.TRIM, 0, 0xFFFFF000) == (0, b"")
+    volume.size_bytes = 1 << 16
     assert kernel.send(nbd.READ, 0, 4) == (0, bytes(4))
 
 
