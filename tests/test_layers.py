@@ -18,7 +18,7 @@ ROWS = (
     {"transport"},
     {"image"},
     {"domain"},
-    {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "system_files"},
+    {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "jindisksetup", "system_files"},
     {"program", "backend", "daemon", "brokerd"},
 )
 LEVEL = {name: number for number, row in enumerate(ROWS) for name in row}

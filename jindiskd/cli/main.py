@@ -11,13 +11,15 @@ import jindiskd
 from jindiskd.cli.app import App, common, exit_status
 from jindiskd.cli.attest import attest
 from jindiskd.cli.broker import broker
-from jindiskd.cli.completion import PROGRAM, completion
 from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
 from jindiskd.cli.job import job
 from jindiskd.cli.key import key
 from jindiskd.cli.service import audit, daemon, status
+from jindiskd.cli.shells import completion
 from jindiskd.cli.system import system_files
+
+PROGRAM = "jindiskctl"
 
 
 @click.group()
