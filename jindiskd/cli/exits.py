@@ -41,7 +41,6 @@ BY_CODE: Mapping[str, int] = {
     "DomainRefused": EXIT_INTEGRITY,
     "EvidenceNotAccepted": EXIT_REFUSED,
     "EvidenceRefused": EXIT_REFUSED,
-    "DomainRefused": EXIT_INTEGRITY,
     "FirmwareUnsuitable": EXIT_USAGE,
     "IdentityDamaged": EXIT_INTEGRITY,
     "HandoverUnusable": EXIT_INTEGRITY,
