@@ -40,7 +40,7 @@ class System:
         return ["/packages/" + Path(shutil.copy(package, inside)).name for package in packages]
 
     def boot(self, script: str, *, timeout_s: int = 600) -> str:
-        """Boot the system in a container, run a shell script in it as root, and return what it printed; it must succeed."""
+        """Boot the system in a container, run a shell script in it as root, which must succeed; returns its output."""
         (self.out / "script").write_text("set -ex\n" + script)
         for name in ("log", "rc"):
             (self.out / name).unlink(missing_ok=True)
