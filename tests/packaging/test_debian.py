@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import System
+
+from .conftest import System
 
 pytestmark = [pytest.mark.long, pytest.mark.host]
 
@@ -38,6 +39,9 @@ test $(($(date +%s) - begun)) -lt 60
 test "$(systemctl show -P Result jindiskd.service)" = success
 systemctl start jindiskd.service
 jindiskctl audit verify
+systemctl start jindisk-broker.service
+test "$(ps -o user= -p "$(systemctl show -P MainPID jindisk-broker.service)")" = jindisk+
+systemctl stop jindisk-broker.service
 """
 AFTER_UPGRADE = """
 systemctl start jindiskd.service
