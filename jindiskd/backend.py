@@ -263,6 +263,10 @@ class GuestsBackend:
         )
         return view.uuid
 
+    async def adopt(self, domain: str, image: str) -> str:
+        """Bind a domain that somebody else made to an image."""
+        return (await self._service.adopt(domain, image)).uuid
+
     async def stop(self, uuid: str, *, force: bool) -> None:
         """End one."""
         await self._service.stop_domain(uuid, force=force)

@@ -30,13 +30,12 @@ from jindiskd.bus.service import BusService
 from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Loaded, load
-from jindiskd.decisions import DecisionsBackend
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
 from jindiskd.errors import EXIT_UNAVAILABLE, NotFound
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
 from jindiskd.jobs.manager import JobManager
-from jindiskd.keys.store import Store
+from jindiskd.keys.store import KeyState, Store
 from jindiskd.keys.wrap import CREDENTIAL, load_kek
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
 from jindiskd.sim.pki import SimulatedRoot
@@ -141,7 +140,6 @@ class Service:
             images=ImagesBackend(image_service, store, domains, config),
             guests=GuestsBackend(domains),
             keys=KeysBackend(store),
-            decisions=DecisionsBackend(image_service, store, config),
             jobs=jobs,
             facts=ServiceFacts(
                 version=jindiskd.__version__,
@@ -186,6 +184,7 @@ class Service:
             uri=config.domains.libvirt_uri,
             images=images,
             open_broker=open_broker,
+            key_problem=lambda image_id: key_problem(store, image_id),
             settings=DomainSettings(
                 runtime_dir=config.service.runtime_dir,
                 console_dir=state.console,
@@ -200,6 +199,17 @@ class Service:
     async def stop(self) -> None:
         """Stop everything that was started, last first."""
         await self._stack.aclose()
+
+
+def key_problem(store: Store, image_id: str) -> str:
+    """Why the key of an image is not released, as the end of a sentence; empty if it may be. Blocks."""
+    try:
+        record = store.image(image_id)
+    except NotFound:
+        return "is not in the key store"
+    if record.state is KeyState.REVOKED:
+        return f"is revoked: 'jindiskctl image reinstate {record.name}' undoes that"
+    return "" if record.state is KeyState.ACTIVE else "is not released before its build is done"
 
 
 def tell_domains(domains: DomainService, event: BrokerEvent) -> None:

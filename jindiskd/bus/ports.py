@@ -123,6 +123,9 @@ class Guests(Protocol):
     async def launch(self, order: LaunchOrder, job: Job) -> str:
         """Start one and follow it until it runs; the result is its UUID."""
 
+    async def adopt(self, domain: str, image: str) -> str:
+        """Bind a domain that somebody else made, by name or UUID, to an image; the result is its UUID."""
+
     async def stop(self, uuid: str, *, force: bool) -> None:
         """End one."""
 
@@ -144,24 +147,6 @@ class Keys(Protocol):
 
     async def verify_audit(self) -> tuple[int, str]:
         """Number of rows and digest of the last."""
-
-
-class Decisions(Protocol):
-    """Policies of images, and what became of guests by them."""
-
-    async def policy(self, image_id: str, *, set_only: bool) -> str:
-        """The policy of an image, a TOML document."""
-
-    async def set_policy(self, image_id: str, text: str) -> bool:
-        """Replace it; False where it is that already."""
-
-    async def check_policy(
-        self, image_id: str, *, text: str | None, row: int | None
-    ) -> tuple[int, Sequence[Mapping[str, object]]]:
-        """Number of a refusal, and what the policy (the one in force if None) says of its evidence."""
-
-    async def explain(self, *, image_id: str | None, domain: str | None, row: int | None, job: Job) -> str:
-        """Why a guest was refused, a JSON document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,9 @@ from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import domains, images
-from jindiskd.cli.image import MANAGER
+from jindiskd.cli.image import MANAGER, Size
 from jindiskd.cli.jobs import start_and_follow
 from jindiskd.cli.output import clean, fields, moment, platform, table
-from jindiskd.cli.parameters import Size
 
 DOMAIN = "org.jindisk1.Domain"
 CONSOLE_INTERVAL_S = 0.3
@@ -126,6 +125,35 @@ async def _show(app: App, name: str) -> None:
         "vsock cid": str(found["Cid"] or ""),
     }
     app.show({"domain": found}, lambda: fields(pairs))
+
+
+@domain.command()
+@click.argument("domain_", metavar="DOMAIN")
+@click.argument("image", shell_complete=images)
+@common
+@pass_app
+def adopt(app: App, domain_: str, image: str) -> None:
+    """Make the libvirt domain DOMAIN, made by virsh, virt-install or virt-manager, a guest of IMAGE.
+
+    What is measured becomes the image's: firmware, kernel, initrd, command line, processors, launch security. Its first
+    disk must be the image's. Networks, displays and the rest stay. It is then started by `virsh start` as before.
+    """
+    run(_adopt(app, domain_, image))
+
+
+async def _adopt(app: App, name: str, image: str) -> None:
+    async with connected() as client:
+        job = await start_and_follow(
+            client, app, lambda: client.call(ROOT_PATH, MANAGER, "AdoptDomain", name, image, {}), wait=True
+        )
+        assert job is not None  # waited for
+        _, found = await find(client, job["Result"])
+    app.show(
+        {"domain": found},
+        lambda: (
+            f"Domain {clean(found['Name'])} is a guest of image {clean(found['Image'])}: start it by virsh as before."
+        ),
+    )
 
 
 @domain.command()

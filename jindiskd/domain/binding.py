@@ -32,6 +32,8 @@ class Binding:
     image: str
     image_id: str
     platform: Platform
+    adopted: bool = False
+    """Whether somebody else made the domain, so that its definition is theirs."""
 
 
 class Bindings:
@@ -51,6 +53,11 @@ class Bindings:
         except (OSError, document.MalformedDocument) as exc:
             log.warning("a binding cannot be read", domain=uuid, problem=str(exc))
             return None
+
+    def all(self) -> list[Binding]:
+        """All that can be read."""
+        found = (self.get(path.stem) for path in self._directory.glob("*.json") if UUID.fullmatch(path.stem))
+        return [binding for binding in found if binding is not None]
 
     def put(self, uuid: str, binding: Binding) -> None:
         """Record it durably."""

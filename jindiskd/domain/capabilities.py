@@ -111,9 +111,20 @@ def kernel_parameters(root: Path = Path("/")) -> Mapping[str, bool]:
 
 
 def read(conn: libvirt.virConnect, virt_type: str, emulator: str = EMULATOR, root: Path = Path("/")) -> Host:
-    """Ask libvirt. Runs in the libvirt thread; the first time for an emulator takes seconds."""
+    """Ask libvirt. Runs in the libvirt thread; the first time for an emulator takes seconds.
+
+    Raises:
+        NotSupported: the emulator is not there, or cannot run domains of this type.
+    """
+    try:
+        text = conn.getDomainCapabilities(emulator, "x86_64", "q35", virt_type)
+    except libvirt.libvirtError as exc:
+        if exc.get_error_code() not in {libvirt.VIR_ERR_INVALID_ARG, libvirt.VIR_ERR_CONFIG_UNSUPPORTED}:
+            raise
+        remedy = "enable virtualisation in the machine's firmware setup and load kvm_amd or kvm_intel"
+        raise NotSupported(f"a domain of type {virt_type!r} with {emulator}", remedy) from exc
     return parse(
-        conn.getDomainCapabilities(emulator, "x86_64", "q35", virt_type),
+        text,
         libvirt_version=conn.getLibVersion(),
         qemu_version=conn.getVersion(),
         parameters=kernel_parameters(root),

@@ -17,7 +17,7 @@ from jindiskd.errors import AlreadyExists, JindiskError, NotFound, ServiceUnavai
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
-UNDEFINED, STARTED, STOPPED, CRASHED = 1, 2, 5, 8  # virDomainEventType
+DEFINED, UNDEFINED, STARTED, STOPPED, CRASHED = 0, 1, 2, 5, 8  # virDomainEventType
 RETRY_S = 2.0
 MAX_SENTENCE, MAX_LINES = 600, 3
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ")

@@ -37,6 +37,8 @@ class Guest:
         """Told each state's name as it is reached, while somebody waits for the launch."""
         self.must_be_off = False
         """Whether its machine was to be switched off, and libvirt has not said yet that it is."""
+        self.by_others = False
+        """Whether libvirt started this machine at somebody else's word; see `domain.starts`."""
         self._lock = asyncio.Lock()
         self._retired = False
         self._broker: Closing | None = None

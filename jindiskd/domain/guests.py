@@ -90,10 +90,10 @@ class Guests:
         """Whether it is still the one of its UUID: another takes its place when the domain is launched anew."""
         return self._guests.get(guest.view.uuid) is guest
 
-    def claim(self, name: str, *, image: str, image_id: str, platform: Platform) -> Guest:
+    def claim(self, name: str, *, image: str, image_id: str, platform: Platform, uuid: str = "") -> Guest:
         """A new guest in `starting`, which holds its name, its image and a context id from now on.
 
-        A domain of that name which is off is launched anew: it keeps its UUID.
+        A domain of that name which is off is launched anew: it keeps its UUID. With `uuid`, that decides instead.
 
         Raises:
             Busy: the name or the image is in use.
@@ -105,7 +105,7 @@ class Guests:
                 if other.view.name == name:
                     raise Busy(f"domain {name!r}", f"it runs with image {other.view.image!r}; stop it first")
         old = self.named(name)
-        identity = old.view.uuid if old else str(uuid_module.uuid4())
+        identity = uuid or (old.view.uuid if old else str(uuid_module.uuid4()))
         view = DomainView(
             uuid=identity,
             name=name,
@@ -142,6 +142,12 @@ class Guests:
         if guest.follower is not None:
             guest.follower(state.value)
         self._tell(guest)
+
+    def amend(self, guest: Guest, *, name: str, reason: str) -> None:
+        """Note what somebody changed in the definition of a domain that is off; tells only of what is new."""
+        if (guest.view.name, guest.view.reason) != (name, reason):
+            guest.view = replace(guest.view, name=name, reason=reason)
+            self._tell(guest)
 
     def advance(self, uuid: str, state: DomainState) -> None:
         """Change a state by what a guest or the broker says; what may not follow is not believed."""

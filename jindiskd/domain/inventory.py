@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ class Found:
     """What our metadata element claims."""
     boot: BootInputs | None
     """What it boots; None where that is not a direct boot of ours."""
+    root: ET.Element
+    """Its definition: of the machine while it runs, else of the next start."""
 
 
 def read(conn: libvirt.virConnect, is_ours: Callable[[str], bool]) -> tuple[Found, ...]:
@@ -65,4 +68,5 @@ def _read(dom: libvirt.virDomain, is_ours: Callable[[str], bool]) -> Found | Non
         paused=state == libvirt.VIR_DOMAIN_PAUSED,
         claim=claim,
         boot=boot,
+        root=root,
     )

@@ -10,14 +10,15 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base.platform import Platform, Tee
-from jindiskd.domain import capabilities, check, machine, xml
-from jindiskd.domain.binding import Bindings
+from jindiskd.domain import capabilities, check, machine, vsock, xml
+from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
-from jindiskd.domain.spec import DomainSpec, from_manifest
+from jindiskd.domain.judge import Judge
+from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
-from jindiskd.errors import JindiskError, NotSupported, TimedOut
+from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.store import ImageStore
 
@@ -36,11 +37,12 @@ class Launcher:
         bindings: Bindings,
         open_broker: OpenBroker,
         settings: DomainSettings,
+        judge: Judge,
         heard: Callable[[Guest, str], None],
     ) -> None:
         """`heard` is told each progress word of a guest."""
         self._connection, self._images, self._guests, self._bindings = connection, images, guests, bindings
-        self._open_broker, self._settings, self._heard = open_broker, settings, heard
+        self._open_broker, self._settings, self._judge, self._heard = open_broker, settings, judge, heard
 
     async def launch(
         self,
@@ -67,8 +69,8 @@ class Launcher:
                     await old.retire()
                     if old.must_be_off:
                         await machine.end(self._connection, old)
-                spec = await self._define(guest, stored.path, manifest, memory_mib or self._settings.memory_mib)
-                await self._power_on(guest, spec)
+                text = await self._define(guest, stored.path, manifest, memory_mib or self._settings.memory_mib)
+                await self._power_on(guest, text)
                 await self._follow(guest)
         except BaseException as exc:
             reached = guest.view.state
@@ -80,9 +82,24 @@ class Launcher:
         guest.follower = None
         return guest.view
 
-    async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> DomainSpec:
+    async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> str:
+        """Make libvirt's definition what is to be started; returns its XML."""
         view = guest.view
-        await self._can_start(manifest.platform)
+        await self.can_start(manifest.platform)
+        binding = self._bindings.get(view.uuid)
+        if binding is not None and binding.adopted:
+            text = await self._adopted(view, binding)
+        else:
+            text = self._made(view, directory, manifest, memory_mib)
+        await guest.start_device(self._settings.vhost_device_vsock)
+        await guest.listen(self._open_broker, lambda word: self._heard(guest, word))
+        if binding is None or not binding.adopted:
+            self._bindings.put(view.uuid, Binding(image=view.image, image_id=view.image_id, platform=view.platform))
+            compare(view.name, text, await machine.define(self._connection, view.name, text))
+        return text
+
+    def _made(self, view: DomainView, directory: Path, manifest: Manifest, memory_mib: int) -> str:
+        """The definition of a domain that is ours alone."""
         spec = from_manifest(
             manifest,
             directory,
@@ -90,42 +107,39 @@ class Launcher:
             uuid=view.uuid,
             memory_mib=memory_mib,
             console_log=Path(view.console),
-            vsock=guest.device_socket,
+            vsock=vsock.device_path(self._settings.vsock_dir / view.uuid),
         )
         text = xml.write(spec)
         check.refuse(xml.parse(text), simulated=view.simulated)
-        await guest.start_device(self._settings.vhost_device_vsock)
-        await guest.listen(self._open_broker, lambda word: self._heard(guest, word))
-        self._bindings.put(view.uuid, spec.binding)
-        self._compare(view, text, await machine.define(self._connection, view.name, text))
-        return spec
+        return text
 
-    async def _can_start(self, platform: Platform) -> None:
+    async def _adopted(self, view: DomainView, binding: Binding) -> str:
+        """The definition of a domain that somebody else made and may have changed."""
+        text = (await machine.definition(self._connection, view.uuid)).text
+        if binding.image_id != view.image_id:
+            raise Busy(f"domain {view.name!r}", f"it was adopted for image {binding.image!r}; choose another --name")
+        await asyncio.to_thread(self._judge.refuse, xml.parse(text), binding, view.name)
+        return text
+
+    async def can_start(self, platform: Platform) -> None:
         """Refuse a platform that this host cannot start, before anything is made."""
         if platform is Platform.SIMULATED_SNP:
             return  # an ordinary domain to libvirt
-        capabilities.require(await machine.host(self._connection, "kvm"), platform)
+        self._judge.host = await machine.host(self._connection, "kvm")
+        capabilities.require(self._judge.host, platform)
         if platform.tee in {Tee.SEV, Tee.SEV_ES}:
             raise NotSupported(
                 f"launching a guest of platform {platform}", "its owner's session is not made by this release"
             )
 
-    async def _power_on(self, guest: Guest, spec: DomainSpec) -> None:
+    async def _power_on(self, guest: Guest, text: str) -> None:
         """Start the machine paused, measure what libvirt really has, then let it run."""
         view = guest.view
         live = await machine.start_paused(self._connection, view.name, view.uuid)
-        self._compare(view, xml.write(spec), live)
+        compare(view.name, text, live)
         await guest.start_firmware(xml.boot_inputs(xml.parse(live)), self._settings.simulated_root)
         await machine.resume(self._connection, view.name, view.uuid)
         self._guests.set(guest, DomainState.STARTED)
-
-    @staticmethod
-    def _compare(view: DomainView, wanted: str, got: str) -> None:
-        different = xml.differences(xml.parse(wanted), xml.parse(got))
-        if different:
-            raise LaunchFailed(
-                view.name, f"libvirt has another {', '.join(different)} than was asked for; see `virsh dumpxml`"
-            )
 
     @staticmethod
     async def _follow(guest: Guest) -> None:
@@ -149,3 +163,14 @@ class Launcher:
         if guest.view.state in ACTIVE:
             reason = str(why) if isinstance(why, JindiskError) else "the launch was given up"
             self._guests.set(guest, DomainState.FAILED, reason)
+
+
+def compare(name: str, wanted: str, got: str) -> None:
+    """Refuse a definition of which libvirt dropped or changed something that is measured or protects.
+
+    Raises:
+        LaunchFailed: naming the elements.
+    """
+    different = xml.differences(xml.parse(wanted), xml.parse(got))
+    if different:
+        raise LaunchFailed(name, f"libvirt has another {', '.join(different)} than was asked for; see `virsh dumpxml`")

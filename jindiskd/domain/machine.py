@@ -5,13 +5,17 @@ Everything here is called in the event loop and runs in the libvirt thread.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import libvirt
 
 from jindiskd.domain import capabilities
+from jindiskd.domain.binding import UUID
 from jindiskd.domain.capabilities import Host
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest
 from jindiskd.domain.spec import EMULATOR
+from jindiskd.errors import NotSupported
 
 
 async def host(connection: Connection, virt_type: str, emulator: str = EMULATOR) -> Host:
@@ -19,6 +23,39 @@ async def host(connection: Connection, virt_type: str, emulator: str = EMULATOR)
     return await connection.call(
         f"asking for the capabilities of {emulator}", lambda conn: capabilities.read(conn, virt_type, emulator)
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """A domain that libvirt keeps."""
+
+    uuid: str
+    name: str
+    active: bool
+    text: str
+    """The XML of its next start, with secrets such as a display's password: not to be logged or shown."""
+
+
+async def definition(connection: Connection, key: str) -> Definition:
+    """One domain by UUID or name.
+
+    Raises:
+        NotFound: there is none.
+        NotSupported: it is transient: libvirt forgets it when it stops.
+    """
+
+    def call(conn: libvirt.virConnect) -> Definition:
+        dom = conn.lookupByUUIDString(key) if UUID.fullmatch(key) else conn.lookupByName(key)
+        if not dom.isPersistent():
+            raise NotSupported(f"domain {key!r}, which is transient,", "define it (`virsh define`) first")
+        return Definition(
+            uuid=dom.UUIDString(),
+            name=dom.name(),
+            active=bool(dom.isActive()),
+            text=str(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)),
+        )
+
+    return await connection.call(key, call)
 
 
 async def define(connection: Connection, name: str, text: str) -> str:

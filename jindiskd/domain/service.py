@@ -9,25 +9,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import structlog
 
+from jindiskd.domain import adoption, console, inventory, machine, vsock
 from jindiskd.domain import connection as events
-from jindiskd.domain import console, inventory, machine, vsock
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Closing, Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
-from jindiskd.domain.launch import Launcher
+from jindiskd.domain.hook import HookListener
+from jindiskd.domain.judge import Judge, KeyProblem
+from jindiskd.domain.launch import Launcher, compare
+from jindiskd.domain.spec import from_manifest
+from jindiskd.domain.starts import Starts
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView
-from jindiskd.errors import Busy, JindiskError, TimedOut
+from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
 from jindiskd.image.store import ImageStore
 
 __all__ = ["Closing", "DomainService", "DomainSettings", "OpenBroker"]
 
 log = structlog.get_logger(__name__)
+HOOK_SOCKET = "hook.sock"
+"""Below the runtime directory; the hook looks for it in /run/jindiskd."""
+START_OVERDUE = timedelta(seconds=60)
+"""By when a start by others has come to something, whatever became of the hook."""
 SETTLE_S = 3.0
 SHUTDOWN_S = 90.0
 UNFINISHED = "the service ended while the domain was starting; launch it again"
@@ -36,9 +45,17 @@ UNFINISHED = "the service ended while the domain was starting; launch it again"
 class DomainService:
     """Launches and follows the domains of images."""
 
-    def __init__(self, *, uri: str, images: ImageStore, open_broker: OpenBroker, settings: DomainSettings) -> None:
-        """Nothing is connected or opened before `start`."""
-        self._open_broker, self._settings = open_broker, settings
+    def __init__(
+        self,
+        *,
+        uri: str,
+        images: ImageStore,
+        open_broker: OpenBroker,
+        settings: DomainSettings,
+        key_problem: KeyProblem = lambda _image_id: "",
+    ) -> None:
+        """Nothing is connected or opened before `start`. `key_problem` tells why a key would not be released."""
+        self._images, self._open_broker, self._settings = images, open_broker, settings
         self._bindings = Bindings(settings.bindings)
         self._guests = Guests(settings)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -46,6 +63,18 @@ class DomainService:
         self.ready = asyncio.Event()
         """Set once the domains have been read for the first time."""
         self.connection = Connection(uri, on_event=self._on_event, on_connected=self._on_connected)
+        self._judge = Judge(images, key_problem=key_problem, simulation=settings.simulated_root is not None)
+        self._starts = Starts(
+            guests=self._guests,
+            bindings=self._bindings,
+            judge=self._judge,
+            open_broker=open_broker,
+            settings=settings,
+            heard=self._on_word,
+            ended=lambda guest: self._spawn(self._ended, guest),
+            give_up=self._give_up,
+        )
+        self._hook = HookListener(settings.runtime_dir / HOOK_SOCKET, self._starts.answer)
         self._launcher = Launcher(
             connection=self.connection,
             images=images,
@@ -53,6 +82,7 @@ class DomainService:
             bindings=self._bindings,
             open_broker=open_broker,
             settings=settings,
+            judge=self._judge,
             heard=self._on_word,
         )
 
@@ -60,10 +90,13 @@ class DomainService:
         """Connect in the background; domains appear once libvirt answers."""
         self._settings.vsock_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._settings.console_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        await self._hook.start()
         await self.connection.start()
 
     async def stop(self) -> None:
         """Close listeners and the connection. Guests go on; their vsock devices too."""
+        await self._hook.close()
+        await self._starts.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -107,6 +140,62 @@ class DomainService:
         """
         return await self._launcher.launch(
             image_name, name=name, memory_mib=memory_mib, timeout_s=timeout_s, progress=progress
+        )
+
+    async def adopt(self, key: str, image_name: str) -> DomainView:
+        """Bind a domain that somebody else made, by name or UUID, to an image; again to take over a rebuilt image.
+
+        Raises:
+            NotFound: no such domain or image.
+            Busy: the domain runs.
+            DomainRefused, NotSupported: it cannot become a guest of this image.
+        """
+        stored = await asyncio.to_thread(self._images.get, image_name)
+        found = await machine.definition(self.connection, key)
+        known = self._guests.get(found.uuid)
+        if found.active or (known is not None and known.view.state in ACTIVE):
+            raise Busy(f"domain {found.name!r}", "it is running; stop it first")
+        await self._launcher.can_start(stored.manifest.platform)
+        spec = from_manifest(
+            stored.manifest,
+            stored.path,
+            name=found.name,
+            uuid=found.uuid,
+            memory_mib=self._settings.memory_mib,
+            console_log=self._settings.console(found.uuid),
+            vsock=vsock.device_path(self._settings.vsock_dir / found.uuid),
+        )
+        text = adoption.adopt(found.text, spec)
+        before = self._bindings.get(found.uuid)
+        binding = replace(spec.binding, adopted=before.adopted if before else True)
+        self._bindings.put(found.uuid, binding)  # first: a binding without metadata starts nothing
+        try:
+            compare(found.name, text, await machine.define(self.connection, found.name, text))
+        except BaseException:
+            if before is None:
+                self._bindings.drop(found.uuid)
+            else:
+                self._bindings.put(found.uuid, before)
+            with contextlib.suppress(JindiskError):
+                await asyncio.shield(machine.define(self.connection, found.name, found.text))
+            raise
+        if known is not None:
+            await known.retire()
+        log.info("adopted a domain", domain=found.name, image=image_name, simulated=binding.platform.simulated)
+        return self._guests.add(self._off(found.uuid, found.name, binding)).view
+
+    def _off(self, uuid: str, name: str, binding: Binding) -> DomainView:
+        return DomainView(
+            uuid=uuid,
+            name=name,
+            image=binding.image,
+            image_id=binding.image_id,
+            platform=binding.platform,
+            state=DomainState.DEFINED,
+            reason="",
+            since=datetime.now(UTC),
+            cid=0,
+            console=str(self._settings.console(uuid)),
         )
 
     async def stop_domain(self, key: str, *, force: bool) -> None:
@@ -173,11 +262,20 @@ class DomainService:
             self._guests.set(guest, DomainState.FAILED, console.sentence(word.removeprefix("fail ")))
             self._spawn(self._settle, guest)
 
+    def _give_up(self, guest: Guest, reason: str) -> None:
+        if guest.view.state in ACTIVE:
+            self._guests.set(guest, DomainState.FAILED, reason)
+        self._spawn(self._settle, guest)
+
     def _on_event(self, domain_uuid: str, event: int) -> None:
         guest = self._guests.get(domain_uuid)
-        if guest is not None and event in {events.STOPPED, events.CRASHED}:
+        if guest is None:
+            return
+        if event in {events.STOPPED, events.CRASHED}:
             self._spawn(self._ended, guest)
-        elif guest is not None and event == events.UNDEFINED:
+        elif event == events.STARTED and guest.by_others:
+            self._starts.started(guest)
+        elif event in {events.DEFINED, events.UNDEFINED, events.STARTED} and guest.view.state not in ACTIVE:
             self._spawn(self._reconcile)
 
     async def _ended(self, guest: Guest) -> None:
@@ -205,7 +303,14 @@ class DomainService:
     # Reading everything anew
 
     def _on_connected(self) -> None:
-        self._spawn(self._reconcile)
+        self._spawn(self._begin)
+
+    async def _begin(self) -> None:
+        """After connecting: what the hook will need of the host is asked now, since it must not ask libvirt."""
+        if any(not binding.platform.simulated for binding in self._bindings.all()):
+            with contextlib.suppress(NotSupported):
+                self._judge.host = await machine.host(self.connection, "kvm")
+        await self._reconcile()
 
     async def _reconcile(self) -> None:
         """Read all domains: adopt what runs, note what ended, drop what is gone, clear what was left behind."""
@@ -223,8 +328,12 @@ class DomainService:
                     await self._adopt(item, binding)
                 elif item.active and known.must_be_off:
                     await machine.end(self.connection, known)
-                elif not item.active and known.view.state in ACTIVE:
-                    await self._ended(known)
+                elif known.view.state in ACTIVE:
+                    await self._recheck(known, item)
+                elif item.active and known.view.state in {DomainState.DEFINED, DomainState.STOPPED}:
+                    await self._adopt(item, binding)  # started without our hook
+                elif not item.active:
+                    await self._look_at(known, item, binding)
             there = {item.uuid for item in found}
             for guest, view in before:
                 same = self._guests.holds(guest) and guest.view is view
@@ -242,8 +351,24 @@ class DomainService:
             self.ready.set()
             self._guests.notify()
 
+    async def _recheck(self, guest: Guest, item: inventory.Found) -> None:
+        """What we take to run: does it, and did the start by others come to something?"""
+        if not item.active and guest.by_others and guest.view.state is DomainState.STARTING:
+            if datetime.now(UTC) - guest.view.since > START_OVERDUE:
+                await self._starts.abandon(guest)
+        elif not item.active:
+            await self._ended(guest)
+        else:
+            self._starts.started(guest)
+
+    async def _look_at(self, guest: Guest, item: inventory.Found, binding: Binding) -> None:
+        """A domain that is off: say beforehand what would keep it from being started; somebody may have edited it."""
+        problem = await asyncio.to_thread(self._judge.problem, item.root, binding, item.name)
+        if guest.view.state in {DomainState.DEFINED, DomainState.STOPPED} and self._guests.holds(guest):
+            self._guests.amend(guest, name=item.name, reason=problem)
+
     async def _adopt(self, item: inventory.Found, binding: Binding) -> None:
-        """Take over a domain that an earlier process of this service made."""
+        """Take over a domain that an earlier process of this service made or adopted."""
         record = vsock.read_record(self._settings.vsock_dir / item.uuid) if item.active else None
         state, reason = (DomainState.RUNNING, "") if item.active else (DomainState.DEFINED, "")
         if item.active and record is None:
@@ -251,18 +376,8 @@ class DomainService:
         interrupted = record is not None and not record.running
         if interrupted:
             state, reason = DomainState.FAILED, UNFINISHED
-        view = DomainView(
-            uuid=item.uuid,
-            name=item.name,
-            image=binding.image,
-            image_id=binding.image_id,
-            platform=binding.platform,
-            state=state,
-            reason=reason,
-            since=datetime.now(UTC),
-            cid=record.cid if record and not interrupted else 0,
-            console=str(self._settings.console(item.uuid)),
-        )
+        cid = record.cid if record and not interrupted else 0
+        view = replace(self._off(item.uuid, item.name, binding), state=state, reason=reason, cid=cid)
         guest = self._guests.add(view)
         log.info("found a domain", domain=item.name, state=state.value, simulated=view.simulated)
         try:
@@ -273,6 +388,8 @@ class DomainService:
                 await guest.listen(self._open_broker, lambda word: self._on_word(guest, word))
                 if item.boot is not None:
                     await guest.start_firmware(item.boot, self._settings.simulated_root)
+            elif not item.active:
+                await self._look_at(guest, item, binding)
         except (JindiskError, OSError) as exc:
             log.warning("a running domain was found but is not served", domain=item.name, problem=str(exc))
 

@@ -1,1 +1,0 @@
-"""`jindisksetup`: JinDisk volumes in files and block devices, without the service."""

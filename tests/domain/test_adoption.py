@@ -1,0 +1,117 @@
+"""Domains that others made, changed into guests of an image: what changes, what stays, what is refused."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+from jindiskd.domain import adoption, xml
+from jindiskd.domain.check import DomainRefused
+
+from .test_xml import NEWEST_SCHEMA, UUID, of_kind
+
+KINDS = ["simulated-snp", "sev", "sev-es", "snp", "tdx"]
+
+
+@pytest.fixture
+def made() -> str:
+    """What virt-install 4.1 defined with libvirt 9.0, as `virsh dumpxml --inactive --security-info` shows it.
+
+    Its options: --virt-type qemu --import --machine q35 --disk path=...,format=raw,bus=virtio
+    --network type=user,model=virtio --graphics vnc,password=secret
+    """
+    return (Path(__file__).parent / "data/virt-install.xml").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_virt_install_made_becomes_a_guest_of_the_image(made: str, golden, kind: str) -> None:
+    """Measured parts are the image's, the rest the owner's; the newest schema accepts it; again changes nothing."""
+    spec = of_kind(kind, name="web")
+    text = adoption.adopt(made, spec)
+    root = xml.parse(text)
+    assert xml.boot_inputs(root) == spec.boot if kind != "tdx" else True
+    assert xml.binding_of(root) == spec.binding
+    before = xml.parse(made)
+    assert root.findtext("memory") == before.findtext("memory")
+    graphics = root.find("devices/graphics")
+    assert graphics is not None
+    assert graphics.get("passwd") == "secret"
+    assert len(root.findall("devices/interface")) == 1
+    assert sorted(adoption.adopt(text, spec).split()) == sorted(text.split())
+    golden(Path(__file__).parent / "golden" / f"adopted-{kind}.xml", text)
+    if NEWEST_SCHEMA.exists():
+        etree.RelaxNG(etree.parse(NEWEST_SCHEMA)).assertValid(etree.fromstring(text))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "element"),
+    [
+        ("machine='pc-q35-7.2'", "machine='pc'", "type@machine"),
+        ("/var/lib/jindiskd/images/web/disk.img", "/other.img", "disk"),
+        ("type='raw'", "type='qcow2'", "driver@type"),
+        ("bus='virtio'", "bus='sata'", "target@bus"),
+        (">hvm<", ">exe<", "type"),
+    ],
+)
+def test_what_is_not_ours_to_change_is_refused(made: str, old: str, new: str, element: str) -> None:
+    """By the element, before anything is done."""
+    assert old in made
+    with pytest.raises(DomainRefused) as caught:
+        adoption.adopt(made.replace(old, new), of_kind("simulated-snp", name="web"))
+    assert [fault.element for fault in caught.value.faults] == [element]
+
+
+def test_a_device_in_the_way_of_ours(made: str) -> None:
+    """The slot of the vsock device must be free."""
+    root = xml.parse(made)
+    interface = root.find("devices/interface")
+    assert interface is not None
+    ET.SubElement(interface, "address", type="pci", domain="0", bus="0x00", slot="0x1e", function="0")
+    with pytest.raises(DomainRefused, match="slot 0x1e"):
+        adoption.adopt(ET.tostring(root, encoding="unicode"), of_kind("simulated-snp", name="web"))
+
+
+def test_a_domain_without_disks_gets_the_images() -> None:
+    """And a console, whose log can be looked at."""
+    machine = "<os><type machine='q35'>hvm</type></os>"
+    text = f"<domain type='qemu'><name>web</name><uuid>{UUID}</uuid><memory>1</memory>{machine}</domain>"
+    spec = of_kind("simulated-snp", name="web")
+    root = xml.parse(adoption.adopt(text, spec))
+    source = root.find("devices/disk/source")
+    assert source is not None
+    assert source.get("file") == str(spec.disk)
+    assert root.find("devices/serial/log") is not None
+
+
+def test_the_owners_launch_security_stays(made: str) -> None:
+    """Host data and an ID block are the owner's; a SEV session is for one launch and goes."""
+    root = xml.parse(made)
+    root.append(
+        ET.fromstring(
+            "<launchSecurity type='sev-snp' kernelHashes='yes'><cbitpos>51</cbitpos><policy>0xb0000</policy>"
+            f"<hostData>{'A' * 43}=</hostData></launchSecurity>"
+        )
+    )
+    found = xml.parse(adoption.adopt(ET.tostring(root, encoding="unicode"), of_kind("snp", name="web")))
+    assert found.findtext("launchSecurity/policy") == "0xb0000"
+    assert found.findtext("launchSecurity/hostData") == "A" * 43 + "="
+    assert found.find("launchSecurity/cbitpos") is None
+    sev = ET.tostring(root, encoding="unicode").replace("sev-snp", "sev")
+    found = xml.parse(adoption.adopt(sev.replace("hostData", "session"), of_kind("sev", name="web")))
+    assert found.find("launchSecurity/session") is None
+
+
+def test_two_vsock_devices_never(made: str) -> None:
+    """The owner's goes; arguments of the owner's for QEMU stay beside ours."""
+    text = made.replace(
+        "</devices>", "<vsock model='virtio'><cid auto='yes'/></vsock></devices>"
+        f"<commandline xmlns='{xml.QEMU_URI}'><arg value='-name'/><arg value='guest=x'/></commandline>",
+    )  # fmt: skip
+    found = xml.parse(adoption.adopt(text, of_kind("simulated-snp", name="web")))
+    assert found.find("devices/vsock") is None
+    values = [arg.get("value") for arg in found.iter(f"{{{xml.QEMU_URI}}}arg")]
+    assert values[:2] == ["-name", "guest=x"]
+    assert len(values) == 6
