@@ -4,7 +4,7 @@
 PYTHON = .venv/bin/python
 PYTEST = .venv/bin/pytest
 
-.PHONY: test test-long demo bench setup lint clean
+.PHONY: packages test test-long demo bench setup lint clean
 
 setup:
 	scripts/setup
@@ -18,6 +18,9 @@ lint: setup
 
 test: lint base
 	scripts/testenv $(PYTEST) -q -m "not long"
+
+packages: setup
+	scripts/build-packages $$(. /etc/os-release && echo $$VERSION_CODENAME)
 
 test-long: lint base
 	scripts/testenv $(PYTEST) -q -m long

@@ -30,6 +30,7 @@ from jindiskd.bus.service import BusService
 from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Loaded, load
+from jindiskd.decisions import DecisionsBackend
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
 from jindiskd.errors import EXIT_UNAVAILABLE, NotFound
 from jindiskd.image.service import ImageService
@@ -140,6 +141,7 @@ class Service:
             images=ImagesBackend(image_service, store, domains, config),
             guests=GuestsBackend(domains),
             keys=KeysBackend(store),
+            decisions=DecisionsBackend(image_service, store, config),
             jobs=jobs,
             facts=ServiceFacts(
                 version=jindiskd.__version__,

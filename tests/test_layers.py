@@ -18,8 +18,8 @@ ROWS = (
     {"transport"},
     {"image"},
     {"domain"},
-    {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "system_files"},
-    {"program", "backend", "daemon", "brokerd"},
+    {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "jindisksetup", "system_files"},
+    {"program", "backend", "decisions", "daemon", "brokerd"},
 )
 LEVEL = {name: number for number, row in enumerate(ROWS) for name in row}
 GUEST_MAY = {"errors", "base", "kbs", "jindisk", "luks2", "guest"}

@@ -8,48 +8,28 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from datetime import datetime
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jindiskd.attest.appraise import SnpExpectations, appraise_snp
 from jindiskd.attest.ccel import check_replay, parse_event_log
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
+from jindiskd.attest.offline_sev import SevExpectations, verify_sev_files
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, parse_endorsement, read_files, table_certificates
 from jindiskd.attest.snp_report import REPORT_BYTES, SnpReport, parse_report
 from jindiskd.attest.tdx import TdxExpectations, TdxVerifier, VerifiedTdx, appraise_tdx
 from jindiskd.attest.tdx_quote import TdAttributes, TdxQuote, parse_quote
+from jindiskd.attest.verdict import OfflineVerdict, Verdict, read_evidence_file, verdict_of
 from jindiskd.base.platform import Tee
-from jindiskd.errors import InvalidArgument, NotFound, NotSupported
+from jindiskd.errors import InvalidArgument
 from jindiskd.kbs.evidence import snp_from_json
 from jindiskd.kbs.messages import MalformedMessage, read_object
 
-MAX_EVIDENCE_BYTES = 1 << 20
+__all__ = ["OfflineVerdict", "Verdict", "snp_fields", "snp_report_of", "tdx_fields", "verify_files"]
 IOCTL_RESPONSE_BYTES = 4000
-
-
-class Verdict(enum.StrEnum):
-    """The one word of an offline judgement."""
-
-    GENUINE = "genuine"
-    """Goes back to its roots; no policy was given, or the roots are simulated ones (`OfflineVerdict.simulated`)."""
-    ACCEPTED = "accepted"
-    """Genuine, and says what the policy wants."""
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OfflineVerdict:
-    """A judgement and what it rests on."""
-
-    verdict: Verdict
-    simulated: bool
-    """True where it was judged by roots that prove nothing."""
-    fields: dict[str, Any]
-    """What the evidence says, ready for JSON: bytes as hexadecimal. Not to be believed when refused."""
-    findings: tuple[Finding, ...]
 
 
 def verify_files(
@@ -58,56 +38,52 @@ def verify_files(
     certificates: Sequence[Path],
     collateral: Path | None,
     at: datetime,
-    policy: SnpExpectations | TdxExpectations | None,
+    policy: SnpExpectations | TdxExpectations | SevExpectations | None,
     *,
+    session_key: Path | None = None,
     simulated_root: Path | None = None,
     event_log: Path | None = None,
-    allow_vlek_csp: frozenset[str] = frozenset(),
+    allow_vlek_csp: frozenset[str] | None = frozenset(),
+    allow_masked_chip_id: bool = False,
 ) -> OfflineVerdict:
     """Judge evidence from files. Reads files and computes: call it off the event loop.
 
     Args:
-        tee: SNP or TDX; SEV and SEV-ES have no evidence from inside the guest.
+        tee: the kind of evidence.
         evidence: SNP: a report (1184 bytes), the response of the SNP_GET_REPORT ioctl (4000 bytes), or the protocol's
-            JSON; TDX: a quote.
+            JSON; TDX: a quote; SEV and SEV-ES: what libvirt says of the launch (`attest.offline_sev`).
         certificates: SNP: files or directories with certificates and revocation lists, DER or PEM, or a certificate
-            table (`auxblob`).
+            table (`auxblob`). SEV: those of the platform.
         collateral: TDX: the JSON file of Intel's collateral.
         at: the time to judge by.
         policy: what it should say; None asks only whether it is genuine.
         simulated_root: certificate of a simulated root (SNP), or of a test root (TDX), trusted instead of the real.
         event_log: TDX: the guest's log (CCEL), which must lead to the quote's registers.
-        allow_vlek_csp: SNP: providers whose key may have signed.
+        allow_vlek_csp: SNP: providers whose key may have signed; None leaves that to the policy.
+        allow_masked_chip_id: SNP: accept reports of hidden chips, or leave that to the policy.
+        session_key: SEV: the integrity key (TIK) of the launch's session.
 
     Raises:
         NotFound: a file that is not there.
         MalformedEvidence: a file that is not in its format.
-        InvalidArgument, NotSupported: arguments that do not belong together; a kind without evidence.
+        InvalidArgument: arguments that do not belong together.
     """
-    blob = _read(evidence, "evidence")
+    if tee in {Tee.SEV, Tee.SEV_ES}:
+        if policy is not None and not isinstance(policy, SevExpectations):
+            raise InvalidArgument("policy", type(policy).__name__, "it is one for SEV, as the evidence is")
+        es = True if tee is Tee.SEV_ES else None
+        return verify_sev_files(evidence, certificates, session_key, policy, encrypted_state=es)
+    blob = read_evidence_file(evidence, "evidence")
     if tee is Tee.SNP:
         if policy is not None and not isinstance(policy, SnpExpectations):
             raise InvalidArgument("policy", type(policy).__name__, "it is one for SEV-SNP, as the evidence is")
-        return _snp(blob, certificates, at, policy, simulated_root, allow_vlek_csp)
-    if tee is Tee.TDX:
-        if policy is not None and not isinstance(policy, TdxExpectations):
-            raise InvalidArgument("policy", type(policy).__name__, "it is one for TDX, as the evidence is")
-        if collateral is None:
-            raise InvalidArgument("collateral", None, "a TDX quote is judged with Intel's collateral: name its file")
-        log = _read(event_log, "event log") if event_log is not None else None
-        return _tdx(blob, _read(collateral, "collateral"), at, policy, simulated_root, log)
-    raise NotSupported(f"{tee} evidence in a file", "such guests are measured at launch, from outside")
-
-
-def _read(path: Path, kind: str) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_EVIDENCE_BYTES + 1)
-    except (FileNotFoundError, IsADirectoryError) as exc:
-        raise NotFound(f"{kind} file", str(path)) from exc
-    if len(data) > MAX_EVIDENCE_BYTES:
-        raise MalformedEvidence(kind, f"it is longer than {MAX_EVIDENCE_BYTES} bytes")
-    return data
+        return _snp(blob, certificates, at, policy, simulated_root, allow_vlek_csp, allow_masked_chip_id)
+    if policy is not None and not isinstance(policy, TdxExpectations):
+        raise InvalidArgument("policy", type(policy).__name__, "it is one for TDX, as the evidence is")
+    if collateral is None:
+        raise InvalidArgument("collateral", None, "a TDX quote is judged with Intel's collateral: name its file")
+    log = read_evidence_file(event_log, "event log") if event_log is not None else None
+    return _tdx(blob, read_evidence_file(collateral, "collateral"), at, policy, simulated_root, log)
 
 
 def _one_certificate(path: Path) -> bytes:
@@ -146,7 +122,7 @@ def _snp_files(paths: Sequence[Path]) -> tuple[list[bytes], list[bytes]]:
     certificates: list[bytes] = []
     lists: list[bytes] = []
     for path in paths:
-        blob = b"" if path.is_dir() else _read(path, "certificate")
+        blob = b"" if path.is_dir() else read_evidence_file(path, "certificate")
         if blob and blob[:1] != b"\x30" and b"-----BEGIN" not in blob[:64]:
             sent, revoked = table_certificates(blob)
             certificates += sent
@@ -171,7 +147,8 @@ def _snp(
     at: datetime,
     policy: SnpExpectations | None,
     simulated_root: Path | None,
-    allow_vlek_csp: frozenset[str],
+    allow_vlek_csp: frozenset[str] | None,
+    allow_masked_chip_id: bool,
 ) -> OfflineVerdict:
     report, sent = snp_report_of(blob)
     certificates, lists = _snp_files(paths)
@@ -182,6 +159,7 @@ def _snp(
         intermediates=authorities + [blob for blob in certificates if not _is_signing(blob)],
         crls=lists,
         allow_vlek_csp=allow_vlek_csp,
+        allow_masked_chip_id=allow_masked_chip_id,
     )
     given = sent + [blob for blob in certificates if _is_signing(blob)]
     shown: dict[str, Any] = {}
@@ -197,10 +175,11 @@ def _snp(
             "csp_id": verified.csp_id,
             "roots": verified.roots,
             "certificate_sha256": verified.certificate_sha256,
+            "crl_issued": datetime.fromtimestamp(verified.crl_issued, UTC).isoformat() if verified.crl_issued else None,
         }
         if policy is not None:
-            findings = appraise_snp(verified, policy)
-    return _verdict(shown, findings, simulated=roots.simulated, judged=policy is not None)
+            findings = appraise_snp(verified, policy, now=at)
+    return verdict_of(shown, findings, simulated=roots.simulated, judged=policy is not None)
 
 
 def _is_signing(blob: bytes) -> bool:
@@ -273,14 +252,7 @@ def _tdx(
     if events is not None:
         findings += check_replay(events, quote.rtmrs)
         shown["events"] = len(events)
-    return _verdict(shown, findings, simulated=simulated_root is not None, judged=policy is not None)
-
-
-def _verdict(shown: dict[str, Any], findings: list[Finding], *, simulated: bool, judged: bool) -> OfflineVerdict:
-    verdict = Verdict.REFUSED if findings else Verdict.ACCEPTED if judged else Verdict.GENUINE
-    return OfflineVerdict(
-        verdict=verdict, simulated=simulated, fields={**shown, "simulated": simulated}, findings=tuple(findings)
-    )
+    return verdict_of(shown, findings, simulated=simulated_root is not None, judged=policy is not None)
 
 
 def _plain(value: Any) -> Any:

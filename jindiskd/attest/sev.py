@@ -161,6 +161,39 @@ def appraise_policy(policy: int, *, encrypted_state: bool, allow_send: bool = Fa
     return [Finding(f"sev.policy.{name}", f"the policy 0x{policy:x} {text}") for holds, name, text in rows if not holds]
 
 
+def appraise_launch(
+    report: LaunchReport,
+    integrity_key: bytes | bytearray,
+    launch_digests: Mapping[str, bytes],
+    minimum_api: tuple[int, int, int],
+) -> tuple[list[Finding], bytes | None]:
+    """What is wrong with a launch, and the one of the allowed digests (32 bytes, by a name) that it measured as.
+
+    Raises:
+        MalformedEvidence: the measurement has another length, or a number is out of range.
+    """
+    if len(report.measurement) != MEASUREMENT_BYTES:
+        text = f"it has {len(report.measurement)} bytes instead of {MEASUREMENT_BYTES}"
+        raise MalformedEvidence("SEV measurement", text)
+    numbers = (report.api_major, report.api_minor, report.build)
+    if not all(0 <= number <= 255 for number in numbers) or not 0 <= report.policy < 1 << 32:
+        raise MalformedEvidence("SEV measurement", "a version number or the policy is out of range")
+    findings = []
+    if numbers < minimum_api:
+        text = f"firmware API {'.'.join(map(str, numbers))} is below {'.'.join(map(str, minimum_api))}: update it"
+        findings.append(Finding("sev.api.too_old", text))
+    mac, nonce = report.measurement[:32], report.measurement[32:]
+    matching = None
+    for digest in launch_digests.values():
+        if hmac.compare_digest(mac, expected_measurement(integrity_key, report, digest, nonce)):
+            matching = digest
+    if matching is None:
+        known = ", ".join(sorted(launch_digests)) or "none"
+        text = f"firmware, kernel, initrd or command line are not the expected ones (known: {known})"
+        findings.append(Finding("sev.measurement", text))
+    return findings, matching
+
+
 class SevSession:
     """The owner's side of one launch. Make one for every launch, and close it: it holds two keys.
 
@@ -222,28 +255,10 @@ class SevSession:
             MalformedEvidence: the measurement has another length.
             EvidenceRefused: with every reason.
         """
-        if len(report.measurement) != MEASUREMENT_BYTES:
-            text = f"it has {len(report.measurement)} bytes instead of {MEASUREMENT_BYTES}"
-            raise MalformedEvidence("SEV measurement", text)
-        numbers = (report.api_major, report.api_minor, report.build)
-        if not all(0 <= number <= 255 for number in numbers) or not 0 <= report.policy < 1 << 32:
-            raise MalformedEvidence("SEV measurement", "a version number or the policy is out of range")
-        findings = []
+        findings, matching = appraise_launch(report, self._integrity.reveal(), launch_digests, minimum_api)
         if report.policy != self.policy:
             text = f"the guest was launched with policy 0x{report.policy:x} instead of 0x{self.policy:x}"
             findings.append(Finding("sev.policy.mismatch", text))
-        if numbers < minimum_api:
-            text = f"firmware API {'.'.join(map(str, numbers))} is below {'.'.join(map(str, minimum_api))}: update it"
-            findings.append(Finding("sev.api.too_old", text))
-        mac, nonce = report.measurement[:32], report.measurement[32:]
-        matching = None
-        for digest in launch_digests.values():
-            if hmac.compare_digest(mac, expected_measurement(self._integrity.reveal(), report, digest, nonce)):
-                matching = digest
-        if matching is None:
-            known = ", ".join(sorted(launch_digests)) or "none"
-            text = f"firmware, kernel, initrd or command line are not the expected ones (known: {known})"
-            findings.append(Finding("sev.measurement", text))
         if findings or matching is None:
             raise EvidenceRefused(findings)
         return VerifiedSevLaunch(

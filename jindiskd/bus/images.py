@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path, microseconds
-from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.objects import Object, ObjectPath, Options, Row
 from jindiskd.bus.peers import Caller
-from jindiskd.bus.ports import Images, ImageView
+from jindiskd.bus.ports import Decisions, Images, ImageView
 from jindiskd.bus.server import Server
 from jindiskd.errors import InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
@@ -38,9 +38,15 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
     """One image."""
 
     def __init__(
-        self, view: ImageView, images: Images, jobs: JobManager, refresh: Callable[[], Awaitable[None]]
+        self,
+        view: ImageView,
+        images: Images,
+        decisions: Decisions,
+        jobs: JobManager,
+        refresh: Callable[[], Awaitable[None]],
     ) -> None:
         self._view, self._images, self._jobs, self._refresh = view, images, jobs, refresh
+        self._decisions = decisions
 
     def polkit_details(self) -> Mapping[str, str]:
         """Its name, for the question."""
@@ -94,6 +100,21 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
     async def get_manifest(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
         """What was built, from what."""
         return await self._images.manifest(self._view.name)
+
+    async def get_policy(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
+        """By what its key is released."""
+        return await self._decisions.policy(self._view.image_id, set_only=options.get("set-only") is True)
+
+    async def set_policy(self, caller: Caller, policy: str, options: Options) -> bool:  # noqa: ARG002 (as above)
+        """Replace that."""
+        return await self._decisions.set_policy(self._view.image_id, policy)
+
+    async def check_policy(self, caller: Caller, options: Options) -> tuple[int, Sequence[Row]]:  # noqa: ARG002
+        """Try a policy on a refusal."""
+        text, row = options.get("policy"), options.get("row")
+        assert text is None or isinstance(text, str)
+        assert row is None or isinstance(row, int)
+        return await self._decisions.check_policy(self._view.image_id, text=text, row=row)
 
     @property
     def name(self) -> str:
@@ -164,8 +185,8 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
 class ImagesOnBus:
     """Keeps the image objects as the store is."""
 
-    def __init__(self, server: Server, images: Images, jobs: JobManager) -> None:
-        self._server, self._images, self._jobs = server, images, jobs
+    def __init__(self, server: Server, images: Images, decisions: Decisions, jobs: JobManager) -> None:
+        self._server, self._images, self._decisions, self._jobs = server, images, decisions, jobs
         self._objects: dict[str, ImageObject] = {}
         self._views: dict[str, ImageView] = {}
 
@@ -179,7 +200,9 @@ class ImagesOnBus:
             if image_id in self._objects:
                 self._objects[image_id]._update(view)  # noqa: SLF001 (one thing in two classes)
             else:
-                item = self._objects[image_id] = ImageObject(view, self._images, self._jobs, self.refresh)
+                item = self._objects[image_id] = ImageObject(
+                    view, self._images, self._decisions, self._jobs, self.refresh
+                )
                 self._server.export(image_path(image_id), item)
 
     def find(self, name: str) -> ImageView:

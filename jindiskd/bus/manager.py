@@ -12,7 +12,7 @@ from jindiskd.bus.jobs import job_path
 from jindiskd.bus.keyfd import take_regular_file
 from jindiskd.bus.objects import Object, ObjectPath, Options, Row
 from jindiskd.bus.peers import Caller, Descriptor
-from jindiskd.bus.ports import BuildOrder, Guests, Images, Keys, LaunchOrder, ServiceFacts
+from jindiskd.bus.ports import BuildOrder, Decisions, Guests, Images, Keys, LaunchOrder, ServiceFacts
 from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager, Work
@@ -36,12 +36,14 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         images: Images,
         guests: Guests,
         keys: Keys,
+        decisions: Decisions,
         jobs: JobManager,
         facts: ServiceFacts,
         images_on_bus: ImagesOnBus,
         domains_on_bus: DomainsOnBus,
     ) -> None:
         self._images, self._guests, self._keys, self._jobs, self._facts = images, guests, keys, jobs, facts
+        self._decisions = decisions
         self._images_on_bus, self._domains_on_bus = images_on_bus, domains_on_bus
 
     async def build_image(self, caller: Caller, name: str, base: Descriptor, options: Options) -> ObjectPath:
@@ -136,6 +138,15 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
     async def verify_audit(self, caller: Caller, options: Options) -> tuple[int, str]:  # noqa: ARG002 (as above)
         """Check the audit log's chain."""
         return await self._keys.verify_audit()
+
+    async def explain_refusal(self, caller: Caller, options: Options) -> ObjectPath:
+        """Say why a guest was refused."""
+        image, domain, row = text(options, "image") or None, text(options, "domain") or None, number(options, "row")
+
+        async def work(job: Job) -> str:
+            return await self._decisions.explain(image_id=image, domain=domain, row=row, job=job)
+
+        return self._start(caller, Operation.REFUSAL_EXPLAIN, image or domain or "refusal", work, options)
 
     async def list_keys(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
         """What is known of the keys."""

@@ -149,6 +149,24 @@ class Keys(Protocol):
         """Number of rows and digest of the last."""
 
 
+class Decisions(Protocol):
+    """Policies of images, and what became of guests by them."""
+
+    async def policy(self, image_id: str, *, set_only: bool) -> str:
+        """The policy of an image, a TOML document."""
+
+    async def set_policy(self, image_id: str, text: str) -> bool:
+        """Replace it; False where it is that already."""
+
+    async def check_policy(
+        self, image_id: str, *, text: str | None, row: int | None
+    ) -> tuple[int, Sequence[Mapping[str, object]]]:
+        """Number of a refusal, and what the policy (the one in force if None) says of its evidence."""
+
+    async def explain(self, *, image_id: str | None, domain: str | None, row: int | None, job: Job) -> str:
+        """Why a guest was refused, a JSON document."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceFacts:
     """What the manager tells of the service."""

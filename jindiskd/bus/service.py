@@ -11,7 +11,7 @@ from jindiskd.bus.jobs import JobsOnBus
 from jindiskd.bus.lib import NameFlag, RequestNameReply
 from jindiskd.bus.manager import ManagerObject
 from jindiskd.bus.polkit import Authority
-from jindiskd.bus.ports import Guests, Images, Keys, ServiceFacts
+from jindiskd.bus.ports import Decisions, Guests, Images, Keys, ServiceFacts
 from jindiskd.bus.server import Server
 from jindiskd.bus.transport import Connection
 from jindiskd.errors import Busy
@@ -30,17 +30,19 @@ class BusService:
         images: Images,
         guests: Guests,
         keys: Keys,
+        decisions: Decisions,
         jobs: JobManager,
         facts: ServiceFacts,
     ) -> None:
         self._bus = bus
         self._server = Server(bus, root=ROOT_PATH, authorize=Authority(bus))
-        self.images = ImagesOnBus(self._server, images, jobs)
+        self.images = ImagesOnBus(self._server, images, decisions, jobs)
         self.domains = DomainsOnBus(self._server, guests, jobs)
         self.manager = ManagerObject(
             images=images,
             guests=guests,
             keys=keys,
+            decisions=decisions,
             jobs=jobs,
             facts=facts,
             images_on_bus=self.images,

@@ -105,8 +105,8 @@ def run(main: Coroutine[Any, Any, R]) -> R:
     return asyncio.run(main)
 
 
-def exit_status(app: App, body: Callable[[], object]) -> int:
-    """Run a command line; return its exit status, having told what went wrong."""
+def exit_status(app: App, body: Callable[[], object], program: str = "jindiskctl") -> int:
+    """Run a command line of `program`; return its exit status, having told what went wrong."""
     status, code, text = 0, "", ""
     try:
         outcome = body()
@@ -136,7 +136,7 @@ def exit_status(app: App, body: Callable[[], object]) -> int:
         app.event("error" if status else "message", code or "done", text=text, finished=True, exit_status=status)
     elif text:
         with contextlib.suppress(BrokenPipeError):
-            click.echo(f"jindiskctl: {text}", err=True)
+            click.echo(f"{program}: {text}", err=True)
     return status
 
 

@@ -1,4 +1,4 @@
-"""Completion for shells: `jindiskctl completion SHELL`, and the names that it offers.
+"""The names that completion of `jindiskctl` offers.
 
 Names come from the service if it runs; completing never starts it, and says nothing when it fails.
 """
@@ -8,13 +8,10 @@ from __future__ import annotations
 import asyncio
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import CompletionItem
 
-from jindiskd.cli.app import common
 from jindiskd.cli.client import connected
 
-PROGRAM = "jindiskctl"
-VARIABLE = "_JINDISKCTL_COMPLETE"
 TIMEOUT_S = 2.0
 
 
@@ -39,20 +36,3 @@ def images(_context: click.Context, _parameter: click.Parameter, incomplete: str
 def domains(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of domains."""
     return _complete("org.jindisk1.Domain", incomplete)
-
-
-def script(cli: click.Command, shell: str) -> str:
-    """What a shell has to read."""
-    kind = get_completion_class(shell)
-    assert kind is not None
-    made = kind(cli, {}, PROGRAM, VARIABLE)
-    return made.source_template % made.source_vars()
-
-
-@click.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@common
-@click.pass_context
-def completion(context: click.Context, shell: str) -> None:
-    """Print the completion script of a SHELL, for its completions directory."""
-    click.echo(script(context.find_root().command, shell))

@@ -14,9 +14,10 @@ from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import domains, images
-from jindiskd.cli.image import MANAGER, Size
+from jindiskd.cli.image import MANAGER
 from jindiskd.cli.jobs import start_and_follow
 from jindiskd.cli.output import clean, fields, moment, platform, table
+from jindiskd.cli.parameters import Size
 
 DOMAIN = "org.jindisk1.Domain"
 CONSOLE_INTERVAL_S = 0.3

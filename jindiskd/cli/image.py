@@ -19,25 +19,13 @@ from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import images
 from jindiskd.cli.jobs import start_and_follow
-from jindiskd.cli.output import fields, moment, parse_size, platform, size, table
+from jindiskd.cli.output import fields, moment, platform, size, table
+from jindiskd.cli.parameters import Size
 from jindiskd.errors import InvalidArgument
 
 MANAGER = "org.jindisk1.Manager"
 IMAGE = "org.jindisk1.Image"
 TAR_TIMEOUT_S = 3600.0
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
-    """A size such as `20G`."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes."""
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a size: write 20G, 512M or a number of bytes", param, ctx)
 
 
 async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:

@@ -11,13 +11,16 @@ import jindiskd
 from jindiskd.cli.app import App, common, exit_status
 from jindiskd.cli.attest import attest
 from jindiskd.cli.broker import broker
-from jindiskd.cli.completion import PROGRAM, completion
 from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
 from jindiskd.cli.job import job
 from jindiskd.cli.key import key
+from jindiskd.cli.policy import policy
 from jindiskd.cli.service import audit, daemon, status
+from jindiskd.cli.shells import completion
 from jindiskd.cli.system import system_files
+
+PROGRAM = "jindiskctl"
 
 
 @click.group()
@@ -27,7 +30,10 @@ def cli() -> None:
     """Build, launch and attest virtual machines whose disks only they can read."""
 
 
-for _command in (status, image, launch, domain, job, key, audit, attest, broker, daemon, system_files, completion):
+_COMMANDS = (
+    status, image, launch, domain, job, key, audit, attest, policy, broker, daemon, system_files, completion
+)  # fmt: skip
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

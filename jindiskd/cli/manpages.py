@@ -1,8 +1,8 @@
 """Manual pages, made from the commands, the settings and the table of exit statuses.
 
-`python -m jindiskd.cli.manpages DIRECTORY` writes jindiskctl(1), jindiskd(8) and jindisk-broker(8), and their settings
-jindiskd.toml(5) and jindisk-broker.toml(5). The pages follow
-from the program alone: the same version gives the same bytes.
+`python -m jindiskd.cli.manpages DIRECTORY` writes jindiskctl(1), jindisksetup(8), jindiskd(8) and
+jindisk-broker(8), and the settings of the last two, jindiskd.toml(5) and jindisk-broker.toml(5). The pages follow from
+the program alone: the same version gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -24,6 +24,7 @@ from jindiskd import broker_config, config
 from jindiskd.cli.exits import MEANINGS
 from jindiskd.cli.main import cli
 from jindiskd.cli.serving import broker_command, daemon_command
+from jindiskd.jindisksetup.main import cli as setup_cli
 
 COMMON = frozenset(("json", "log_json", "no_legend", "help"))
 ABOUT_JINDISKCTL = """
@@ -58,6 +59,39 @@ ABOUT_SETTINGS = """
 A TOML file. Files in the directory beside it are read after it in the order of their names, and override single
 settings. Wrong settings are shown all at once, with the nearest right name: PROGRAM --check-config. PROGRAM
 --show-config shows the settings in effect and the file that each comes from.
+"""
+ABOUT_JINDISKSETUP = """
+Works on files and block devices, and needs no service. Results go to standard output, everything else to standard
+error. It refuses to overwrite what it knows, unless told to with --force, and asks before it overwrites anything else.
+
+A volume of version 2, the default, protects confidentiality, integrity and freshness of its content against whoever has
+the disk. Version 1 is for interchange with the reference implementation's kernel module and protects nothing of that.
+"""
+ABOUT_KEYS = """
+A key of version 2 is 32 random bytes; there is no password and nothing to guess. --key-file names a file that holds
+exactly these bytes, or - for standard input; without it the key is asked for at the terminal, in hexadecimal. No option
+takes a key itself, for the arguments of a process can be seen by others. Who loses the key loses the volume.
+"""
+ABOUT_FRESHNESS = """
+A disk can be set back to what it was earlier. To notice that, the owner must remember the newest state somewhere else:
+120 bytes, in the file that --anchor names. format and load make it, every session that writes keeps it up to date, and
+every command that opens the volume refuses what it does not accept. It is no secret, but it must not lie where the
+volume lies. Without it a warning says so; --unanchored is the decision to do without.
+
+After a server was killed, the volume is in a state of its last session, not older than the last one reported to the
+anchor file: see --report of serve.
+"""
+ABOUT_SETUP_JSON = """
+With --json every command prints one object; its only member is named for what it is about: volume, export, check,
+state or server. With --log-json standard error is one object a line: "type" is progress, message or error, and the last
+line alone has "finished": true and "exit_status". Progress has "bytes" and "total".
+"""
+EXAMPLES = """
+jindisksetup load disk.img vol --generate-key vol.key --anchor /safe/vol.anchor
+jindisksetup serve vol --key-file vol.key --anchor /safe/vol.anchor --socket /run/vol.sock --daemon
+nbdinfo nbd+unix:///?socket=/run/vol.sock
+jindisksetup check --data vol --key-file vol.key --anchor /safe/vol.anchor
+jindisksetup export vol back.img --key-file vol.key --anchor /safe/vol.anchor
 """
 
 
@@ -112,12 +146,24 @@ def option_lines(option: click.Option) -> list[str]:
     return [".TP", flags, escape(text)]
 
 
-def jindiskctl() -> str:
-    """The page of the command line."""
-    lines = head("jindiskctl", 1, "build, launch and attest encrypted virtual machines")
-    lines += [".SH SYNOPSIS", r"\fBjindiskctl\fR [\fIOPTION\fR...] \fINOUN\fR \fIVERB\fR [\fIARGUMENT\fR...]"]
+def program_page(
+    cli: click.Group, *, name: str, section: int, summary: str, form: str, about: Sequence[str]
+) -> list[str]:
+    """Most of the page of a program with commands; environment and references are added to it.
+
+    Args:
+        cli: the program.
+        name: its name.
+        section: of the manual.
+        summary: for the line of the name.
+        form: what follows the name in the synopsis, as roff.
+        about: paragraphs behind the program's own help.
+    """
+    lines = head(name, section, summary)
+    lines += [".SH SYNOPSIS", rf"\fB{escape(name)}\fR {form}"]
     lines += [".SH DESCRIPTION", *paragraphs(cli.help or "")]
-    lines += paragraphs(ABOUT_JINDISKCTL)
+    for text in about:
+        lines += paragraphs(text)
     lines += [".SH OPTIONS", ".PP", "These may stand anywhere."]
     for option in cli.params:
         if isinstance(option, click.Option):
@@ -131,6 +177,19 @@ def jindiskctl() -> str:
     lines += [".SH EXIT STATUS"]
     for status, meaning in MEANINGS.items():
         lines += [".TP", str(status), escape(meaning)]
+    return lines
+
+
+def jindiskctl() -> str:
+    """The page of the command line."""
+    lines = program_page(
+        cli,
+        name="jindiskctl",
+        section=1,
+        summary="build, launch and attest encrypted virtual machines",
+        form=r"[\fIOPTION\fR...] \fINOUN\fR \fIVERB\fR [\fIARGUMENT\fR...]",
+        about=[ABOUT_JINDISKCTL],
+    )
     lines += [".SH JSON", *paragraphs(ABOUT_JSON)]
     lines += [".SH ENVIRONMENT"]
     for name, meaning in (
@@ -138,7 +197,27 @@ def jindiskctl() -> str:
         ("TMPDIR", "Where the archive of a directory given to --rootfs is kept meanwhile; /var/tmp if unset."),
     ):
         lines += [".TP", rf"\fB{name}\fR", escape(meaning)]
-    lines += [".SH SEE ALSO", r"\fBjindiskd\fR(8), \fBjindiskd.toml\fR(5), \fBvirsh\fR(1)"]
+    lines += [".SH SEE ALSO"]
+    lines += [r"\fBjindiskd\fR(8), \fBjindiskd.toml\fR(5), \fBjindisksetup\fR(8), \fBvirsh\fR(1)"]
+    return "\n".join(lines) + "\n"
+
+
+def jindisksetup_page() -> str:
+    """The page of the tool for volumes."""
+    lines = program_page(
+        setup_cli,
+        name="jindisksetup",
+        section=8,
+        summary="set up JinDisk volumes",
+        form=r"[\fIOPTION\fR...] \fICOMMAND\fR [\fIARGUMENT\fR...]",
+        about=[ABOUT_JINDISKSETUP],
+    )
+    lines += [".SH KEYS", *paragraphs(ABOUT_KEYS), ".SH FRESHNESS", *paragraphs(ABOUT_FRESHNESS)]
+    lines += [".SH JSON", *paragraphs(ABOUT_SETUP_JSON)]
+    lines += [".SH EXAMPLES", ".nf"]
+    lines += [escape(line) for line in EXAMPLES.strip().splitlines()]
+    lines += [".fi", ".SH SEE ALSO"]
+    lines += [r"\fBjindiskctl\fR(1), \fBcryptsetup\fR(8), \fBnbdcopy\fR(1), \fBqemu-img\fR(1)"]
     return "\n".join(lines) + "\n"
 
 
@@ -241,6 +320,7 @@ PAGES = {
     "jindisk-broker.8": broker_page,
     "jindiskd.toml.5": settings,
     "jindisk-broker.toml.5": broker_settings,
+    "jindisksetup.8": jindisksetup_page,
 }
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from jindiskd.guest import kernel, nbd
+from jindiskd.jindisk import nbd_kernel
 
 NODE = Path("/dev/nbd0")
 CONTROL = Path("/run/jindisk/storage")
@@ -92,7 +93,7 @@ def _run(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes
             harden()
             volume = open_volume()
             ours, kernels = socket.socketpair()
-            nbd.attach(kernels.fileno(), volume.size_bytes, BLOCK_BYTES)
+            nbd_kernel.attach([kernels.fileno()], volume.size_bytes, BLOCK_BYTES, nbd.FLAGS, index=0)
             kernels.close()
             control = listen(CONTROL)
         except Exception as exc:  # noqa: BLE001 - the agent turns it into a code

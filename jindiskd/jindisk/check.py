@@ -76,7 +76,7 @@ class _Checker:
             live[geometry.segment_of(raw)] += 1
             if not segments.in_use(geometry.segment_of(raw)):
                 self.fault(VolumeInconsistent(what, "its segment is not in use"))
-            if self._reverse(raw) != lba + 1:
+            if self._reverse(raw) not in {lba + 1, None}:
                 self.fault(VolumeInconsistent(what, "tree R does not point back"))
             if memtable.get(lba) is None:
                 count += 1
@@ -124,12 +124,13 @@ class _Checker:
         except VolumeError:
             return
 
-    def _reverse(self, raw: int) -> int:
+    def _reverse(self, raw: int) -> int | None:
+        """The entry of tree R; None if its page does not open, which `trees` has named already."""
         index, at = divmod(raw - self.geometry.data_start, PER_LEAF[Kind.R])
         try:
             page = self.volume.trees[Kind.R].page(0, index)
         except VolumeError:
-            return 0  # named by `trees` already
+            return None
         return int.from_bytes(page[at * 8 : at * 8 + 8], "little") if page else 0
 
     def data(self) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Callable
 
 from jindiskd.jindisk.crypto import OpeningKey, block_nonce
-from jindiskd.jindisk.errors import VolumeInconsistent, VolumeUnauthentic
+from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind
+from jindiskd.jindisk.memtable import UNMAPPED
 from jindiskd.jindisk.pool import Pool, default_workers
 from jindiskd.jindisk.segments import data_aad, data_name
-from jindiskd.jindisk.volume import Volume
+from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
 
 SMALL_BLOCKS = 8192
 LEAVES = 6
@@ -21,9 +23,9 @@ _USED = _LEAF * _ENTRY
 _HEAD = struct.Struct("<II")  # leaves, keys
 _KEY = struct.Struct("<Q32s")
 _INDEX = struct.Struct("<Q")
-_RESULT = struct.Struct("<BQQ")
+_GOOD = struct.Struct("<Q")  # blocks written
+_BAD = struct.Struct("<QQI")  # logical block, raw block, error number or zero
 _MAPPING = struct.Struct("<Q16s")
-GOOD, BAD = 0, 1
 
 
 def bulk_export(
@@ -33,6 +35,7 @@ def bulk_export(
     target_offset_bytes: int = 0,
     progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
+    damaged: Callable[[VolumeError], None] | None = None,
 ) -> int:
     """Write the content of a volume to a file or device; returns the bytes of data written.
 
@@ -43,6 +46,8 @@ def bulk_export(
         target_offset_bytes: where the image begins in the target.
         progress: called with bytes of the volume done, and in all.
         workers: processes; None for one on each processor.
+        damaged: called with each block or page that cannot be read, whose bytes become zeros; without it the first
+            ends the export.
 
     Raises:
         VolumeError: the first block or page that cannot be read; the target is incomplete then.
@@ -59,53 +64,69 @@ def bulk_export(
 
     def take() -> None:
         nonlocal written
-        result, first, second = _RESULT.unpack(pool.next())
-        if result == BAD:
-            raise VolumeUnauthentic(data_name(first, second))
-        written += first * BLOCK
+        result = pool.next()
+        for lba, raw, number in _BAD.iter_unpack(result[_GOOD.size :]):
+            bad: VolumeError = VolumeUnauthentic(data_name(lba, raw))
+            if number:
+                bad = VolumeDeviceFailed(f"reading {data_name(lba, raw)}", OSError(number, os.strerror(number)))
+            if damaged is None:
+                raise bad
+            damaged(bad)
+        written += _GOOD.unpack_from(result)[0] * BLOCK
         tell(min(ends.pop(0) * _LEAF * BLOCK, total), total)
 
-    with Pool(_Worker(volume, target_fd, target_offset_bytes).work, workers) as pool:
+    worker = _Worker(volume, target_fd, target_offset_bytes, onward=damaged is not None)
+    with Pool(worker.work, workers) as pool:
         batch: list[tuple[int, bytes]] = []
-        for leaf in volume.leaves():
+        for leaf in volume.leaves(damaged):
             batch.append(leaf)
             if len(batch) == LEAVES:
                 while pool.full:
                     take()
                 ends.append(batch[-1][0] + 1)
-                pool.give(_task(volume, batch))
+                pool.give(_task(volume, batch, damaged))
                 batch = []
         if batch:
             while pool.full:
                 take()
             ends.append(batch[-1][0] + 1)
-            pool.give(_task(volume, batch))
+            pool.give(_task(volume, batch, damaged))
         while pool.waiting:
             take()
     tell(total, total)
     return written
 
 
-def _task(volume: Volume, leaves: list[tuple[int, bytes]]) -> bytes:
+def _task(
+    volume: Volume, leaves: list[tuple[int, bytes]], damaged: Callable[[VolumeError], None] | None
+) -> bytes:
     """Leaves of the map with the keys of the segments they point into."""
-    geometry, parts, segments = volume.geometry, [], set()
+    geometry, parts, keys = volume.geometry, [], {}
     for index, page in leaves:
-        for raw, _ in _MAPPING.iter_unpack(page[:_USED]):
-            if raw and not geometry.data_start <= raw < geometry.end:
-                what = f"leaf {index} of tree F"
-                raise VolumeInconsistent(what, f"raw block {raw} lies outside the data region")
-            if raw:
-                segments.add(geometry.segment_of(raw))
-        parts.append(_INDEX.pack(index) + page[:_USED])
-    keys = b"".join(_KEY.pack(segment, volume.segments.key(segment)) for segment in sorted(segments))
-    return _HEAD.pack(len(leaves), len(segments)) + keys + b"".join(parts)
+        used = bytearray(page[:_USED])
+        for at, (raw, _) in enumerate(_MAPPING.iter_unpack(page[:_USED])):
+            if not raw or (geometry.data_start <= raw < geometry.end and geometry.segment_of(raw) in keys):
+                continue
+            try:
+                if not geometry.data_start <= raw < geometry.end:
+                    what = f"leaf {index} of tree F"
+                    raise VolumeInconsistent(what, f"raw block {raw} lies outside the data region")
+                keys[geometry.segment_of(raw)] = volume.segments.key(geometry.segment_of(raw))
+            except VolumeInconsistent as exc:
+                if damaged is None:
+                    raise
+                damaged(exc)
+                used[at * _ENTRY : (at + 1) * _ENTRY] = UNMAPPED
+        parts.append(_INDEX.pack(index) + used)
+    packed = b"".join(_KEY.pack(segment, key) for segment, key in keys.items())
+    return _HEAD.pack(len(leaves), len(keys)) + packed + b"".join(parts)
 
 
 class _Worker:
     """The task, as it runs in the worker processes."""
 
-    def __init__(self, volume: Volume, target_fd: int, offset: int) -> None:
-        self._device, self._geometry = volume.device, volume.geometry
+    def __init__(self, volume: Volume, target_fd: int, offset: int, *, onward: bool) -> None:
+        self._device, self._geometry, self._onward = volume.device, volume.geometry, onward
         self._target, self._offset = target_fd, offset
 
     def work(self, task: bytes) -> bytes:
@@ -120,23 +141,42 @@ class _Worker:
             mapped += [(index * _LEAF + n, raw, tag) for n, (raw, tag) in enumerate(entries) if raw]
             at += _INDEX.size + _USED
         done = 0
-        while done < len(mapped):
+        bad: list[bytes] = []
+        while done < len(mapped) and (self._onward or not bad):
             lba, raw, _ = mapped[done]
             run = 1
             while done + run < len(mapped) and mapped[done + run][:2] == (lba + run, raw + run):
                 run += 1
-            data = self._device.pread(raw * BLOCK, run * BLOCK)
+            data, failed = self._read(raw, run)
             plain = []
             for number, (block, here, tag) in enumerate(mapped[done : done + run]):
                 sealed = data[number * BLOCK : (number + 1) * BLOCK] + tag
                 key = opening[self._geometry.segment_of(here)]
-                opened = key.opens(block_nonce(here), sealed, data_aad(block))
+                opened = None if here in failed else key.opens(block_nonce(here), sealed, data_aad(block))
                 if opened is None:
-                    return _RESULT.pack(BAD, block, here)
-                plain.append(opened)
+                    bad.append(_BAD.pack(block, here, failed.get(here, 0)))
+                    if not self._onward:
+                        break
+                plain.append(opened or ZERO_BLOCK)
             _write(self._target, b"".join(plain), self._offset + lba * BLOCK)
             done += run
-        return _RESULT.pack(GOOD, len(mapped), 0)
+        return _GOOD.pack(len(mapped) - len(bad)) + b"".join(bad)
+
+    def _read(self, raw: int, count: int) -> tuple[bytes, dict[int, int]]:
+        """Raw blocks; going on past damage, with the error number of each that the device does not give."""
+        try:
+            return self._device.pread(raw * BLOCK, count * BLOCK), {}
+        except OSError:
+            if not self._onward:
+                raise
+        parts, failed = [], {}
+        for block in range(raw, raw + count):
+            try:
+                parts.append(self._device.pread(block * BLOCK, BLOCK))
+            except OSError as exc:
+                parts.append(ZERO_BLOCK)
+                failed[block] = exc.errno or errno.EIO
+        return b"".join(parts), failed
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

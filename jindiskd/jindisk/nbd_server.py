@@ -20,7 +20,7 @@ from jindiskd.errors import Busy, InvalidArgument
 from jindiskd.jindisk import nbd_protocol as nbd
 from jindiskd.jindisk.geometry import BLOCK
 from jindiskd.jindisk.nbd_connection import THREADS, Connection
-from jindiskd.jindisk.nbd_handshake import ExportInfo, Gone, Handshake
+from jindiskd.jindisk.nbd_handshake import Agreed, ExportInfo, Gone, Handshake
 from jindiskd.jindisk.served import Served
 
 CLIENTS = 16
@@ -81,12 +81,20 @@ def _clear(path: Path) -> None:
     raise Busy(os.fspath(path), "another server listens there; stop it, or choose another socket")
 
 
+def flags_of(volume: Served) -> int:
+    """The transmission flags of a volume."""
+    flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.CAN_MULTI_CONN
+    if volume.read_only:
+        return flags | nbd.READ_ONLY
+    return flags | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES | nbd.SEND_FAST_ZERO
+
+
 class Server:
     """Serves a volume to the clients of a listening socket, from `start` to `stop`."""
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: socket.socket | None,
         volume: Served,
         *,
         name: str = "",
@@ -98,7 +106,7 @@ class Server:
         """Nothing is started yet.
 
         Args:
-            listener: belongs to the server from now on.
+            listener: belongs to the server from now on; None where clients come by `adopt` alone.
             volume: stays the caller's, who closes it after `stop`.
             name: of the export, beside the empty one.
             clients: connections at a time; more are turned away at once.
@@ -106,10 +114,8 @@ class Server:
             handshake_s: time limit of a handshake.
             tell: is told about clients that broke the protocol.
         """
-        flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.CAN_MULTI_CONN
-        flags |= nbd.READ_ONLY if volume.read_only else nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES | nbd.SEND_FAST_ZERO
         self._listener, self._volume, self._clients, self._threads = listener, volume, clients, threads
-        self._export = ExportInfo(name=name, size_bytes=volume.size_bytes, flags=flags, block_bytes=BLOCK)
+        self._export = ExportInfo(name=name, size_bytes=volume.size_bytes, flags=flags_of(volume), block_bytes=BLOCK)
         self._handshake_s, self._tell = handshake_s, tell
         self._lock = threading.Lock()
         self._running: dict[threading.Thread, socket.socket] = {}
@@ -126,9 +132,12 @@ class Server:
         """Accept clients from now on."""
         self._accepting.start()
 
-    def adopt(self, stream: socket.socket) -> None:
-        """Serve a client that came some other way; the stream belongs to the server from now on."""
-        thread = threading.Thread(target=self._serve, args=(stream,), name="client", daemon=True)
+    def adopt(self, stream: socket.socket, agreed: Agreed | None = None) -> None:
+        """Serve a client that came some other way; the stream belongs to the server from now on.
+
+        `agreed` is what was negotiated with it by other means; None if the handshake is still to come.
+        """
+        thread = threading.Thread(target=self._serve, args=(stream, agreed), name="client", daemon=True)
         with self._lock:
             if self._stopping or len(self._running) >= self._clients:
                 stream.close()
@@ -143,9 +152,10 @@ class Server:
         """
         with self._lock:
             self._stopping = True
-        _shut(self._listener, socket.SHUT_RDWR)
-        self._accepting.join()
-        self._listener.close()
+        if self._listener is not None:
+            _shut(self._listener, socket.SHUT_RDWR)
+            self._accepting.join()
+            self._listener.close()
         deadline = time.monotonic() + grace_s
         with self._lock:
             running = dict(self._running)
@@ -159,7 +169,7 @@ class Server:
                 thread.join()
 
     def _accept(self) -> None:
-        while True:
+        while self._listener is not None:
             try:
                 stream, _ = self._listener.accept()
             except OSError as exc:
@@ -169,10 +179,10 @@ class Server:
                 continue
             self.adopt(stream)
 
-    def _serve(self, stream: socket.socket) -> None:
+    def _serve(self, stream: socket.socket, agreed: Agreed | None) -> None:
         try:
             with stream:
-                agreed = Handshake(stream, self._export, timeout_s=self._handshake_s).run()
+                agreed = agreed or Handshake(stream, self._export, timeout_s=self._handshake_s).run()
                 if agreed is not None:
                     Connection(stream, self._volume, agreed, threads=self._threads).run()
         except Gone as exc:

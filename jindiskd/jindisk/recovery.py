@@ -84,6 +84,17 @@ def recover(device: Device, *, key: Secret, uuid: UUID | None, anchor: Anchor | 
         VolumeError: one of the classes of section 16.
     """
     header = read_identification(device, where)
+    found = choose_state(device, key=key, uuid=uuid or header.uuid, anchor=anchor)
+    _agree(header, found.superblock, uuid)
+    found.identification = header
+    return found
+
+
+def choose_state(device: Device, *, key: Secret, uuid: UUID, anchor: Anchor | Unanchored) -> Recovered:
+    """Steps R2 to R4, which do not need the identification block. Arguments and errors as `recover`.
+
+    The result's `identification` is what the block should be, with an empty label.
+    """
     candidates: list[tuple[Superblock, bytes]] = []
     failures: list[VolumeError] = []
     unauthentic: list[VolumeError] = []
@@ -92,7 +103,7 @@ def recover(device: Device, *, key: Secret, uuid: UUID | None, anchor: Anchor | 
         block = read_block(device, SLOT_START + slot, f"superblock slot {slot}")
         try:
             found = open_superblock(
-                block, slot=slot, key=key, uuid=uuid or header.uuid, device_bytes=device.size_bytes
+                block, slot=slot, key=key, uuid=uuid, device_bytes=device.size_bytes
             )
         except VolumeUnauthentic as exc:
             unauthentic.append(exc)
@@ -112,10 +123,9 @@ def recover(device: Device, *, key: Secret, uuid: UUID | None, anchor: Anchor | 
             failures.append(exc)
             continue
         if chosen is not None:
-            _agree(header, superblock, uuid)
             state, commits, segments = chosen
             return Recovered(
-                identification=header,
+                identification=superblock.identification(""),
                 superblock=superblock,
                 state=state,
                 commits=commits,

@@ -25,6 +25,10 @@ class Served(Protocol):
     def read_only(self) -> bool:
         """Whether every change fails."""
 
+    @property
+    def fault(self) -> str | None:
+        """Why nothing can be written any more, in words; None while all is well."""
+
     def read(self, offset: int, length: int) -> bytes:
         """The bytes there."""
 
@@ -61,6 +65,11 @@ class ServedSession:
             threading.stack_size(stack_bytes)
         self._thread = threading.Thread(target=self._keep, name="keep", daemon=True)
         self._thread.start()
+
+    @property
+    def fault(self) -> str | None:
+        """See `Served`."""
+        return self._session.fenced
 
     def read(self, offset: int, length: int) -> bytes:
         """See `Served`."""
@@ -110,6 +119,7 @@ class ServedVolume:
     """A volume open for reading, as a block device."""
 
     read_only = True
+    fault = None
 
     def __init__(self, volume: Volume) -> None:
         """`volume` is in no session."""

@@ -38,6 +38,8 @@ MEMTABLE_AT_FLUSH = 131_072
 MEMTABLE_LIMIT = 262_144
 PENDING_BLOCKS = 1024
 TICK_S = 1.0
+Planned = tuple[int, bytes | None, bool]
+"""Of a write: LBA, content or None for zeros, and whether zeros there need an unmapping."""
 
 
 class Session:
@@ -290,22 +292,29 @@ class Session:
                 return False
             if offset % BLOCK or len(data) % BLOCK:
                 offset, data = self._widen(offset, data)
-            blocks = []
-            for lba, at in enumerate(range(0, len(data), BLOCK), offset // BLOCK):
-                plain = bytes(data[at : at + BLOCK])
-                zero = plain == ZERO_BLOCK
-                blocks.append((lba, None if zero else plain, zero and self.volume.entry(lba) != UNMAPPED))
-            pending = self.volume.pending
-            for lba, block, mapped in blocks:
-                if block is not None:
-                    pending[lba] = block
-                    continue
-                pending.pop(lba, None)
-                if mapped:
-                    self.volume.memtable.put(lba, UNMAPPED)
-                    self.appender.log.unmap(lba, 1)
+            self._apply(self._planned(offset // BLOCK, data))
             self._accepted()
         return True
+
+    def _planned(self, lba: int, data: bytes | bytearray | memoryview) -> list[Planned]:
+        """What a write of whole blocks will do; reads what it must know, and changes nothing."""
+        planned: list[Planned] = []
+        for number, at in enumerate(range(0, len(data), BLOCK), lba):
+            plain = bytes(data[at : at + BLOCK])
+            zero = plain == ZERO_BLOCK
+            planned.append((number, None if zero else plain, zero and self.volume.entry(number) != UNMAPPED))
+        return planned
+
+    def _apply(self, planned: list[Planned]) -> None:
+        pending = self.volume.pending
+        for lba, block, mapped in planned:
+            if block is not None:
+                pending[lba] = block
+                continue
+            pending.pop(lba, None)
+            if mapped:
+                self.volume.memtable.put(lba, UNMAPPED)
+                self.appender.log.unmap(lba, 1)
 
     def _widen(self, offset: int, data: bytes | bytearray | memoryview) -> tuple[int, bytearray]:
         """A write of parts of blocks as one of whole blocks."""
@@ -320,11 +329,11 @@ class Session:
         with self.volume.lock:
             if not self._accepts(partial_blocks):
                 return False
-            volume, parts = self.volume, {}
+            volume, parts = self.volume, list[Planned]()
             for at, size in ((offset, first * BLOCK - offset), (last * BLOCK, offset + length - last * BLOCK)):
                 if size:
                     start, block = self._widen(at, bytes(size))
-                    parts[start // BLOCK] = bytes(block)
+                    parts += self._planned(start // BLOCK, block)
             count = last - first
             if count and not (count == 1 and volume.entry(first) == UNMAPPED):
                 volume.memtable.clear(first, count, volume.trees[Kind.F].present)
@@ -334,7 +343,7 @@ class Session:
             else:
                 for lba in range(first, last):
                     volume.pending.pop(lba, None)
-            volume.pending |= parts
+            self._apply(parts)
             self._accepted()
         return True
 

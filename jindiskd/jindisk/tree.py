@@ -7,11 +7,11 @@ never changed in place: `TreeUpdate` writes new versions into free slots, leaves
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jindiskd.jindisk.crypto import ZERO_NONCE, Generator, OpeningKey
 from jindiskd.jindisk.device import Device
-from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeInconsistent
+from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, FANOUT, PER_LEAF, REF_BYTES, Geometry, Kind
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.superblock import HOLE
@@ -155,6 +155,30 @@ class Tree:
             else:
                 yield index
                 index += 1
+
+    def leaves(self, damaged: Callable[[VolumeError], None] | None = None) -> Iterator[int]:
+        """All leaves that are no holes, in order.
+
+        A page above them that cannot be read is given to `damaged`, if there is one, and what lies below is left out.
+        """
+        yield from self._leaves_below(self.top_level, 0, damaged)
+
+    def _leaves_below(self, level: int, index: int, damaged: Callable[[VolumeError], None] | None) -> Iterator[int]:
+        if not level:
+            if self.ref(0, index) != HOLE:
+                yield index
+            return
+        try:
+            page = self.page(level, index)
+        except VolumeError as exc:
+            if damaged is None:
+                raise
+            damaged(exc)
+            return
+        if page is not None:
+            for at in range(self.used(level, index) // REF_BYTES):
+                if page[at * REF_BYTES : (at + 1) * REF_BYTES] != HOLE:
+                    yield from self._leaves_below(level - 1, index * FANOUT + at, damaged)
 
     def interior_refs(self) -> Iterator[tuple[int, int, bytes]]:
         """Level, index and reference of every page, the top first; reads interior pages, not leaves."""

@@ -6,7 +6,7 @@ Any thread may call `read`; the lock covers looking things up, not reading and o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
@@ -14,7 +14,7 @@ from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.anchor import Anchor, State, Unanchored
 from jindiskd.jindisk.crypto import OpeningKey, block_nonce
 from jindiskd.jindisk.device import Device
-from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeInconsistent, VolumeUnauthentic
+from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind
 from jindiskd.jindisk.journal import Map, Unmap
 from jindiskd.jindisk.memtable import UNMAPPED, Memtable
@@ -39,6 +39,8 @@ class Volume:
         self.identification, self.slot_words = found.identification, found.slots
         self.key = key
         self.geometry: Geometry = found.superblock.geometry
+        self._data_start, self._data_end = self.geometry.data_start, self.geometry.end
+        self._segment_bits = self.geometry.segment_bits
         self.segments: SegmentTable = found.segments
         self.trees = {
             kind: Tree(device, self.geometry, kind, found.superblock.tops[kind], cache_pages=cache_pages)
@@ -120,15 +122,29 @@ class Volume:
     def _look_up(self, lba: int, count: int) -> tuple[list[bytes], list[Wanted]]:
         """What is known at once, and what to fetch; with keys, for a segment's key goes when it is freed."""
         parts, wanted = [ZERO_BLOCK] * count, []
-        pending, memtable = self.pending, self.memtable
-        for number in range(count):
-            block = pending.get(lba + number) if pending else None
-            if block is not None:
-                parts[number] = block
-                continue
-            entry = memtable.get(lba + number) or self.mapped_in_tree(lba + number)
-            if entry != UNMAPPED:
-                wanted.append(self.wanted(lba + number, entry))
+        pending, memtable, tree = self.pending, self.memtable, self.trees[Kind.F]
+        end = lba + count
+        for leaf in range(lba // _LEAF, (end - 1) // _LEAF + 1):
+            low, high = max(lba, leaf * _LEAF), min(end, (leaf + 1) * _LEAF)
+            changed, page, looked = leaf in memtable.touched, None, False
+            if not changed and not pending:
+                page, looked = tree.page(0, leaf), True
+                if page is None:
+                    continue
+            for block in range(low, high):
+                if pending and (plain := pending.get(block)) is not None:
+                    parts[block - lba] = plain
+                    continue
+                entry = memtable.get(block) if changed else None
+                if entry is None:
+                    if not looked:
+                        page, looked = tree.page(0, leaf), True
+                    if page is None:
+                        continue
+                    at = (block - leaf * _LEAF) * _ENTRY
+                    entry = page[at : at + _ENTRY]
+                if entry != UNMAPPED:
+                    wanted.append(self.wanted(block, entry))
         return parts, wanted
 
     def entry(self, lba: int) -> bytes:
@@ -146,9 +162,9 @@ class Volume:
     def wanted(self, lba: int, entry: bytes) -> Wanted:
         """What `fetch` needs to read the block of an entry of F. Call with the lock held."""
         raw = int.from_bytes(entry[:8], "little")
-        if not self.geometry.data_start <= raw < self.geometry.end:
+        if not self._data_start <= raw < self._data_end:
             raise VolumeInconsistent(data_name(lba, raw), "it lies outside the data region")
-        return lba, raw, entry[8:], self.segments.opening_key(self.geometry.segment_of(raw))
+        return lba, raw, entry[8:], self.segments.opening_key((raw - self._data_start) >> self._segment_bits)
 
     def fetch(self, wanted: list[Wanted]) -> list[bytes]:
         """Read and open data blocks, neighbours on the disk in one read.
@@ -175,12 +191,20 @@ class Volume:
             at += run
         return found
 
-    def leaves(self) -> Iterator[tuple[int, bytes]]:
-        """Index and current page of every leaf of the map that is not empty, in order, journal included."""
+    def leaves(self, damaged: Callable[[VolumeError], None] | None = None) -> Iterator[tuple[int, bytes]]:
+        """Index and current page of every leaf of the map that is not empty, in order, journal included.
+
+        A page that cannot be read is given to `damaged`, if there is one; only the journal's entries below it come.
+        """
         tree, changed = self.trees[Kind.F], dict(self.memtable.by_leaf())
-        indexes = sorted({*changed, *tree.present(0, tree.levels[0])})
-        for index in indexes:
-            page = None if index in self.memtable.cleared else tree.page(0, index)
+        for index in sorted({*changed, *tree.leaves(damaged)}):
+            try:
+                page = None if index in self.memtable.cleared else tree.page(0, index)
+            except VolumeError as exc:
+                if damaged is None:
+                    raise
+                damaged(exc)
+                page = None
             merged = bytearray(page or ZERO_BLOCK)
             for at, entry in changed.get(index, ()):
                 merged[at * _ENTRY : (at + 1) * _ENTRY] = entry

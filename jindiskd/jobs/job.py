@@ -16,6 +16,7 @@ class Operation(enum.StrEnum):
     IMAGE_BUILD = "image-build"
     IMAGE_REMOVE = "image-remove"
     IMAGE_MEASURE = "image-measure"
+    REFUSAL_EXPLAIN = "refusal-explain"
     DOMAIN_ADOPT = "domain-adopt"
     DOMAIN_LAUNCH = "domain-launch"
     DOMAIN_STOP = "domain-stop"

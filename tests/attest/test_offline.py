@@ -14,7 +14,7 @@ from jindiskd.attest.snp_certs import parse_certificate_table
 from jindiskd.attest.snp_report import parse_report
 from jindiskd.attest.tdx import TdxExpectations
 from jindiskd.base.platform import Tee
-from jindiskd.errors import InvalidArgument, NotFound, NotSupported
+from jindiskd.errors import InvalidArgument, NotFound
 from jindiskd.kbs.evidence import snp_from_json, snp_to_json
 
 NOW = datetime.fromisoformat("2026-07-15T00:00:00Z")
@@ -156,8 +156,10 @@ def test_arguments(attestation, tmp_path):
     for tee, policy in ((Tee.SNP, TdxExpectations()), (Tee.TDX, SnpExpectations())):
         with pytest.raises(InvalidArgument, match="policy"):
             verify_files(tee, report, **{**good, "policy": policy})
-    with pytest.raises(NotSupported):
+    with pytest.raises(MalformedEvidence):
         verify_files(Tee.SEV, report, **good)
+    with pytest.raises(InvalidArgument, match="policy"):
+        verify_files(Tee.SEV, report, **{**good, "policy": SnpExpectations()})
     (tmp_path / "x").write_bytes(b"?")
     with pytest.raises(MalformedEvidence):
         verify_files(Tee.SNP, tmp_path / "x", **good)

@@ -79,7 +79,9 @@ def test_chains_of_different_platforms_do_not_mix(attestation):
     with pytest.raises(EvidenceRefused, match=r"sev\.chain\.root"):
         verify_platform(rome["pdh"], platform_chain(rome), ask=rome["ask"], ark=rome["ark"], ark_sha256={})
     with pytest.raises(EvidenceRefused, match=r"sev\.chain\.cek"):
-        verify_platform(rome["pdh"], platform_chain(rome), ask=rome["ask"], ark=rome["ark"], cek=naples["cek"])
+        verify_platform(
+            rome["pdh"], platform_chain(rome), ask=rome["ask"], ark=rome["ark"], cek=naples["cek"]
+        )
 
 
 def test_authorities(attestation):
@@ -195,7 +197,9 @@ def test_a_launch():
     firmware = Firmware()
     with SevSession(firmware.platform, policy=0xF) as session:
         report = firmware.launch(session, b"d" * 32, 0xF)
-        verified = session.verify(report, launch_digests={"old": b"x" * 32, "new": b"d" * 32}, minimum_api=(1, 55, 9))
+        verified = session.verify(
+            report, launch_digests={"old": b"x" * 32, "new": b"d" * 32}, minimum_api=(1, 55, 9)
+        )
         assert verified.launch_digest == b"d" * 32
         assert verified.encrypted_state
         sealed = session.seal_disk_key(verified, Secret(b"K" * 32))

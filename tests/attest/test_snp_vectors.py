@@ -166,11 +166,8 @@ def test_decoded_fields(folder, entries):
 def test_certificates_are_read_as_a_library_reads_them(folder):
     """Names, dates, serials, keys and extensions of all certificates agree with cryptography's X.509 reader."""
     seen = 0
-    paths = [
-        path
-        for pattern in ("amd-roots/*/a*.pem", "snp*/**/*.der", "snp-test-pki/*/a??.pem")
-        for path in sorted(folder.glob(pattern))
-    ]
+    paths = [path for pattern in ("amd-roots/*/a*.pem", "snp*/**/*.der", "snp-test-pki/*/a??.pem")
+             for path in sorted(folder.glob(pattern))]
     for path in paths:
         if path.name.startswith("crl") or "invalid" in path.name:
             continue

@@ -83,18 +83,10 @@ def test_decoded_fields(attestation, entries):
         blob = (attestation / entry["file"]).read_bytes()
         quote = parse_quote(blob)
         report = dcap_qvl.parse_quote(blob).report
-        for ours, theirs in (
-            ("mr_td", "mr_td"),
-            ("mr_seam", "mr_seam"),
-            ("report_data", "report_data"),
-            ("mr_config_id", "mr_config_id"),
-            ("mr_owner", "mr_owner"),
-            ("xfam", "xfam"),
-            ("mr_owner_config", "mr_owner_config"),
-            ("tee_tcb_svn", "tee_tcb_svn"),
-            ("mr_signer_seam", "mr_signer_seam"),
-            ("seam_attributes", "seam_attributes"),
-        ):
+        for ours, theirs in (("mr_td", "mr_td"), ("mr_seam", "mr_seam"), ("report_data", "report_data"),
+                             ("mr_config_id", "mr_config_id"), ("mr_owner", "mr_owner"), ("xfam", "xfam"),
+                             ("mr_owner_config", "mr_owner_config"), ("tee_tcb_svn", "tee_tcb_svn"),
+                             ("mr_signer_seam", "mr_signer_seam"), ("seam_attributes", "seam_attributes")):
             assert getattr(report, theirs) == getattr(quote, ours), ours
         assert report.td_attributes == quote.td_attributes.to_bytes(8, "little")
         assert (report.rt_mr0, report.rt_mr1, report.rt_mr2, report.rt_mr3) == quote.rtmrs

@@ -129,7 +129,9 @@ class Bench:
         assert status == 200, answer
         return headers["set-cookie"].split(";")[0], json.loads(answer)["nonce"]
 
-    def attestation(self, nonce: str, key: ec.EllipticCurvePrivateKey | None = None, **members: Any) -> bytes:
+    def attestation(
+        self, nonce: str, key: ec.EllipticCurvePrivateKey | None = None, **members: Any
+    ) -> bytes:
         """An honest body for this nonce, with members replaced."""
         public = jwk.tee_jwk((key or ec.generate_private_key(ec.SECP256R1())).public_key())
         told = {

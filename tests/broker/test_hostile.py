@@ -90,7 +90,9 @@ async def test_a_body_that_drips_is_given_up(
         assert time.monotonic() - begun < 3
 
 
-async def test_a_connection_has_an_end(root: SimulatedRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_has_an_end(
+    root: SimulatedRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However busy it is kept."""
     monkeypatch.setattr(listener, "LIFETIME_S", 0.6)
     async with bench(root, tmp_path) as b:

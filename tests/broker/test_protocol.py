@@ -212,7 +212,9 @@ async def test_sample_evidence_is_not_evidence(root: SimulatedRoot, tmp_path: Pa
             assert (await b.ask("POST", "/kbs/v0/attest", json.dumps(told).encode(), cookie=cookie))[0] == 401
 
 
-async def test_init_data_must_be_what_the_launch_bound(root: SimulatedRoot, tmp_path: Path, vectors: Path) -> None:
+async def test_init_data_must_be_what_the_launch_bound(
+    root: SimulatedRoot, tmp_path: Path, vectors: Path
+) -> None:
     """The placements are the recorded ones; other text is refused, and the rules decide which is accepted."""
     recorded = json.loads((vectors / "kbs/kbs-0.4.0.json").read_text())["init_data"]
     for case in recorded:

@@ -112,8 +112,7 @@ HOSTILE = [
     b"\x00" * 1000,
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n[]",
-    b"POST /kbs/v0/attest HTTP/1.1\r\nHost: x\r\nCookie: kbs-session-id="
-    + b"0" * 32
+    b"POST /kbs/v0/attest HTTP/1.1\r\nHost: x\r\nCookie: kbs-session-id=" + b"0" * 32
     + b"\r\nContent-Length: 2\r\n\r\n{}",
     b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n" + b"x" * (3 << 20),
     b"GET /kbs/v0/resource/default/" + OTHER.encode() + b"/root HTTP/1.1\r\nHost: x\r\n\r\n",

@@ -136,6 +136,17 @@ def test_the_pages_have_every_command_and_option(pages):
     assert "EXIT STATUS" in text
 
 
+def test_the_page_of_jindisksetup_has_every_command_and_option(pages):
+    """Its own page, from its own commands."""
+    text = plain(pages / "jindisksetup.8")
+    for words, command in manpages.leaves(manpages.setup_cli, ()):
+        assert re.search(rf"^\s+{re.escape(' '.join(words))}\b", text, re.MULTILINE), words
+        for parameter in command.params:
+            for flag in getattr(parameter, "opts", []):
+                assert not flag.startswith("-") or flag in text, (words, flag)
+    assert "nothing to guess" in text
+
+
 def test_the_pages_have_every_setting(pages):
     """With its default and range."""
     text = plain(pages / "jindiskd.toml.5")

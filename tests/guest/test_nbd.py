@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jindiskd.guest import nbd, shutdown, storage
+from jindiskd.jindisk import nbd_kernel
 
 PROGRAM = r"""
 #include <linux/genetlink.h>
@@ -25,7 +26,8 @@ int main(void) {
         sizeof(struct nlmsghdr), sizeof(struct genlmsghdr), sizeof(struct nlattr),
         sizeof(struct nbd_request), sizeof(struct nbd_reply),
         NETLINK_GENERIC, NLMSG_ERROR, NLM_F_REQUEST, NLM_F_ACK, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID,
-        CTRL_ATTR_FAMILY_NAME, NBD_CMD_CONNECT, NBD_ATTR_INDEX, NBD_ATTR_SIZE_BYTES, NBD_ATTR_BLOCK_SIZE_BYTES,
+        CTRL_ATTR_FAMILY_NAME, NBD_CMD_CONNECT * 10 + NBD_CMD_DISCONNECT,
+        NBD_ATTR_INDEX, NBD_ATTR_SIZE_BYTES, NBD_ATTR_BLOCK_SIZE_BYTES,
         NBD_ATTR_SERVER_FLAGS, NBD_ATTR_SOCKETS, NBD_SOCK_ITEM, NBD_SOCK_FD,
         NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM,
         NBD_CMD_FLUSH * 10 + NBD_CMD_TRIM, NLA_F_NESTED);
@@ -41,13 +43,15 @@ def test_against_the_kernel_headers(tmp_path) -> None:
     source = tmp_path / "numbers.c"
     source.write_text(PROGRAM)
     subprocess.run(["cc", "-w", "-o", tmp_path / "numbers", source], check=True)
+    k = nbd_kernel
     assert [int(word) for word in subprocess.check_output([tmp_path / "numbers"]).split()] == [
-        nbd._MESSAGE.size, nbd._GENERIC.size, nbd._ATTRIBUTE.size, nbd.REQUEST.size, nbd.REPLY.size,
-        nbd.NETLINK_GENERIC, nbd.NLMSG_ERROR, nbd.NLM_F_REQUEST, nbd.NLM_F_ACK, nbd.GENL_ID_CTRL,
-        nbd.CTRL_CMD_GETFAMILY, nbd.CTRL_ATTR_FAMILY_ID, nbd.CTRL_ATTR_FAMILY_NAME, nbd.NBD_CMD_CONNECT,
-        nbd.NBD_ATTR_INDEX, nbd.NBD_ATTR_SIZE_BYTES, nbd.NBD_ATTR_BLOCK_SIZE_BYTES, nbd.NBD_ATTR_SERVER_FLAGS,
-        nbd.NBD_ATTR_SOCKETS, nbd.NBD_SOCK_ITEM, nbd.NBD_SOCK_FD, nbd.FLAGS, nbd.FLUSH * 10 + nbd.TRIM,
-        nbd.NLA_F_NESTED, nbd.REQUEST_MAGIC, nbd.REPLY_MAGIC,
+        k._MESSAGE.size, k._GENERIC.size, k._ATTRIBUTE.size, nbd.REQUEST.size, nbd.REPLY.size,
+        k.NETLINK_GENERIC, k.NLMSG_ERROR, k.NLM_F_REQUEST, k.NLM_F_ACK, k.GENL_ID_CTRL,
+        k.CTRL_CMD_GETFAMILY, k.CTRL_ATTR_FAMILY_ID, k.CTRL_ATTR_FAMILY_NAME,
+        k.NBD_CMD_CONNECT * 10 + k.NBD_CMD_DISCONNECT,
+        k.NBD_ATTR_INDEX, k.NBD_ATTR_SIZE_BYTES, k.NBD_ATTR_BLOCK_SIZE_BYTES, k.NBD_ATTR_SERVER_FLAGS,
+        k.NBD_ATTR_SOCKETS, k.NBD_SOCK_ITEM, k.NBD_SOCK_FD, nbd.FLAGS, nbd.FLUSH * 10 + nbd.TRIM,
+        k.NLA_F_NESTED, nbd.REQUEST_MAGIC, nbd.REPLY_MAGIC,
     ]  # fmt: skip
 
 
@@ -73,7 +77,7 @@ class Memory:
         self.flushed = bytes(self.data)
 
     def discard(self, offset: int, length: int) -> None:
-        self.data[offset : offset + length] = bytes(length)
+        self.data[offset : offset + length] = bytes(min(length, len(self.data) - offset))
 
     def close(self) -> None:
         if self.failing:
@@ -148,6 +152,15 @@ def test_errors_reach_the_kernel(served) -> None:
     volume.failing = True
     assert kernel.send(nbd.WRITE, 0, 4, b"data")[0] == errno.ENOSPC
     volume.failing = False
+    assert kernel.send(nbd.READ, 0, 4) == (0, bytes(4))
+
+
+def test_a_trim_may_be_long(served) -> None:
+    """The kernel trims up to 4 GiB with one request: that is no junk, as a read of this length would be."""
+    kernel, volume, _, _ = served
+    volume.size_bytes = 1 << 32
+    assert kernel.send(nbd.TRIM, 0, 0xFFFFF000) == (0, b"")
+    volume.size_bytes = 1 << 16
     assert kernel.send(nbd.READ, 0, 4) == (0, bytes(4))
 
 
@@ -253,12 +266,12 @@ def test_attach_without_nbd() -> None:
         pytest.skip("this machine has nbd, and it is not the test's to use")
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(OSError):
-        nbd.attach(theirs.fileno(), 1 << 20, 4096)
+        nbd_kernel.attach([theirs.fileno()], 1 << 20, 4096, nbd.FLAGS)
 
 
 def test_connect_message_by_hand() -> None:
     """The message, attribute by attribute."""
-    message = nbd.connect_message(0x1B, 7, 1 << 30, 4096)
+    message = nbd_kernel.connect_message(0x1B, [7], 1 << 30, 4096, nbd.FLAGS, 0)
     assert struct.unpack_from("=IHHII", message) == (len(message), 0x1B, 5, 1, 0)
     assert message[16:20] == b"\1\1\0\0"
     assert message[20:28] == struct.pack("=HHI", 8, 1, 0)

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 import pytest
@@ -27,7 +27,9 @@ UUID1 = UUID(bytes=bytes(range(0x40, 0x50)))
 def small_geometry() -> Geometry:
     """4096 blocks, segments of 64, the smallest journal: every mechanism runs within seconds."""
     base = default_geometry(4096)
-    return Geometry(blocks=4096, segment_bits=6, segments=base.segments, journal_blocks=16, meta_slots=base.meta_slots)
+    return Geometry(
+        blocks=4096, segment_bits=6, segments=base.segments, journal_blocks=16, meta_slots=base.meta_slots
+    )
 
 
 ZERO = bytes(BLOCK)
@@ -178,6 +180,7 @@ class World:
     key: Secret
     seed: int = 0
     audit: Audit | None = None
+    uuid: UUID = UUID1
 
     def entropy(self, length: int) -> bytes:
         """The system's random bytes: different ones for every process, forks of one history included."""
@@ -187,7 +190,7 @@ class World:
         """The same volume on a copy of the disk, with a copy of what the broker remembers."""
         device = self.device.copy() if device is None else device
         broker = copy.copy(broker or self.broker)
-        return World(device=device, broker=broker, key=self.key, seed=self.seed, audit=self.audit)
+        return replace(self, device=device, broker=broker)
 
     def _new_process(self) -> None:
         if self.audit is not None:
@@ -197,19 +200,19 @@ class World:
         self._new_process()
         _, session_id = self.broker.release()
         session = create_volume(
-            self.device, geometry=geometry or small_geometry(), key=self.key, uuid=UUID1, session_id=session_id,
+            self.device, geometry=geometry or small_geometry(), key=self.key, uuid=self.uuid, session_id=session_id,
             entropy=self.entropy, keeper=self.broker, clock=lambda: 0,
         )  # fmt: skip
         self.broker.first(session.durable)
         return session
 
     def open(self, anchor: Anchor | None = None) -> Volume:
-        return open_volume(self.device, key=self.key, uuid=UUID1, anchor=anchor or self.broker.anchor)
+        return open_volume(self.device, key=self.key, uuid=self.uuid, anchor=anchor or self.broker.anchor)
 
     def begin(self, **options: object) -> Session:
         self._new_process()
         anchor, session_id = self.broker.release()
-        volume = open_volume(self.device, key=self.key, uuid=UUID1, anchor=anchor)
+        volume = open_volume(self.device, key=self.key, uuid=self.uuid, anchor=anchor)
         session = Session(
             volume, session_id=session_id, keeper=self.broker, entropy=self.entropy, clock=lambda: 0, **options
         )

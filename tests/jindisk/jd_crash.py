@@ -36,11 +36,9 @@ def decode(data: bytes) -> Content:
     found = []
     for at in range(0, len(data), BLOCK):
         block = data[at : at + BLOCK]
-        if block == ZERO:
-            found.append(0)
-        else:
-            assert block[:32] * 128 == block, "a block that nobody wrote"
-            found.append(_numbers[block[:32]])
+        number = 0 if block == ZERO else _numbers[block[:32]]
+        assert number == 0 or block[:32] * 128 == block, "a block that nobody wrote"
+        found.append(number)
     return tuple(found)
 
 
@@ -108,6 +106,8 @@ class Recorded:
     world: World
     contents: list[Content]
     first: Mark
+    span: int
+    """Logical blocks that requests were about."""
     cleaned: bool = False
     """Whether live blocks were moved."""
 
@@ -144,9 +144,10 @@ class Run:
     def record(self, requests: int) -> Recorded:
         self.random = random.Random(self.seed)
         base = world(seed=self.seed, audit=self.audit)
-        session, now, self.number = base.create(), [0] * BLOCKS, 0
         if self.full:
             self.span = BLOCKS
+        session, now, self.number = base.create(), [0] * self.span, 0
+        if self.full:
             for lba in range(0, BLOCKS, 64):
                 session.write(lba * BLOCK, self.fresh(now, lba, 64))
         session.close()
@@ -166,7 +167,9 @@ class Run:
             self.request(session, now)
         broker.run = device.meanwhile = None
         cleaned = session.appender.written_blocks > self.number - self.prefilled
-        return Recorded(device=device, world=self.world, contents=self.contents, first=first, cleaned=cleaned)
+        return Recorded(
+            device=device, world=self.world, contents=self.contents, first=first, span=self.span, cleaned=cleaned
+        )
 
     def remembered(self) -> Broker:
         found = Broker()
@@ -317,19 +320,19 @@ def verify(
     here = recorded.world.fork(device, crash.mark.broker)
     session = here.begin()
     begun = len(device.events)
-    found = decode(session.read(0, BLOCKS * BLOCK))
+    found = decode(session.read(0, recorded.span * BLOCK))
     allowed = recorded.contents[crash.mark.acknowledged : crash.mark.begun + 1]
     assert found in allowed, f"{said}: not a state since the acknowledged one"
     if not onward:
         return
     device.session = session
-    lba = rng.randrange(BLOCKS)
+    lba = rng.randrange(recorded.span)
     session.write(lba * BLOCK, numbered(lba + 1_000_000))
     if rng.random() < 0.5:
         session.flush()
     session.close()
     volume = here.open()
-    after = decode(volume.read(0, BLOCKS * BLOCK))
+    after = decode(volume.read(0, recorded.span * BLOCK))
     assert after == (*found[:lba], lba + 1_000_000, *found[lba + 1 :]), f"{said}: closed and reopened, it differs"
     if check:
         report = check_volume(volume, data=True)
@@ -340,7 +343,11 @@ def verify(
         adopted.pending = session.session_id
         adopted.adopt(anchored(recorded, crash), session.session_id)
         again = Recorded(
-            device=device, world=here, contents=[found], first=Mark(begun=0, acknowledged=0, broker=adopted)
+            device=device,
+            world=here,
+            contents=[found],
+            first=Mark(begun=0, acknowledged=0, broker=adopted),
+            span=recorded.span,
         )
         device.events = device.events[:begun]
         for second in crashes(again, rng, share=1.0, subsets=1, exhaustive=False):

@@ -73,8 +73,8 @@ def uri(path: Path) -> str:
     return f"nbd+unix:///?socket={path}"
 
 
-def run(*words: object, status: int = 0) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120)
+def run(*words: object, status: int = 0, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120, cwd=cwd)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
@@ -167,7 +167,7 @@ def test_fio_verifies(tmp_path) -> None:
     with served(tmp_path / "v") as (path, _):
         run(
             "fio", "--name=v", "--ioengine=nbd", f"--uri={uri(path)}", "--rw=randwrite", "--bs=4k-64k", "--iodepth=16",
-            "--size=16m", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", f"--directory={tmp_path}",
+            "--size=16m", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", cwd=tmp_path,
         )  # fmt: skip
 
 

@@ -42,12 +42,7 @@ def test_only_an_active_key_is_released(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         give(store)
     assert [row["kind"] for row in store.audit_rows()] == [
-        "activated",
-        "released",
-        "revoked",
-        "reinstated",
-        "released",
-        "forgotten",
+        "activated", "released", "revoked", "reinstated", "released", "forgotten",
     ]
     store.close()
 

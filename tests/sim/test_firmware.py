@@ -106,7 +106,9 @@ def test_appraisal_of_every_row(root):
     firmware = SimulatedSnpFirmware(root, DIGEST)
     verifier = SnpVerifier(roots=root.roots)
     certificates, _lists = table_certificates(firmware.certificate_table())
-    base = SnpExpectations(measurements=frozenset({DIGEST}), host_data=frozenset({bytes(32)}), allow_simulated=True)
+    base = SnpExpectations(
+        measurements=frozenset({DIGEST}), host_data=frozenset({bytes(32)}), allow_simulated=True
+    )
 
     def judge(wanted: SnpExpectations, **changes) -> list[str]:
         report = firmware.sign(replace(firmware.template, **changes))
@@ -121,11 +123,8 @@ def test_appraisal_of_every_row(root):
     rows = [
         ({}, {"measurement": bytes(48)}, "snp.measurement"),
         ({"measurements": frozenset(), "id_key_digests": frozenset({bytes(48)})}, {}, "snp.measurement"),
-        (
-            {"measurements": frozenset(), "author_key_digests": frozenset({b"a" * 48})},
-            {"author_key_digest": b"a" * 48},
-            "snp.measurement",
-        ),
+        ({"measurements": frozenset(), "author_key_digests": frozenset({b"a" * 48})},
+         {"author_key_digest": b"a" * 48}, "snp.measurement"),
         ({"minimum_guest_svn": 2}, {"guest_svn": 1}, "snp.guest_svn"),
         ({}, {"host_data": b"h" * 32}, "snp.host_data"),
         ({}, {"policy": policy | 1 << 19}, "snp.debug"),
@@ -135,11 +134,8 @@ def test_appraisal_of_every_row(root):
         ({"vmpl": 2}, {"vmpl": 0xFFFFFFFF}, "snp.vmpl"),
         ({"minimum_policy_abi": (1, 51)}, {"policy": policy | 0x0132}, "snp.policy_abi"),
         ({"minimum_tcb": {"Genoa": good}}, {}, "snp.tcb.no_minimum"),
-        (
-            {"minimum_tcb": {"Milan": good}, "allow_provisional_firmware": True},
-            {"committed_tcb": low},
-            "snp.tcb.too_old",
-        ),
+        ({"minimum_tcb": {"Milan": good}, "allow_provisional_firmware": True}, {"committed_tcb": low},
+         "snp.tcb.too_old"),
         ({"minimum_tcb": {"Milan": good}}, {"launch_tcb": low}, "snp.tcb.too_old"),
         ({"minimum_tcb": {"Milan": replace(good, snp=25)}}, {}, "snp.tcb.too_old"),
         ({"minimum_firmware": replace(version, build=30)}, {}, "snp.firmware.too_old"),
@@ -160,17 +156,10 @@ def test_appraisal_of_every_row(root):
         found = judge(replace(base, **wanted), **changes)
         assert {finding} == set(found), (wanted, changes)
     hard = {
-        "require_smt_off": True,
-        "require_ciphertext_hiding": True,
-        "require_aes_256_xts": True,
-        "require_rapl_off": True,
-        "require_single_socket": True,
-        "require_page_swap_disabled": True,
-        "require_no_cxl": True,
-        "require_alias_check": True,
-        "chip_ids": frozenset({firmware.template.chip_id}),
-        "minimum_tcb": {"Milan": good},
-        "minimum_firmware": version,
+        "require_smt_off": True, "require_ciphertext_hiding": True, "require_aes_256_xts": True,
+        "require_rapl_off": True, "require_single_socket": True, "require_page_swap_disabled": True,
+        "require_no_cxl": True, "require_alias_check": True, "chip_ids": frozenset({firmware.template.chip_id}),
+        "minimum_tcb": {"Milan": good}, "minimum_firmware": version,
     }
     assert judge(replace(base, **hard), platform_info=0b111000, policy=policy | 0b11_1101 << 20 & ~(1 << 21)) == []
     keyed = replace(base, measurements=frozenset(), author_key_digests=frozenset({b"a" * 48}))
@@ -204,21 +193,9 @@ def test_openssl_agrees(root, tmp_path):
         ).stdout
         (tmp_path / name).write_bytes(text)
     done = subprocess.run(
-        [
-            "openssl",
-            "verify",
-            "-attime",
-            str(int(NOW.timestamp())),
-            "-CAfile",
-            tmp_path / "ark",
-            "-untrusted",
-            tmp_path / "ask",
-            tmp_path / "vcek",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
+        ["openssl", "verify", "-attime", str(int(NOW.timestamp())), "-CAfile", tmp_path / "ark", "-untrusted",
+         tmp_path / "ask", tmp_path / "vcek"],
+        capture_output=True, text=True, timeout=20, check=False,
     )
     assert done.returncode == 0, done.stderr
 

@@ -1,0 +1,1 @@
+"""`jindisksetup`: JinDisk volumes in files and block devices, without the service."""

@@ -1,0 +1,198 @@
+"""`jindisksetup format`, `load`, `export` and `rekey`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jindiskd.base.secret import Secret
+from jindiskd.cli.app import App, common, pass_app
+from jindiskd.cli.output import fields, size
+from jindiskd.cli.parameters import Size
+from jindiskd.errors import AlreadyExists, InvalidArgument
+from jindiskd.jindisk import anchor_file
+from jindiskd.jindisksetup import keys, options
+from jindiskd.jindisksetup.format2 import remembered
+from jindiskd.jindisksetup.formats import Document, NewVolume, VolumeFormat
+from jindiskd.jindisksetup.progress import progress
+from jindiskd.jindisksetup.targets import Target, make_zero, overwriting
+
+new_volume = options.add(
+    options.key_file,
+    click.option("--generate-key", type=options.PATH, help="Draw the key, and keep it in this new file."),
+    options.anchor,
+    click.option("--size", "size_", type=Size(), help="Logical size, such as 20G."),
+    click.option("--label", default="", help="For people; anybody can read it. At most 64 bytes."),
+    click.option("--uuid", type=options.Uuid(), help="Identity of the volume; drawn if not given."),
+    click.option(
+        "--reserve", type=click.IntRange(20, 200), default=50, help="Room for cleaning, in thousandths of the size."
+    ),
+    options.offset,
+    options.version,
+    options.overwriting,
+)
+
+
+@contextlib.contextmanager
+def _key(app: App, given: dict[str, Any], length: int) -> Iterator[Secret]:
+    if given["generate_key"] is None:
+        with keys.read_key(app, given["key_file"], length) as key:
+            yield key
+        return
+    if given["key_file"] is not None:
+        raise InvalidArgument("--generate-key", "with --key-file", "give one of the two")
+    path = given["generate_key"]
+    with keys.generate_key(path, length) as key:
+        try:
+            yield key
+        except BaseException:
+            path.unlink(missing_ok=True)  # nothing was made that it could open
+            raise
+
+
+@contextlib.contextmanager
+def _making(app: App, path: Path, what: str, given: dict[str, Any]) -> Iterator[tuple[VolumeFormat, Target, NewVolume]]:
+    """The target and what shall be made there."""
+    form = options.pick(app, given["format_version"])
+    if given["anchor"] is not None and not given["force"] and given["anchor"].exists():
+        raise AlreadyExists("the anchor file", os.fspath(given["anchor"]))
+    with (
+        overwriting(
+            app, path, offset_bytes=given["offset"], force=given["force"], yes=given["yes"], what=what
+        ) as target,
+        _key(app, given, form.key_bytes) as key,
+    ):
+        yield (
+            form,
+            target,
+            NewVolume(
+                key=key,
+                uuid=given["uuid"] or uuid.uuid4(),
+                label=given["label"],
+                size_bytes=given["size_"],
+                reserve_per_mille=given["reserve"],
+                offset_bytes=given["offset"],
+            ),
+        )
+
+
+def _keep(document: Document, given: dict[str, Any]) -> None:
+    """Keep the state of a new volume, if that was asked for."""
+    if given["anchor"] is not None:
+        anchor_file.write(given["anchor"], remembered(document), replace=given["force"])
+
+
+def _show_made(app: App, document: Document, verb: str, path: Path) -> None:
+    pairs = {
+        "uuid": document["uuid"],
+        "size": f"{size(document['size_bytes'])} ({document['size_bytes']} bytes)",
+        "on the device": f"{size(document['device_bytes'])} ({document['device_bytes']} bytes)",
+    }
+    if "root" in document:
+        pairs["state"] = f"{document['sequence']} {document['root']}"
+    app.show({"volume": document}, lambda: f"{verb} {path}.\n{fields(pairs)}")
+
+
+@click.command(name="format")
+@click.argument("device", type=options.PATH)
+@new_volume
+@common
+@pass_app
+def format_(app: App, /, device: Path, **given: Any) -> None:
+    """Make an empty volume on DEVICE, a block device or file. A file that does not exist is made.
+
+    Without --size it becomes as large as the device permits.
+    """
+    with _making(app, device, "formatting", given) as (form, target, new):
+        document = form.create(target, new)
+        _keep(document, given)
+    _show_made(app, document, "Formatted", device)
+
+
+@click.command()
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("device", type=options.PATH)
+@new_volume
+@common
+@pass_app
+def load(app: App, /, source: Path, device: Path, **given: Any) -> None:
+    """Make a volume on DEVICE with the content of SOURCE, a raw disk image or block device.
+
+    Zeros are not stored. Without --size the volume is as large as the source, and at least 16 MiB.
+    """
+    source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        length = os.lseek(source_fd, 0, os.SEEK_END)
+        with _making(app, device, "loading", given) as (form, target, new):
+            ours, theirs = os.fstat(source_fd), os.fstat(target.fd)
+            if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) or (
+                target.is_block and ours.st_rdev == theirs.st_rdev
+            ):
+                raise InvalidArgument("the target", os.fspath(device), "it is the source itself")
+            with progress(app, "loading") as tell:
+                document = form.load(source_fd, length, target, new, tell)
+            _keep(document, given)
+    finally:
+        os.close(source_fd)
+    _show_made(app, document, f"Loaded {source} into", device)
+
+
+@click.command()
+@click.argument("device", type=options.PATH)
+@click.argument("target", type=options.PATH)
+@options.access
+@options.overwriting
+@click.option("--target-offset", type=options.Offset(), default=0, help="Where the content goes in the target.")
+@common
+@pass_app
+def export(app: App, /, device: Path, target: Path, **given: Any) -> None:
+    """Write the content of the volume on DEVICE to TARGET, a raw image or block device; holes stay holes."""
+    offset = given["target_offset"]
+    with options.accessing(app, device, given) as (form, access):
+        length = form.size_bytes(access)  # before anything is overwritten: the key and the state are right
+        with overwriting(
+            app, target, offset_bytes=offset, force=given["force"], yes=given["yes"], what="exporting"
+        ) as opened:
+            if opened.is_block and opened.size_bytes < offset + length:
+                raise InvalidArgument("the target", os.fspath(target), f"it must have {offset + length} bytes")
+            if stat.S_ISREG(os.fstat(opened.fd).st_mode) and offset and offset + length < opened.size_bytes:
+                raise InvalidArgument("the target", os.fspath(target), "something lies behind where the content goes")
+            make_zero(opened, offset, length)
+            with progress(app, "exporting") as tell:
+                written = form.export(access, opened.fd, offset, tell)
+    document = {"target": os.fspath(target), "size_bytes": length, "data_bytes": written}
+    app.show({"export": document}, lambda: f"Exported {size(length)}, {size(written)} of data, to {target}.")
+
+
+@click.command()
+@click.argument("device", type=options.PATH)
+@options.access
+@click.option("--new-key-file", type=options.PATH, help="The new key, as raw bytes; - is standard input.")
+@click.option("--generate-key", type=options.PATH, help="Draw the new key, and keep it in this new file.")
+@common
+@pass_app
+def rekey(app: App, /, device: Path, new_key_file: Path | None, generate_key: Path | None, **given: Any) -> None:
+    """Put the volume on DEVICE under a new key. The data are not encrypted anew.
+
+    That protects against a leaked old key only those disks of which nobody has a copy. Keep the old key until this
+    command has succeeded: if it is interrupted, the volume opens with one of the two. For more, export and load.
+    """
+    if (new_key_file is None) == (generate_key is None):
+        raise click.UsageError("give either --new-key-file or --generate-key")
+    with options.accessing(app, device, given) as (form, access):
+        form.size_bytes(access)  # the old key and the state are right
+        if generate_key is not None:
+            # The file stays, whatever happens: from the first write on it may be the only key.
+            new_key = keys.generate_key(generate_key, form.key_bytes)
+        else:
+            new_key = keys.read_key(app, new_key_file, form.key_bytes, what="new key")
+        with new_key:
+            document = form.rekey(access, new_key)
+    app.show({"volume": document}, lambda: f"The volume on {device} is under its new key.")

@@ -1,0 +1,124 @@
+"""Options that several commands share, and what they add up to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import click
+
+from jindiskd.cli.app import App
+from jindiskd.cli.parameters import Size
+from jindiskd.errors import InvalidArgument
+from jindiskd.jindisksetup import formats
+from jindiskd.jindisksetup.formats import Access, VolumeFormat
+from jindiskd.jindisksetup.keys import read_key
+
+Command = Callable[..., Any]
+UNANCHORED_WARNING = (
+    "warning: nothing says whether this is the newest state of the volume: an older copy would be accepted. "
+    "Keep its state with --anchor FILE, or say --unanchored"
+)
+
+
+class Offset(Size):
+    """A size that may be zero."""
+
+    name = "offset"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, a multiple of 4096."""
+        found = 0 if value in {0, "0"} else super().convert(value, param, ctx)
+        if found % 4096:
+            self.fail(f"{value!r} is no multiple of 4096", param, ctx)
+        return found
+
+
+class Uuid(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A UUID."""
+
+    name = "uuid"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> UUID:
+        """As an object."""
+        try:
+            return value if isinstance(value, UUID) else UUID(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a UUID", param, ctx)
+
+
+PATH = click.Path(path_type=Path)
+
+
+def add(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several decorators as one; the first is the first in the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+key_file = click.option(
+    "--key-file", type=PATH, help="The key, as raw bytes; - is standard input. Without it you are asked."
+)
+offset = click.option("--offset", type=Offset(), default=0, help="Where the volume begins on the device.")
+version = click.option(
+    "--format-version",
+    type=click.Choice([str(number) for number in formats.VERSIONS]),
+    default=str(formats.DEFAULT),
+    help="Version of the format; it is never guessed.",
+)
+anchor = click.option(
+    "--anchor", type=PATH, help="The file that keeps the volume's newest state; keep it away from the disk."
+)
+access = add(
+    key_file,
+    anchor,
+    click.option("--unanchored", is_flag=True, help="Take whatever state the disk has, even an old one."),
+    click.option("--uuid", type=Uuid(), help="Accept no other volume than this."),
+    offset,
+    version,
+)
+overwriting = add(
+    click.option("--force", is_flag=True, help="Overwrite what is known to be a file system, volume or the like."),
+    click.option("--yes", is_flag=True, help="Do not ask before overwriting a target that is not empty."),
+)
+
+
+def pick(app: App, format_version: str) -> VolumeFormat:
+    """The format asked for; it says at once what it does not protect."""
+    found = formats.get(int(format_version))
+    if found.warning:
+        app.say(f"warning: {found.warning}")
+    return found
+
+
+@contextlib.contextmanager
+def accessing(app: App, device: Path, given: dict[str, Any]) -> Iterator[tuple[VolumeFormat, Access]]:
+    """The format and volume that the options of `access` name; the key is wiped at the end.
+
+    Raises:
+        InvalidArgument: they contradict each other, or the key is unusable.
+    """
+    form = pick(app, given["format_version"])
+    if given["anchor"] is not None and given["unanchored"]:
+        raise InvalidArgument("--unanchored", "with --anchor", "give one of the two")
+    if given["anchor"] is None and not given["unanchored"] and not form.warning:
+        app.say(UNANCHORED_WARNING)
+    with read_key(app, given["key_file"], form.key_bytes) as key:
+        yield (
+            form,
+            Access(
+                device=device,
+                offset_bytes=given["offset"],
+                key=key,
+                uuid=given["uuid"],
+                anchor_file=given["anchor"],
+            ),
+        )

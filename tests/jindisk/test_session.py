@@ -1,0 +1,513 @@
+"""What a session does when things go wrong below it or above it, and what it offers besides reading and writing."""
+
+import errno
+import multiprocessing
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from jd import KEY, UUID1, ZERO, Audit, Broker, MemoryDevice, World, content, world
+
+from jindiskd.base.secret import Secret
+from jindiskd.errors import InvalidArgument
+from jindiskd.jindisk.anchor import UNANCHORED, Reporting, State
+from jindiskd.jindisk.check import check_volume
+from jindiskd.jindisk.create import create_volume
+from jindiskd.jindisk.device import FileDevice
+from jindiskd.jindisk.errors import (
+    VolumeCrowded,
+    VolumeDeviceFailed,
+    VolumeError,
+    VolumeFenced,
+    VolumeReadOnly,
+    VolumeUnauthentic,
+    VolumeUnrecognised,
+)
+from jindiskd.jindisk.export import bulk_export
+from jindiskd.jindisk.geometry import BLOCK, Kind, default_geometry
+from jindiskd.jindisk.repair import restore_identification, salvage
+from jindiskd.jindisk.session import Session
+from jindiskd.jindisk.volume import open_volume
+
+UUID2 = UUID(int=2)
+KEY2 = bytes(range(100, 132))
+
+
+class Failing(MemoryDevice):
+    """A device whose writes and barriers can be made to fail."""
+
+    def __init__(self, size_bytes: int, blocks: dict[int, bytes] | None = None) -> None:
+        super().__init__(size_bytes, blocks)
+        self.refuse: Callable[[int], bool] = lambda _raw: False
+        self.refuse_flush = False
+        self.writes = 0
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        if self.refuse(offset // BLOCK):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.writes += 1
+        super().pwrite(offset, data)
+
+    def flush(self) -> None:
+        if self.refuse_flush:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def failing(audit: Audit | None = None) -> tuple[World, Failing, Session]:
+    here = world(audit=audit)
+    here.create().close()
+    device = Failing(here.device.size_bytes, here.device.blocks)
+    here.device = device
+    return here, device, here.begin()
+
+
+def refuse_data(session: Session) -> Callable[[int], bool]:
+    start = session.volume.geometry.data_start
+    return lambda raw: raw >= start
+
+
+def test_refused_data_are_kept_and_written_later(audit: Audit) -> None:
+    """The store is full for a while: flushes fail, nothing is acknowledged, lost, fenced, or sealed twice."""
+    here, device, session = failing(audit)
+    session.write(0, content(1))
+    session.flush()
+    durable, free = session.durable, len(session.appender.free)
+    device.refuse = refuse_data(session)
+    session.write(BLOCK, content(2))
+    session.write(2 * BLOCK, content(3))
+    session.write(3 * BLOCK, content(4))
+    for _ in range(100):
+        with pytest.raises(VolumeDeviceFailed, match="writing data") as caught:
+            session.flush()
+        assert caught.value.errno == errno.ENOSPC
+    assert session.durable == durable
+    assert session.fenced is None
+    assert len(session.appender.free) == free
+    session.write(2 * BLOCK, content(5))  # newer than what was refused
+    session.discard(3 * BLOCK, BLOCK)
+    assert session.read(0, 4 * BLOCK) == content(1) + content(2) + content(5) + ZERO
+    device.refuse = lambda _raw: False
+    session.flush()
+    expected = content(1) + content(2) + content(5) + ZERO
+    assert here.fork().begin().read(0, 4 * BLOCK) == expected
+    session.close()
+    assert here.open().read(0, 4 * BLOCK) == expected
+    assert not check_volume(here.open(), data=True).faults
+
+
+def test_what_waits_for_a_full_store_is_bounded() -> None:
+    """Writes are refused before they fill the memory; none of those is visible."""
+    _, device, session = failing()
+    device.refuse = refuse_data(session)
+    refused = []
+    for lba in range(600):
+        try:
+            session.write(lba * BLOCK, content(lba))
+        except VolumeDeviceFailed:
+            refused.append(lba)
+    assert len(session.volume.pending) <= 256
+    assert len(refused) > 300
+    assert session.read(refused[-1] * BLOCK, BLOCK) == ZERO
+    device.refuse = lambda _raw: False
+    session.close()
+
+
+@pytest.mark.parametrize("what", ["journal", "barrier", "page", "superblock", "closing"])
+def test_a_failure_that_leaves_the_disk_unknown_fences(what: str) -> None:
+    """After it nothing is written or acknowledged any more; reading goes on; reopening gives what was acknowledged."""
+    here, device, session = failing()
+    geometry = session.volume.geometry
+    session.write(0, content(1))
+    session.flush()
+    session.write(0, content(2))
+    if what == "barrier":
+        device.refuse_flush = True
+    else:
+        ranges = {"journal": (8, geometry.meta_start), "page": (geometry.meta_start, geometry.meta_end)}
+        low, high = ranges.get(what, (1, 3))
+        device.refuse = lambda raw: low <= raw < high
+    with pytest.raises(VolumeDeviceFailed):
+        {"closing": session.close, "journal": session.flush, "barrier": session.flush}.get(what, session.checkpoint)()
+    assert session.fenced
+    device.refuse, device.refuse_flush = lambda _raw: False, False
+    writes = device.writes
+    calls = (session.flush, session.close, session.checkpoint, session.idle, lambda: session.write(0, content(3)))
+    for attempt in calls:
+        with pytest.raises(VolumeFenced, match="not written any more"):
+            attempt()
+    session.tick()
+    assert device.writes == writes
+    assert session.read(0, BLOCK) == content(2)
+    assert here.begin().read(0, BLOCK) in {content(1), content(2)}
+
+
+def test_any_exception_within_a_commit_fences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted commit must not be taken for a written one by the next flush."""
+    _, _, session = failing()
+
+    def interrupted(_log: object) -> None:
+        raise KeyboardInterrupt
+
+    session.write(0, content(1))
+    monkeypatch.setattr(session, "_write_commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.flush()
+    with pytest.raises(VolumeFenced):
+        session.flush()
+
+
+class Moody(Broker):
+    """A broker that sometimes does not answer."""
+
+    silent = False
+    reports: list[int]
+
+    def _follow(self, state: State, still_open: bool) -> None:
+        if self.silent:
+            raise TimeoutError("no answer")
+        super()._follow(state, still_open)
+        self.reports = [*getattr(self, "reports", []), state.sequence]
+
+
+def test_a_close_without_an_answer_can_be_repeated() -> None:
+    """The volume is closed and not written again; only the message is sent again."""
+    here = world()
+    here.broker = broker = Moody()
+    session = here.create()
+    session.write(0, content(1))
+    broker.silent = True
+    with pytest.raises(TimeoutError):
+        session.close()
+    before = dict(here.device.blocks)
+    with pytest.raises(VolumeFenced):
+        session.write(0, content(2))
+    broker.silent = False
+    session.close()
+    session.close()
+    assert before == here.device.blocks
+    assert broker.anchor is not None
+    assert not broker.anchor.open
+    assert here.open().read(0, BLOCK) == content(1)
+
+
+def test_with_commit_reporting_nothing_unreported_is_acknowledged() -> None:
+    """Commits by checkpoints included; a broker that does not answer ends the session."""
+    here = world()
+    here.create().close()
+    moody = Moody()
+    moody.__dict__.update(here.broker.__dict__)
+    here.broker = moody
+    session = here.begin(reporting=Reporting.COMMIT)
+    session.write(0, content(1))
+    session.checkpoint()  # as a write may do that needs room
+    session.flush()
+    assert moody.anchor is not None
+    assert moody.anchor.sequence == session.durable.sequence
+    reports = len(moody.reports)
+    session.flush()
+    assert len(moody.reports) == reports, "nothing new, nothing to tell"
+    session.write(0, content(2))
+    moody.silent = True
+    with pytest.raises(VolumeFenced, match="no answer"):
+        session.flush()
+    with pytest.raises(VolumeFenced):
+        session.flush()
+
+
+def test_interval_and_lease_follow_the_clock() -> None:
+    """Reports come when an interval has passed and there was a commit; silence past the lease fences."""
+    now = [0.0]
+    here = world()
+    here.create().close()
+    moody = Moody()
+    moody.__dict__.update(here.broker.__dict__)
+    here.broker = moody
+    session = here.begin(monotonic=lambda: now[0], interval_s=10.0, lease_s=100.0)
+    session.tick()
+    assert not getattr(moody, "reports", [])
+    now[0] = 11.0
+    session.tick()
+    assert moody.reports == [session.durable.sequence]  # that of the first checkpoint
+    now[0] = 50.0
+    session.tick()
+    assert len(moody.reports) == 1, "nothing new"
+    session.write(0, content(1))
+    session.flush()
+    session.tick()
+    assert len(moody.reports) == 2
+    moody.silent = True
+    session.write(0, content(2))
+    session.flush()
+    now[0] = 149.0
+    session.tick()
+    session.flush()
+    now[0] = 151.0
+    with pytest.raises(VolumeFenced, match="lease"):
+        session.flush()
+    assert session.read(0, BLOCK) == content(2)
+
+
+def test_a_session_that_has_not_begun_writes_nothing() -> None:
+    here = world()
+    here.create().close()
+    before = dict(here.device.blocks)
+    session = Session(here.open(), session_id=bytes(32))
+    for attempt in (session.flush, session.close, session.checkpoint, lambda: session.write(0, content(1))):
+        with pytest.raises(VolumeReadOnly):
+            attempt()
+    assert here.device.blocks == before
+
+
+def test_rekeying_replaces_both_superblocks(audit: Audit) -> None:
+    """The old key opens nothing any more, the data stay; stopped between the two, the new key opens."""
+    here = world(audit=audit)
+    session = here.create()
+    session.write(0, content(1))
+    session.rekey(Secret(KEY2))
+    session.write(BLOCK, content(2))
+    session.close()
+    with pytest.raises(VolumeUnauthentic, match="superblock slot"):
+        here.open()
+    here.key = Secret(KEY2)
+    assert here.open().read(0, 2 * BLOCK) == content(1) + content(2)
+    session = here.begin()
+    session.volume.key = Secret(KEY)
+    session.checkpoint()
+    stopped = here.fork()
+    assert stopped.begin().read(0, BLOCK) == content(1)  # the older superblock, under the older key
+    stopped = here.fork()
+    stopped.key = Secret(KEY)
+    assert stopped.begin().read(0, 2 * BLOCK) == content(1) + content(2)
+    with pytest.raises(InvalidArgument):
+        session.rekey(Secret(b"short"))
+
+
+def test_a_copy_becomes_a_volume_of_its_own(audit: Audit) -> None:
+    """Its own UUID, key and label; the original is untouched, and neither opens as the other."""
+    here = world(audit=audit)
+    session = here.create()
+    session.write(0, content(1))
+    session.close()
+    copied = here.fork()
+    session = copied.begin()
+    session.rekey(Secret(KEY2), uuid=UUID2, label="the copy")
+    session.close()
+    with pytest.raises(VolumeError):
+        copied.open()
+    copied.key, copied.uuid = Secret(KEY2), UUID2
+    session = copied.begin()
+    assert session.volume.identification.label == "the copy"
+    session.write(BLOCK, content(2))
+    session.close()
+    assert copied.open().read(0, 2 * BLOCK) == content(1) + content(2)
+    assert here.open().read(0, 2 * BLOCK) == content(1) + ZERO
+
+
+def test_zeroing_and_trimming_are_exact() -> None:
+    """Parts of blocks, single blocks, whole leaves of the map; in one commit; what is not within stays."""
+    here, rng = world(), random.Random(3)
+    session = here.create()
+    model = bytearray(rng.randbytes(700 * BLOCK))
+    session.write(0, bytes(model))
+    for offset, length in [(100, 50), (4000, 200), (8192, 4096), (12_000, 9_000), (170 * BLOCK - 5, 345 * BLOCK + 77)]:
+        session.zero(offset, length)
+        model[offset : offset + length] = bytes(length)
+    for offset, length in [(20 * BLOCK + 1, 3 * BLOCK), (40 * BLOCK, BLOCK), (50 * BLOCK + 1, 4095)]:
+        session.discard(offset, length)
+        first, last = -(-offset // BLOCK) * BLOCK, (offset + length) // BLOCK * BLOCK
+        model[first:last] = bytes(max(0, last - first))
+    session.zero(5, 0)
+    assert session.read(0, len(model)) == bytes(model)
+    commits = session.sequence
+    session.flush()
+    assert session.sequence == commits + 1
+    assert here.fork().begin().read(0, len(model)) == bytes(model)
+    session.close()
+    assert here.open().read(0, len(model)) == bytes(model)
+    assert not check_volume(here.open(), data=True).faults
+    with pytest.raises(InvalidArgument):
+        session.zero(session.size_bytes - 1, 2)
+
+
+def damage(here: World, session: Session, lba: int) -> int:
+    """Flip a bit of a block's data on the disk; its raw block."""
+    raw = int.from_bytes(session.volume.entry(lba)[:8], "little")
+    block = here.device.blocks[raw]
+    here.device.blocks[raw] = bytes([block[0] ^ 1]) + block[1:]
+    return raw
+
+
+def full_session(here: World) -> Session:
+    session = here.create()
+    for lba in range(0, 4096, 64):
+        session.write(lba * BLOCK, b"".join(content(n) for n in range(lba, lba + 64)))
+    session.flush()
+    return session
+
+
+def test_damaged_blocks_stay_in_their_place_and_salvage_gives_them_up() -> None:
+    """Cleaning goes round them, however full the volume; after salvage they read as zeros and all is clean."""
+    here, rng = world(), random.Random(4)
+    session = full_session(here)
+    lost = {5, 1000, 4000}
+    for lba in lost:
+        damage(here, session, lba)
+    expected = {lba: content(lba) for lba in range(4096)}
+    for number in range(4096):
+        lba = rng.randrange(4096)
+        if lba not in lost:
+            expected[lba] = content(10_000 + number)
+            session.write(lba * BLOCK, expected[lba])
+    session.flush()
+    assert len(session.cleaner.damaged) == 3
+    for lba in lost:
+        with pytest.raises(VolumeUnauthentic, match=f"logical block {lba} "):
+            session.read(lba * BLOCK, BLOCK)
+    found = salvage(session)
+    assert set(found.unmapped) == lost
+    assert not found.pages
+    expected |= dict.fromkeys(lost, ZERO)
+    assert not session.cleaner.damaged
+    assert session.read(0, 4096 * BLOCK) == b"".join(expected[lba] for lba in range(4096))
+    session.close()
+    assert here.open().read(0, 4096 * BLOCK) == b"".join(expected[lba] for lba in range(4096))
+    assert not check_volume(here.open(), data=True).faults
+
+
+def test_a_volume_crowded_by_damage_says_so_and_can_be_trimmed() -> None:
+    """Where every segment has a damaged block nothing can be cleaned: writing fails with ENOSPC, trimming works."""
+    here = world()
+    session = full_session(here)
+    for lba in range(0, 4096, 8):
+        damage(here, session, lba)
+
+    def overwrite() -> None:
+        for number in range(4096):
+            session.write((number * 8 % 4096 + 1 + number // 512) * BLOCK, content(number))
+
+    with pytest.raises(VolumeCrowded, match="damaged") as caught:
+        overwrite()
+    assert caught.value.errno == errno.ENOSPC
+    assert session.fenced is None
+    session.discard(0, 2048 * BLOCK)
+    session.checkpoint()
+    session.write(0, content(1))
+    session.flush()
+    assert session.read(0, BLOCK) == content(1)
+
+
+def test_exporting_past_damage(tmp_path: Path) -> None:
+    """Blocks and pages that cannot be read become zeros and are reported; unless asked to go on, the first ends it."""
+    here = world()
+    session = full_session(here)
+    session.close()
+    raw = damage(here, session, 100)
+    refs = {index: ref for level, index, ref in session.volume.trees[Kind.F].interior_refs() if not level}
+    page_raw = int.from_bytes(refs[3][:8], "little")
+    target = tmp_path / "image"
+    with target.open("w+b") as file:
+        with pytest.raises(VolumeUnauthentic, match=f"logical block 100 .raw block {raw}."):
+            bulk_export(here.open(), file.fileno(), workers=1)
+        here.device.blocks[page_raw] = ZERO
+        told: list[VolumeError] = []
+        bulk_export(here.open(), file.fileno(), workers=1, damaged=told.append)
+    assert [str(exc).split(" is not")[0] for exc in told] == [
+        f"page 3 of level 0 of tree F (raw block {page_raw})",
+        f"the data of logical block 100 (raw block {raw})",
+    ]
+    expected = [content(n) if n // 170 != 3 and n != 100 else ZERO for n in range(4096)]
+    assert target.read_bytes() == b"".join(expected)
+
+
+def test_the_identification_block_can_be_restored() -> None:
+    """From the superblock, with the UUID that the owner knows."""
+    here = world()
+    session = here.create()
+    session.write(0, content(1))
+    session.close()
+    before = here.device.blocks[0]
+    here.device.blocks[0] = ZERO
+    with pytest.raises(VolumeUnrecognised):
+        here.open()
+    with pytest.raises(VolumeUnauthentic):
+        restore_identification(here.device, key=here.key, uuid=UUID2, anchor=UNANCHORED)
+    assert here.device.blocks[0] == ZERO
+    assert here.broker.anchor is not None
+    restore_identification(here.device, key=here.key, uuid=UUID1, anchor=here.broker.anchor)
+    assert here.device.blocks[0] == before
+    assert here.open().read(0, BLOCK) == content(1)
+
+
+def _child_seals(session: Session, answer: "multiprocessing.Queue[str]") -> None:
+    try:
+        session.write(BLOCK, content(2))
+        session.flush()
+        answer.put("written")
+    except VolumeFenced as exc:
+        answer.put(str(exc))
+
+
+def test_a_forked_process_has_no_sealing_keys() -> None:
+    """The child of a fork can neither draw nor seal; the parent goes on."""
+    here = world()
+    session = here.create()
+    session.write(0, content(1))
+    session.flush()
+    context = multiprocessing.get_context("fork")
+    answer: multiprocessing.Queue[str] = context.Queue()
+    child = context.Process(target=_child_seals, args=(session, answer))
+    child.start()
+    assert "process" in answer.get(timeout=60)
+    child.join(60)
+    session.write(BLOCK, content(3))
+    session.close()
+    assert here.open().read(0, 2 * BLOCK) == content(1) + content(3)
+
+
+def test_threads_share_a_session(tmp_path: Path, audit: Audit) -> None:
+    """Writers, readers, flushes, cleaning and reports at once; every block is its writer's last, reopened too."""
+    geometry, path = default_geometry(4096), tmp_path / "volume"
+    broker = Broker()
+    _, sid = broker.release()
+    with path.open("w+b") as file:
+        file.truncate(geometry.end * BLOCK)
+        device = FileDevice(file.fileno(), name="volume")
+        session = create_volume(
+            device, geometry=geometry, key=Secret(KEY), uuid=UUID1, session_id=sid, keeper=broker
+        )
+        broker.first(session.durable)
+        failures: list[BaseException] = []
+        last: dict[int, bytes] = {}
+
+        def write(number: int) -> None:
+            rng = random.Random(number)
+            try:
+                for step in range(400):
+                    lba = number + 4 * rng.randrange(1024)
+                    last[lba] = content(number * 100_000 + step)
+                    session.write(lba * BLOCK, last[lba])
+                    if step % 20 == 0:
+                        session.flush()
+                    if step % 50 == 0:
+                        session.tick()
+                        session.idle()
+                    assert session.read(lba * BLOCK, BLOCK) == last[lba]
+            except BaseException as exc:
+                failures.append(exc)
+                raise
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(300)
+        assert not failures
+        session.close()
+        volume = open_volume(device, key=Secret(KEY), uuid=UUID1, anchor=broker.anchor or UNANCHORED)
+        expected = b"".join(last.get(lba, ZERO) for lba in range(4096))
+        assert volume.read(0, 4096 * BLOCK) == expected
+        assert not check_volume(volume, data=True).faults

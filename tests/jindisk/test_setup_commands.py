@@ -1,0 +1,422 @@
+"""`jindisksetup` on files: what it makes is read by the engine and by other people's tools, and it loses nothing."""
+
+import json
+import os
+import pty
+import random
+import subprocess
+import sys
+from pathlib import Path
+from uuid import UUID
+
+import click
+import pytest
+from jd import KEY, UUID1
+
+from jindiskd.base.secret import Secret
+from jindiskd.jindisk import anchor_file
+from jindiskd.jindisk.anchor import UNANCHORED, State
+from jindiskd.jindisk.anchor_file import AnchorFileDamaged, FileKeeper
+from jindiskd.jindisk.device import OpenFile
+from jindiskd.jindisk.errors import VolumeFenced
+from jindiskd.jindisk.geometry import BLOCK, default_geometry, required_bytes
+from jindiskd.jindisk.session import Session
+from jindiskd.jindisk.volume import open_volume
+from jindiskd.jindisksetup.main import cli, main
+
+PROGRAM = Path(sys.executable).with_name("jindisksetup")
+SIZE = 16 << 20
+
+
+@pytest.fixture
+def key(tmp_path) -> Path:
+    path = tmp_path / "key"
+    path.write_bytes(KEY)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """A raw image: data, holes, an end that is no whole block."""
+    path, generator = tmp_path / "plain", random.Random(9)
+    with path.open("wb") as file:
+        file.write(generator.randbytes(1_000_000))
+        file.seek(12 << 20)
+        file.write(generator.randbytes(70_001))
+    return path
+
+
+@pytest.fixture
+def setup(capsys):
+    """Runs the program in this process: the parsed output, with its status and what it told."""
+
+    def run(*words: object, status: int = 0) -> dict:
+        capsys.readouterr()
+        assert main(["--json", *(str(word) for word in words)]) == status
+        out, run.said = capsys.readouterr()
+        return json.loads(out) if out else {}
+
+    run.said = ""
+    return run
+
+
+def contents(path: Path, key: bytes = KEY) -> bytes:
+    with OpenFile(path, writable=False) as device:
+        volume = open_volume(device, key=Secret(key), uuid=None, anchor=UNANCHORED)
+        return volume.read(0, volume.size_bytes)
+
+
+def change(path: Path, data: bytes, *, close: bool = True) -> None:
+    """A session of somebody else."""
+    with OpenFile(path, writable=True) as device:
+        volume = open_volume(device, key=Secret(KEY), uuid=None, anchor=UNANCHORED)
+        session = Session(volume, session_id=os.urandom(32))
+        session.begin()
+        session.write(0, data)
+        session.flush()
+        if close:
+            session.close()
+
+
+# Making
+
+
+def test_format_a_new_file(setup, key, tmp_path) -> None:
+    """As large as asked for, empty, closed; the anchor file accepts it."""
+    made = setup(
+        "format", tmp_path / "v", "--size", "32M", "--key-file", key, "--label", "disk", "--uuid", UUID1,
+        "--anchor", tmp_path / "anchor",
+    )["volume"]  # fmt: skip
+    assert (made["uuid"], made["label"], made["size_bytes"], made["closed"]) == (str(UUID1), "disk", 32 << 20, True)
+    assert made["device_bytes"] == (tmp_path / "v").stat().st_size == required_bytes(32 << 20)
+    assert (tmp_path / "v").stat().st_mode & 0o777 == 0o600
+    assert contents(tmp_path / "v") == bytes(32 << 20)
+    known = anchor_file.read(tmp_path / "anchor")
+    assert (tmp_path / "anchor").stat().st_size == 120
+    assert (known.uuid, known.anchor.pack().hex()) == (UUID1, made["anchor"])
+    shown = setup("dump", tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "anchor")["volume"]
+    assert (shown["root"], shown["sequence"], shown["anchored"]) == (made["root"], made["sequence"], True)
+    assert setup("dump", tmp_path / "v", "--header-only")["volume"]["authentic"] is False
+
+
+def test_format_an_existing_file_as_large_as_it_permits(setup, key, tmp_path) -> None:
+    """Behind an offset too."""
+    with (tmp_path / "v").open("wb") as file:
+        file.truncate(64 << 20)
+    made = setup("format", tmp_path / "v", "--key-file", key, "--offset", "1M")["volume"]
+    assert made["device_bytes"] <= 63 << 20
+    assert required_bytes(made["size_bytes"] + BLOCK) > 63 << 20
+    assert (tmp_path / "v").stat().st_size == 64 << 20
+    setup("check", tmp_path / "v", "--key-file", key, "--offset", "1M", "--unanchored")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--size", "8M"], 2),
+        (["--size", "33000000"], 2),
+        ([], 2),
+        (["--size", "32M", "--label", "x" * 65], 2),
+        (["--size", "32M", "--uuid", "x"], 2),
+        (["--size", "32M", "--offset", "1000"], 2),
+        (["--size", "32M", "--reserve", "300"], 2),
+        (["--size", "32M", "--format-version", "3"], 2),
+    ],
+)
+def test_what_cannot_be_made_leaves_nothing(setup, key, tmp_path, words, status) -> None:
+    """No file, no key, no anchor."""
+    given = ["--generate-key", tmp_path / "new", "--anchor", tmp_path / "anchor"]
+    setup("format", tmp_path / "v", *words, *given, status=status)
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_generated_key(setup, tmp_path) -> None:
+    """Is private, opens the volume, and is never overwritten."""
+    setup("format", tmp_path / "v", "--size", "16M", "--generate-key", tmp_path / "k")
+    assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
+    first = (tmp_path / "k").read_bytes()
+    assert len(first) == 32
+    setup("check", tmp_path / "v", "--key-file", tmp_path / "k", "--unanchored")
+    setup("format", tmp_path / "w", "--size", "16M", "--generate-key", tmp_path / "k", status=6)
+    assert (tmp_path / "k").read_bytes() == first
+    assert not (tmp_path / "w").exists()
+
+
+def test_known_signatures_are_not_overwritten(setup, key, tmp_path) -> None:
+    """File systems, partition tables, LUKS and JinDisk need --force; other data needs --yes; holes need neither."""
+    target, pbkdf = tmp_path / "t", "--pbkdf pbkdf2 --pbkdf-force-iterations 1000"
+    makers = {
+        "ext4": ["mkfs.ext4", "-q", "-F", target],
+        "dos": ["sh", "-c", f"echo 'label: gpt' | sfdisk -q {target}"],
+        "crypto_LUKS": ["sh", "-c", f"echo pw | cryptsetup luksFormat -q {pbkdf} {target} -"],
+        "swap": ["mkswap", "-q", target],
+    }  # fmt: skip
+    for maker in makers.values():
+        with target.open("wb") as file:
+            file.truncate(64 << 20)
+        subprocess.run([str(word) for word in maker], check=True, capture_output=True)
+        before = target.read_bytes()
+        setup("format", target, "--key-file", key, "--yes", status=6)
+        assert "--force" in setup.said
+        assert target.read_bytes() == before
+    setup("format", target, "--key-file", key, "--force")
+    setup("format", target, "--key-file", key, "--yes", status=6)
+    assert "JinDisk 2" in setup.said
+    target.write_bytes(b"notes" * (6 << 20))
+    setup("format", target, "--key-file", key, status=2)
+    assert "--yes" in setup.said
+    setup("format", target, "--key-file", key, "--yes")
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(32 << 20)
+    setup("format", tmp_path / "holes", "--key-file", key)
+    setup("format", "/dev/null", "--key-file", key, "--size", "16M", status=2)
+
+
+def test_load_and_export(setup, key, plain, tmp_path) -> None:
+    """The bytes come back, with holes; the state that load reports is the one that is measured."""
+    made = setup("load", plain, tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "a")["volume"]
+    assert made["size_bytes"] == SIZE
+    state = setup("measure", tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "a")["state"]
+    assert (state["root"], state["sequence"], state["anchor"]) == (made["root"], made["sequence"], made["anchor"])
+    setup("check", "--data", tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "a")
+    out = setup("export", tmp_path / "v", tmp_path / "back", "--key-file", key, "--anchor", tmp_path / "a")["export"]
+    assert (tmp_path / "back").read_bytes() == plain.read_bytes().ljust(SIZE, b"\0")
+    assert out["data_bytes"] < 2 << 20
+    assert (tmp_path / "back").stat().st_blocks * 512 < 2 << 20
+    # Over something that was there: where the volume has holes there are zeros now.
+    (tmp_path / "old").write_bytes(b"x" * (20 << 20))
+    words = ["export", tmp_path / "v", tmp_path / "old", "--key-file", key, "--unanchored"]
+    setup(*words, status=2)
+    setup(*words, "--yes")
+    assert (tmp_path / "old").read_bytes()[:SIZE] == (tmp_path / "back").read_bytes()
+
+
+def test_load_refuses_itself_and_what_does_not_fit(setup, key, plain, tmp_path) -> None:
+    """And the source is as it was."""
+    before = plain.read_bytes()
+    setup("load", plain, plain, "--key-file", key, "--force", status=2)
+    os.link(plain, tmp_path / "same")
+    setup("load", plain, tmp_path / "same", "--key-file", key, "--yes", "--force", status=2)
+    setup("load", plain, tmp_path / "v", "--key-file", key, "--size", "4M", status=2)
+    setup("load", tmp_path / "none", tmp_path / "v", "--key-file", key, status=2)
+    assert plain.read_bytes() == before
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_failed_export_leaves_no_image(setup, key, plain, tmp_path) -> None:
+    """A damaged block: integrity, its name in the message, and no half an image that could be taken for a whole."""
+    setup("load", plain, tmp_path / "v", "--key-file", key)
+    geometry = default_geometry(SIZE // BLOCK)
+    with (tmp_path / "v").open("r+b") as file:
+        for raw in range(geometry.data_start, geometry.end):
+            file.seek(raw * BLOCK)
+            if any(file.read(BLOCK)):
+                file.seek(raw * BLOCK + 5)
+                file.write(b"\xff\xff")
+                break
+    setup("export", tmp_path / "v", tmp_path / "out", "--key-file", key, "--unanchored", status=8)
+    assert f"raw block {raw}" in setup.said
+    assert not (tmp_path / "out").exists()
+    found = setup("check", tmp_path / "v", "--key-file", key, "--unanchored")["check"]
+    assert found["faults"] == [], "the quick check reads no data"
+    found = setup("check", "--data", tmp_path / "v", "--key-file", key, "--unanchored", status=8)["check"]
+    assert len(found["faults"]) == 1
+    assert "1 fault " in setup.said
+
+
+# Keys
+
+
+def test_keys(setup, key, tmp_path, monkeypatch) -> None:
+    """Exactly so many raw bytes, from a file or standard input; a wrong one opens nothing; none of it is shown."""
+    setup("format", tmp_path / "v", "--size", "16M", "--key-file", key)
+    words = ["measure", tmp_path / "v", "--unanchored"]
+    for wrong in (KEY[:-1], KEY + b"\n", b"", KEY * 100):
+        (tmp_path / "wrong").write_bytes(wrong)
+        setup(*words, "--key-file", tmp_path / "wrong", status=2)
+        assert "32 raw bytes" in setup.said
+    (tmp_path / "wrong").write_bytes(bytes(32))
+    setup(*words, "--key-file", tmp_path / "wrong", status=8)
+    assert "others may read" in setup.said
+    setup(*words, "--key-file", tmp_path / "absent", status=1)
+    command = [PROGRAM, *map(str, words), "--key-file", "-"]
+    assert subprocess.run(command, input=KEY, capture_output=True).returncode == 0
+    done = subprocess.run(command, input=KEY + b"x", capture_output=True)
+    assert done.returncode == 2
+    done = subprocess.run(command[:-2], stdin=subprocess.DEVNULL, capture_output=True)
+    assert done.returncode == 2
+    assert b"--key-file" in done.stderr or b"32 raw bytes" in done.stderr
+
+
+def test_a_key_typed_at_a_terminal(setup, key, tmp_path) -> None:
+    """Asked for in hexadecimal, and not echoed."""
+    setup("format", tmp_path / "v", "--size", "16M", "--key-file", key)
+    main_end, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [PROGRAM, "measure", tmp_path / "v", "--unanchored"],
+        stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+    while b"hexadecimal" not in seen:
+        seen += os.read(main_end, 1000)
+    os.write(main_end, KEY.hex().encode() + b"\n")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert len(out.split()) == 2
+    try:
+        seen += os.read(main_end, 10_000)
+    except OSError:
+        pass
+    os.close(main_end)
+    assert KEY.hex().encode() not in seen
+
+
+def test_rekey(setup, key, plain, tmp_path) -> None:
+    """The new key opens, the old one does not, the data are the same, the anchor follows."""
+    setup("load", plain, tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "a")
+    before = contents(tmp_path / "v")
+    access = [tmp_path / "v", "--anchor", tmp_path / "a", "--key-file"]
+    setup("rekey", *access, key, status=2)
+    (tmp_path / "bad").write_bytes(bytes(32))
+    setup("rekey", *access, tmp_path / "bad", "--generate-key", tmp_path / "new", status=8)
+    assert not (tmp_path / "new").exists()
+    setup("rekey", *access, key, "--generate-key", tmp_path / "new")
+    setup("measure", *access, key, status=8)
+    setup("check", "--data", *access, tmp_path / "new")
+    assert contents(tmp_path / "v", (tmp_path / "new").read_bytes()) == before
+
+
+# Freshness
+
+
+def test_an_old_copy_is_stale(setup, key, plain, tmp_path) -> None:
+    """With the anchor file it is refused; without, it is opened with a warning, or silently if one says so."""
+    setup("load", plain, tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "a")
+    old = (tmp_path / "v").read_bytes()
+    access = [tmp_path / "v", "--key-file", key]
+    setup("rekey", *access, "--anchor", tmp_path / "a", "--new-key-file", key)  # a session like any other
+    setup("measure", *access, "--anchor", tmp_path / "a")
+    (tmp_path / "v").write_bytes(old)
+    setup("measure", *access, "--anchor", tmp_path / "a", status=8)
+    assert "set back" in setup.said
+    setup("measure", *access)
+    assert "older copy" in setup.said
+    setup("measure", *access, "--unanchored")
+    assert setup.said == ""
+    setup("measure", *access, "--unanchored", "--anchor", tmp_path / "a", status=2)
+    # The explicit decision to go on from here.
+    setup("measure", *access, "--unanchored", "--save", tmp_path / "a", status=6)
+    setup("measure", *access, "--unanchored", "--save", tmp_path / "a2")
+    setup("measure", *access, "--anchor", tmp_path / "a2")
+
+
+def test_another_writers_session_is_stale(setup, key, tmp_path) -> None:
+    """A state that no session of this anchor file wrote is refused, closed or not."""
+    setup("format", tmp_path / "v", "--size", "16M", "--key-file", key, "--anchor", tmp_path / "a")
+    for close in (True, False):
+        change(tmp_path / "v", b"other", close=close)
+        setup("measure", tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "a", status=8)
+
+
+def test_anchor_files_are_read_strictly(setup, key, tmp_path) -> None:
+    """Every byte counts; another volume's file does not fit."""
+    setup("format", tmp_path / "v", "--size", "16M", "--key-file", key, "--anchor", tmp_path / "a")
+    good = (tmp_path / "a").read_bytes()
+    for at in range(len(good)):
+        (tmp_path / "a").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(AnchorFileDamaged):
+            anchor_file.read(tmp_path / "a")
+    for wrong in (b"", good[:-1], good + b"x"):
+        (tmp_path / "a").write_bytes(wrong)
+        setup("measure", tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "a", status=8)
+    setup("format", tmp_path / "w", "--size", "16M", "--key-file", key, "--anchor", tmp_path / "b")
+    setup("measure", tmp_path / "v", "--key-file", key, "--anchor", tmp_path / "b", status=8)
+    setup("format", tmp_path / "x", "--size", "16M", "--key-file", key, "--anchor", tmp_path / "b", status=6)
+
+
+def test_a_newer_session_fences_the_older(setup, key, tmp_path) -> None:
+    """Two sessions on copies of one volume with one anchor file: only the newer one's states are kept."""
+    setup("format", tmp_path / "v", "--size", "16M", "--key-file", key, "--anchor", tmp_path / "a")
+    known = anchor_file.read(tmp_path / "a")
+    found = State(session=known.anchor.session, sequence=known.anchor.sequence, root=known.anchor.root)
+    first, second = (FileKeeper(tmp_path / "a", known.uuid, bytes([n]) * 32) for n in (1, 2))
+    first.adopt(found, bytes([1]) * 32)
+    ahead = State(session=bytes([1]) * 32, sequence=found.sequence + 1, root=bytes(32))
+    first.report(ahead)
+    first.report(ahead)
+    with pytest.raises(VolumeFenced):
+        second.adopt(found, bytes([2]) * 32)  # older than what was reported
+    second.adopt(ahead, bytes([2]) * 32)
+    for message in (first.report, first.close):
+        with pytest.raises(VolumeFenced):
+            message(State(session=bytes([1]) * 32, sequence=ahead.sequence + 1, root=bytes(32)))
+    after = State(session=bytes([2]) * 32, sequence=ahead.sequence + 1, root=b"r" * 32)
+    second.close(after)
+    second.close(after)
+    with pytest.raises(VolumeFenced):
+        second.report(State(session=bytes([2]) * 32, sequence=after.sequence + 1, root=bytes(32)))
+    with pytest.raises(VolumeFenced):
+        FileKeeper(tmp_path / "a", UUID(int=1), bytes(32)).adopt(after, bytes(32))
+    assert anchor_file.read(tmp_path / "a").anchor.open is False
+
+
+# The command line
+
+
+def test_every_command_and_option_explains_itself() -> None:
+    """No command without help, no option without help, --json everywhere, no option that takes a key itself."""
+    for name, command in cli.commands.items():
+        assert command.help, name
+        options = {p.name: p for p in command.params if isinstance(p, click.Option)}
+        assert {"json", "log_json"} <= options.keys(), name
+        for option in options.values():
+            assert option.help, (name, option.name)
+            assert option.name not in {"key", "password"}
+
+
+def test_progress_and_the_end_as_json_lines(key, plain, tmp_path) -> None:
+    """--log-json: progress with bytes, then one line that says that it is the last."""
+    done = subprocess.run(
+        [PROGRAM, "--log-json", "load", plain, tmp_path / "v", "--key-file", key], capture_output=True, text=True
+    )
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {event["type"] for event in events} >= {"progress"}
+    assert [event.get("finished", False) for event in events] == [False] * (len(events) - 1) + [True]
+    last = [event for event in events if event["type"] == "progress"][-1]
+    assert last["bytes"] == last["total"] == SIZE
+
+
+def test_people_get_sentences(key, plain, tmp_path, capsys) -> None:
+    """Without --json."""
+    assert main(["load", str(plain), str(tmp_path / "v"), "--key-file", str(key)]) == 0
+    assert "16 MiB" in capsys.readouterr().out
+    assert main(["dump", str(tmp_path / "v"), "--key-file", str(key), "--unanchored"]) == 0
+    assert "closed: yes" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "v"), "--key-file", str(key), "--unanchored"]) == 0
+    assert "faults: none" in capsys.readouterr().out
+    (tmp_path / "empty").write_bytes(bytes(1 << 20))
+    assert main(["dump", str(tmp_path / "empty"), "--header-only"]) == 1
+    assert "no JinDisk 2 volume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["jindisksetup", "mea"], {"measure"}),
+        (["jindisksetup", "serve", "--read"], {"--read-only", "--ready-file"}),
+        (["jindisksetup", "serve", "x", "--report", "c"], {"close", "commit"}),
+    ],
+)
+def test_bash_completes(words, expected, tmp_path, capsys) -> None:
+    """The real shell with the real program."""
+    assert main(["completion", "bash"]) == 0
+    path = tmp_path / "script"
+    path.write_text(capsys.readouterr().out)
+    code = f"""source {path}
+    COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}
+    _jindisksetup_completion {PROGRAM}
+    printf '%s\\n' "${{COMPREPLY[@]}}" """
+    out = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert set(out.stdout.split()) == expected
