@@ -73,32 +73,32 @@ class ServedSession:
 
     def read(self, offset: int, length: int) -> bytes:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             return self._session.read(offset, length)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             self._session.write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             self._session.zero(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             self._session.discard(offset, length)
 
     def flush(self) -> None:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             self._session.flush()
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             return extents(self._session.volume, offset, length)
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class ServedVolume:
 
     def read(self, offset: int, length: int) -> bytes:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             return self._volume.read(offset, length)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -148,14 +148,14 @@ class ServedVolume:
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """See `Served`."""
-        with _as_os_error():
+        with as_os_error():
             return extents(self._volume, offset, length)
 
     def close(self) -> None:
         """Nothing is left to be done."""
 
 
-class _as_os_error(contextlib.AbstractContextManager[None]):  # noqa: N801 - reads as the function it replaces
+class as_os_error(contextlib.AbstractContextManager[None]):  # noqa: N801 - reads as the function it replaces
     """The engine's errors as what a block device's user is told; any fault of ours as an error of input and output."""
 
     def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:

@@ -147,11 +147,11 @@ def test_it_equals_a_plain_array(seed: int, n: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(100, 104))
+@pytest.mark.parametrize(("seed", "n"), [(100, 1), (101, 1), (102, 1), (103, 1024)])
 @pytest.mark.usefixtures("small_limits")
-def test_it_equals_a_plain_array_for_long(seed: int) -> None:
+def test_it_equals_a_plain_array_for_long(seed: int, n: int) -> None:
     """As above, a hundred thousand operations in all."""
-    run_model(seed, 25_000, blocks=1024 * 3, n=3)
+    run_model(seed, 25_000, blocks=min(n * 1024, 4000), n=n)
 
 
 def test_the_limits_in_use_work_too() -> None:

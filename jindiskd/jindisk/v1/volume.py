@@ -30,12 +30,17 @@ _POSITION = struct.Struct("<Q")
 class Volume:
     """A volume open for reading. Any thread may call any method."""
 
-    def __init__(self, device: Device, layout: Layout, entries: list[Entry], size_bytes: int) -> None:
-        """Use `open_volume`."""
+    def __init__(
+        self, device: Device, layout: Layout, entries: list[Entry], size_bytes: int, *, strict: bool = True
+    ) -> None:
+        """Use `open_volume`. Raises as `read`."""
         self.device, self.layout, self.size_bytes = device, layout, size_bytes
         self.cache = LeafCache()
         self.lock = threading.RLock()
         self.levels: Levels = arrange(device, layout, entries, self.cache)
+        if strict:
+            for file in (*self.levels.level1, *([self.levels.level0] if self.levels.level0 else [])):
+                file.verify()
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the logical volume; blocks that were never written read as zeros.
@@ -163,22 +168,26 @@ def check_size(layout: Layout, size_bytes: int | None) -> int:
     return size_bytes
 
 
-def open_volume(device: Device, *, key: Secret, size_bytes: int | None = None) -> Volume:
+def open_volume(device: Device, *, key: Secret, size_bytes: int | None = None, strict: bool = True) -> Volume:
     """Open a volume for reading. The format does not protect it: see the package.
 
     Args:
         device: at least as long as the volume.
         key: 28 bytes, root key and root IV; stays the caller's and is not kept.
         size_bytes: logical size, where it is not a whole number of segments or smaller than the layout's.
+        strict: refuse a volume with an index file whose inner nodes or first leaf do not fit its catalogue entry.
+            Without, for the checker and for what is left of a damaged volume, blocks that such a file has can read as
+            zeros or as older data, since only its entry tells where it has any.
 
     Raises:
-        VolumeUnauthentic: the key is not the volume's, or there is no JinDisk 1 volume.
+        VolumeUnauthentic: the key is not the volume's, or there is no JinDisk 1 volume; or an index node does not open.
         VolumeMalformed: superblock or catalogue cannot be.
+        VolumeInconsistent: an index node opens, but breaks the format's rules.
         VolumeDeviceFailed: reading failed.
         InvalidArgument: key or size.
     """
     layout = read_layout(device, key)
-    return Volume(device, layout, read_catalogue(device, layout), check_size(layout, size_bytes))
+    return Volume(device, layout, read_catalogue(device, layout), check_size(layout, size_bytes), strict=strict)
 
 
 def root_from_password(device: Device, password: Secret) -> tuple[Kdf, Secret]:
@@ -199,14 +208,15 @@ def root_from_password(device: Device, password: Secret) -> tuple[Kdf, Secret]:
     raise VolumeUnauthentic("the JinDisk 1 superblock (raw block 0)")
 
 
-def salvage_volume(device: Device, *, layout: Layout) -> Volume:
+def salvage_volume(device: Device, *, layout: Layout, strict: bool = True) -> Volume:
     """Open a volume without its root key, which the format does not need, by its layout.
 
-    For volumes whose superblock is damaged or whose key is lost; it also shows what the format is worth.
+    For volumes whose superblock is damaged or whose key is lost; it also shows what the format is worth. Raises, and
+    `strict` means, the same as in `open_volume`.
     """
     if device.size_bytes < layout.total_bytes:
         raise VolumeMalformed("device", f"it has {device.size_bytes} bytes, the volume needs {layout.total_bytes}")
-    return Volume(device, layout, read_catalogue(device, layout), layout.size_bytes)
+    return Volume(device, layout, read_catalogue(device, layout), layout.size_bytes, strict=strict)
 
 
 def measurement(device: Device) -> bytes:
