@@ -223,8 +223,8 @@ def check_volume(volume: Volume, *, data: bool = False, progress: Callable[[int,
     """Check a volume: whether all can be read, and whether the module can go on with it.
 
     Args:
-        volume: open for reading with `strict=False`, and nobody writes it meanwhile. That it opened means that superblock and catalogue
-            are well formed; `check_catalogue` tells of one that is not.
+        volume: open for reading with `strict=False`, and nobody writes it meanwhile. That it opened means that
+            superblock and catalogue are well formed; `check_catalogue` tells of one that is not.
         data: also open every mapped data block; else the quick check.
         progress: called with bytes of the logical volume done and in all; goes twice where level 0 and level 1 meet.
 
