@@ -13,6 +13,7 @@ ADVICE = {
     "limit.image": "Wait for the hour to pass, or raise releases_per_hour in the image's policy.",
     "limit.used": "The key was for so many starts: raise releases_in_all in the image's policy.",
     "peer.image": "The guest runs another image than its domain is for: look at the domain's disk and boot files.",
+    "peer.refusals": "Mend what the guest is refused for, then wait: after many refusals it is not judged for a while.",
     "platform.kind": "Build the image for the platform that it is started on.",
     "platform.simulation": "Start the image on the platform it was built for; a simulated report proves nothing.",
     "policy.too_early": "Wait, or change not_before in the image's policy.",
@@ -66,6 +67,7 @@ ADVICE = {
     "tdx.migratable": "Launch the guest as not migratable.",
     "tdx.mr_config_id": "Launch with the init-data that the policy names, or name what was launched with in "
     "mr_config_id.",
+    "tdx.mr_owner_config": "Launch with the owner configuration that the policy names.",
     "tdx.mr_owner": "Launch with the owner values that the policy names.",
     "tdx.mr_seam": "Add the TDX module to mr_seam in the policy if it is a good one.",
     "tdx.mr_td": "Another firmware was started than the image's: put that back, or add it to mr_td in the policy.",
