@@ -131,9 +131,16 @@ class SegmentTable:
 
         Returns:
             The segments freed; they may be taken when the checkpoint is durable.
+
+        Raises:
+            VolumeInconsistent: the live counts were wrong.
         """
         for segment, change in delta.items():
-            self.live[segment] += change
+            live = self.live[segment] + change
+            if not 0 <= live <= self._geometry.segment_blocks:
+                what = f"the entry of segment {segment} in tree S"
+                raise VolumeInconsistent(what, "its live count does not agree with tree F")
+            self.live[segment] = live
             self.mapped += change
         changed = set(delta) | set(self.taken) | self._hollow
         self._hollow = set()

@@ -17,6 +17,8 @@ MAGIC = b"JD2super"
 SLOT_START = 1
 CLOSED = 1
 SALT_BYTES = 32
+LAST_COUNT = 1 << 63
+"""No volume lives to see this epoch or sequence number; greater ones would soon have no successor."""
 PLAIN_BYTES = BLOCK - SALT_BYTES - TAG_BYTES
 HOLE = bytes(REF_BYTES)
 _FIELDS = struct.Struct("<8sHHI16sQQQQQQQQIIQQQQQQQQ32s32s32s")
@@ -117,7 +119,7 @@ def open_superblock(block: bytes, *, slot: int, key: Secret, uuid: UUID, device_
         raise VolumeUnsupported("incompatible feature", hex(incompatible))
     if state & ~CLOSED or any(plain[_ZERO_AT:]):
         raise VolumeInconsistent(what, "reserved bits or bytes are not zero")
-    if epoch % 2 != slot or not epoch or not sequence:
+    if epoch % 2 != slot or not 0 < epoch <= LAST_COUNT or not 0 < sequence <= LAST_COUNT:
         raise VolumeInconsistent(what, f"epoch {epoch} or sequence number {sequence} cannot be there")
     if max(blocks, segments, meta_slots) > 1 << 40 or bits > 12 or journal > 65536:
         raise VolumeInconsistent(what, "its geometry is out of range")

@@ -1,0 +1,395 @@
+"""Authentic but wrong: structures that a faulty writer sealed (section 22).
+
+Every one of them gives an error of the volume's family, with the words of its class; never another exception, never an
+endless loop, never content that nobody wrote.
+"""
+
+import random
+import signal
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+from jd import KEY, UUID1, Broker, MemoryDevice, World, content, small_geometry, world
+from jd_forge import BLOCK, TOP, Forge, entry
+from jd_reader import Wrong
+
+from jindiskd.base.secret import Secret
+from jindiskd.jindisk.anchor import UNANCHORED
+from jindiskd.jindisk.check import check_volume
+from jindiskd.jindisk.errors import (
+    VolumeError,
+    VolumeInconsistent,
+    VolumeMalformed,
+    VolumeReadOnly,
+    VolumeUnauthentic,
+    VolumeUnsupported,
+)
+from jindiskd.jindisk.repair import salvage
+from jindiskd.jindisk.session import Session
+from jindiskd.jindisk.volume import Volume, open_volume
+
+GEOMETRY = small_geometry()
+WRITTEN = [*range(200), 1000, 4095]
+
+
+@pytest.fixture(autouse=True)
+def _no_endless_loop() -> Iterator[None]:
+    """An alarm instead of a hanging suite."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("endless")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def disk() -> dict[int, bytes]:
+    """A volume whose newest superblock is not closed, with an empty journal."""
+    here = world()
+    session = here.create()
+    for lba in WRITTEN:
+        session.write(lba * BLOCK, content(lba))
+    session.checkpoint()
+    return dict(here.device.blocks)
+
+
+def device(forge: Forge) -> MemoryDevice:
+    return MemoryDevice(GEOMETRY.end * BLOCK, forge.blocks)
+
+
+def opened(forge: Forge) -> Volume:
+    return open_volume(device(forge), key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED)
+
+
+def only_newest(forge: Forge) -> Forge:
+    """Without the older superblock, so that no candidate takes the place of the wrong one."""
+    forge.blocks.pop(2 - forge.reader.epoch % 2)
+    return forge
+
+
+U64, U32, U16 = struct.Struct("<Q"), struct.Struct("<I"), struct.Struct("<H")
+BIG = (0, 1, 15, 1 << 31, (1 << 40) + 1, (1 << 64) - 1)
+SUPERBLOCK = {
+    "magic": (0, [b"JD2Super", bytes(8)], VolumeInconsistent),
+    "major": (8, [U16.pack(0), U16.pack(2), U16.pack(65535)], VolumeUnsupported),
+    "state": (12, [U32.pack(2), U32.pack(1 << 31)], VolumeInconsistent),
+    "uuid": (16, [bytes(16)], VolumeInconsistent),
+    "incompatible": (32, [U64.pack(1), U64.pack(1 << 63)], VolumeUnsupported),
+    "epoch": (56, [U64.pack(0), U64.pack(3), U64.pack((1 << 64) - 2)], VolumeInconsistent),
+    "sequence": (64, [U64.pack(0), U64.pack((1 << 64) - 1)], VolumeInconsistent),
+    "L": (72, [U64.pack(n) for n in BIG], VolumeInconsistent),
+    "end": (80, [U64.pack(n) for n in BIG], VolumeInconsistent),
+    "S": (88, [U64.pack(n) for n in BIG], VolumeInconsistent),
+    "b": (96, [U32.pack(n) for n in (0, 5, 7, 12, 13, (1 << 32) - 1)], VolumeInconsistent),
+    "J": (100, [U32.pack(n) for n in (0, 15, 17, 65536, 65537, (1 << 32) - 1)], VolumeInconsistent),
+    "journal_start": (104, [U64.pack(n) for n in (0, 7, 9)], VolumeInconsistent),
+    "meta_start": (112, [U64.pack(n) for n in BIG], VolumeInconsistent),
+    "meta_slots": (120, [U64.pack(n) for n in BIG], VolumeInconsistent),
+    "data_start": (128, [U64.pack(n) for n in BIG], VolumeInconsistent),
+    "mapped": (136, [U64.pack(n) for n in (0, 201, 203, 4097, (1 << 64) - 1)], VolumeInconsistent),
+    "oldest": (144, [U64.pack((1 << 64) - 1)], VolumeInconsistent),
+    "reserved": (432, [b"\x01"], VolumeInconsistent),
+    "the last byte": (4047, [b"\x80"], VolumeInconsistent),
+}
+
+
+@pytest.mark.parametrize("field", SUPERBLOCK)
+def test_superblock_fields(disk: dict[int, bytes], field: str) -> None:
+    """Each value out of range is refused, with its class."""
+    at, values, kind = SUPERBLOCK[field]
+    for value in values:
+        forge = only_newest(Forge(disk, KEY))
+        forge.superblock(at, value)
+        with pytest.raises(kind):
+            opened(forge)
+
+
+def test_a_device_too_small_and_another_slot(disk: dict[int, bytes]) -> None:
+    forge = only_newest(Forge(disk, KEY))
+    with pytest.raises(VolumeMalformed, match="the volume needs"):
+        open_volume(
+            MemoryDevice((GEOMETRY.end - 1) * BLOCK, forge.blocks), key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED
+        )
+    forge.superblock(56, U64.pack(forge.reader.epoch), slot=1 - forge.reader.epoch % 2)
+    forge.blocks.pop(1 + forge.reader.epoch % 2)
+    with pytest.raises(VolumeInconsistent, match="cannot be there"):
+        opened(forge)
+
+
+def test_features(disk: dict[int, bytes]) -> None:
+    """Read-only compatible: for reading; compatible: kept. The header must say the same (section 20)."""
+    forge = only_newest(Forge(disk, KEY))
+    forge.superblock(40, U64.pack(4))
+    with pytest.raises(VolumeMalformed, match="read-only compatible features"):
+        opened(forge)
+    repaired = device(forge)
+    from jindiskd.jindisk.repair import restore_identification
+
+    restore_identification(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED)
+    volume = open_volume(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED)
+    assert volume.read(0, BLOCK) == content(0)
+    with pytest.raises(VolumeReadOnly):
+        Session(volume, session_id=bytes(32)).begin()
+    forge = only_newest(Forge(disk, KEY))
+    forge.superblock(48, U64.pack(1 << 60))
+    forge.superblock(10, U16.pack(7))  # a later minor version
+    repaired = device(forge)
+    restore_identification(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED)
+    session = Session(
+        open_volume(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED), session_id=bytes(32)
+    )
+    session.begin()
+    session.close()
+    assert open_volume(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED).superblock.compatible == 1 << 60
+
+
+Case = Callable[[Forge], list[bytes]]
+D = GEOMETRY.data_start
+FREE = GEOMETRY.segments - 1
+TAG = b"t" * 16
+JOURNAL: dict[str, Case] = {
+    "another epoch": lambda f: [f.commit([entry(2, 0, 1)], epoch=f.reader.epoch + 2)],
+    "another index": lambda f: [f.commit([entry(2, 0, 1)], index=1)],
+    "a sequence number ahead": lambda f: [f.commit([entry(2, 0, 1)], sequence=f.reader.sequence + 2)],
+    "a sequence number again": lambda f: [f.commit([entry(2, 0, 1)], sequence=f.reader.sequence)],
+    "127 entries": lambda f: [f.commit([entry(2, 0, 1)] * 126, count=127)],
+    "fewer than there are": lambda f: [f.commit([entry(2, 0, 1)] * 2, count=1)],
+    "unknown flags": lambda f: [f.commit([entry(2, 0, 1)], flags=5)],
+    "reserved bytes": lambda f: [f.commit([entry(2, 0, 1)], zero=1)],
+    "the last reserved byte": lambda f: [f.commit([entry(2, 0, 1)]).ljust(4079, b"\0") + b"\1"],
+    "no entries": lambda f: [f.commit([])],
+    "type 0": lambda f: [f.commit([entry(0, 0, 1)])],
+    "type 5": lambda f: [f.commit([entry(5, 0, 1)])],
+    "type 255": lambda f: [f.commit([entry(255, 0, 1)])],
+    "MAP beyond L": lambda f: [f.commit([entry(1, 4096, D, TAG)])],
+    "MAP before the data": lambda f: [f.commit([entry(1, 0, D - 1, TAG)])],
+    "MAP behind the data": lambda f: [f.commit([entry(1, 0, GEOMETRY.end, TAG)])],
+    "MAP far away": lambda f: [f.commit([entry(1, 0, (1 << 64) - 1, TAG)])],
+    "MAP into a free segment": lambda f: [f.commit([entry(1, 0, free_block(f), TAG)])],
+    "UNMAP of nothing": lambda f: [f.commit([entry(2, 0, 0)])],
+    "UNMAP beyond L": lambda f: [f.commit([entry(2, 4000, 97)])],
+    "UNMAP far beyond": lambda f: [f.commit([entry(2, 0, (1 << 64) - 1)])],
+    "UNMAP with a tag": lambda f: [f.commit([entry(2, 0, 1, TAG)])],
+    "SEG beyond S": lambda f: [f.commit([entry(3, GEOMETRY.segments), entry(4, GEOMETRY.segments)])],
+    "SEG alone": lambda f: [f.commit([entry(3, 1)])],
+    "SEG before another": lambda f: [f.commit([entry(3, 1), entry(2, 0, 1)])],
+    "SEGKEY alone": lambda f: [f.commit([entry(4, 1)])],
+    "SEGKEY of another": lambda f: [f.commit([entry(3, 1), entry(4, 2)])],
+    "SEG with a value": lambda f: [f.commit([entry(3, 1, 1), entry(4, 1)])],
+    "SEGKEY with a value": lambda f: [f.commit([entry(3, 1), entry(4, 1, 1)])],
+    "SEGKEY in the next block": lambda f: [
+        f.commit([entry(3, 1)], flags=0), f.commit([entry(4, 1)], index=1)
+    ],
+    "a large commit that is not ordered": lambda f: [
+        f.commit([mapped(f)] * 126, flags=0), f.commit([mapped(f)] * 126, flags=0, index=1),
+        f.commit([mapped(f)] * 5, index=2),
+    ],
+    "a sequence number within a commit": lambda f: [
+        f.commit([mapped(f)], flags=0), f.commit([mapped(f)], index=1, sequence=f.reader.sequence + 2)
+    ],
+}  # fmt: skip
+
+
+def free_block(forge: Forge) -> int:
+    """A raw block of a segment that is not in use."""
+    free = next(s for s in range(GEOMETRY.segments) if s not in forge.reader.keys)
+    return D + free * GEOMETRY.segment_blocks
+
+
+def mapped(forge: Forge) -> bytes:
+    """A MAP that is right."""
+    raw, tag = forge.reader.map[0]
+    return entry(1, 0, raw, tag)
+
+
+@pytest.mark.parametrize("case", JOURNAL)
+def test_journal_blocks(disk: dict[int, bytes], case: str) -> None:
+    """A block that opens and violates the rules is an error, and no end of the journal."""
+    forge = only_newest(Forge(disk, KEY))
+    forge.journal(JOURNAL[case](forge))
+    with pytest.raises(VolumeInconsistent, match="journal"):
+        opened(forge)
+
+
+def test_a_right_journal_of_the_forge_is_accepted(disk: dict[int, bytes]) -> None:
+    """The forge itself makes valid blocks: the cases above fail for what is wrong in them."""
+    forge = only_newest(Forge(disk, KEY))
+    first = forge.commit([mapped(forge), entry(2, 5, 10)], flags=0)
+    forge.journal([first, forge.commit([entry(2, 20, 1)], index=1)])
+    volume = opened(forge)
+    assert volume.state.sequence == forge.reader.sequence + 1
+    assert volume.read(0, 6 * BLOCK) == b"".join(content(n) for n in range(5)) + bytes(BLOCK)
+
+
+def s_entry(forge: Forge, key: bytes = b"k" * 32, live: int = 0, flags: int = 1, stamp: int = 1) -> bytes:
+    return struct.pack("<32sIIQ", key, live, flags, stamp)
+
+
+def used(forge: Forge) -> int:
+    """A segment with live blocks."""
+    return (forge.reader.map[0][0] - D) >> GEOMETRY.segment_bits
+
+
+TREE_S: dict[str, Callable[[Forge], tuple[int, bytes]]] = {
+    "free, with a key": lambda f: (48 * FREE, s_entry(f, flags=0, stamp=0)),
+    "free, with a stamp": lambda f: (48 * FREE, s_entry(f, key=bytes(32), flags=0)),
+    "unknown flags": lambda f: (48 * FREE, s_entry(f, flags=3)),
+    "more live than it has": lambda f: (48 * used(f) + 32, U32.pack(65)),
+    "live by far": lambda f: (48 * used(f) + 32, U32.pack((1 << 32) - 1)),
+    "no stamp": lambda f: (48 * FREE, s_entry(f, stamp=0)),
+    "a stamp of the future": lambda f: (48 * FREE, s_entry(f, stamp=f.reader.sequence + 1)),
+    "other counts than the superblock": lambda f: (48 * used(f) + 32, U32.pack(1)),
+    "entries beyond S": lambda f: (48 * GEOMETRY.segments, b"\1"),
+    "reserved bytes": lambda f: (4080, b"\1"),
+}
+
+
+@pytest.mark.parametrize("case", TREE_S)
+def test_pages_of_s(disk: dict[int, bytes], case: str) -> None:
+    """They are read when the volume is opened, and judged then."""
+    forge = only_newest(Forge(disk, KEY))
+    forge.page(3, 0, 0, *TREE_S[case](forge))
+    with pytest.raises(VolumeInconsistent, match="tree S"):
+        opened(forge)
+
+
+def overwrite_all(session: Session) -> None:
+    for lba in WRITTEN:
+        session.write(lba * BLOCK, content(9000 + lba))
+    session.close()
+
+
+TREES: dict[str, tuple[int, int, Callable[[Forge], tuple[int, bytes]]]] = {
+    "F: before the data": (1, 0, lambda f: (0, U64.pack(D - 1))),
+    "F: behind the data": (1, 0, lambda f: (0, U64.pack(GEOMETRY.end))),
+    "F: far away": (1, 0, lambda f: (0, U64.pack((1 << 64) - 1))),
+    "F: a free segment": (1, 0, lambda f: (0, U64.pack(free_block(f)))),
+    "F: unmapped, with a tag": (1, 0, lambda f: (0, U64.pack(0) + TAG)),
+    "F: the same raw block twice": (1, 0, lambda f: (24, U64.pack(f.reader.map[0][0]) + f.reader.map[0][1])),
+    "F: reserved bytes": (1, 0, lambda f: (4080, b"\1")),
+    "F: a reference outside the slots": (1, 1, lambda f: (0, U64.pack(D))),
+    "F: a reference to the superblock": (1, 1, lambda f: (0, U64.pack(1))),
+    "F: a hole with a key": (1, 1, lambda f: (0, U64.pack(0))),
+    "F: a reference beyond the leaves": (1, 1, lambda f: (56 * 25, U64.pack(D))),
+    "F: two references to a slot": (1, 1, lambda f: (56 * 20, _first_ref(f))),
+    "R: reserved page": (2, 1, lambda f: (56 * 10, U64.pack(D))),
+    "R: points to another": (2, 0, lambda f: (8 * ((f.reader.map[0][0] - D) % 512), U64.pack(4000))),
+    "S: live moved to another": (3, 0, lambda f: (48 * used(f) + 32, U32.pack(0))),
+}
+
+
+def _first_ref(forge: Forge) -> bytes:
+    top = forge.reader.page(1, 1, 0, bytes(forge.plain[TOP[1] : TOP[1] + 56]))
+    return top[:56]
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_trees_that_disagree(disk: dict[int, bytes], case: str) -> None:
+    """The checker names it; reading gives right content or an error; a session gets no error but of the family."""
+    tree, level, change = TREES[case]
+    forge = only_newest(Forge(disk, KEY))
+    if case.startswith("S:"):  # the sums stay right
+        other = next(s for s in forge.reader.keys if s != used(forge))
+        live = _live(forge, used(forge))
+        forge.page(3, 0, 0, *change(forge))
+        forge.page(3, 0, 0, 48 * other + 32, U32.pack(_live(forge, other) + live))
+        if _live(forge, other) + live > 64:
+            with pytest.raises(VolumeInconsistent):
+                opened(forge)
+    else:
+        forge.page(tree, level, 0 if level else (used(forge) * 64 // 512 if tree == 2 else 0), *change(forge))
+    try:
+        volume = opened(forge)
+    except VolumeError:
+        return
+    faults = check_volume(volume, data=True).faults
+    assert faults, "the checker finds nothing wrong"
+    assert any(isinstance(fault, VolumeInconsistent | VolumeUnauthentic) for fault in faults)
+    for lba in WRITTEN:
+        try:
+            found = volume.read(lba * BLOCK, BLOCK)
+        except VolumeError:
+            continue
+        assert found == content(lba) or (lba == 0 and found == bytes(BLOCK) and "unmapped" in case)
+    for work in (overwrite_all, salvage):
+        session = Session(opened(forge), session_id=bytes(32))
+        try:
+            session.begin()
+            work(session)
+        except VolumeError:
+            continue
+
+
+def _live(forge: Forge, segment: int) -> int:
+    page = forge.reader.page(3, 0, 0, bytes(forge.plain[TOP[3] : TOP[3] + 56]))
+    return int.from_bytes(page[48 * segment + 32 : 48 * segment + 36], "little")
+
+
+def attack(forge: Forge) -> None:
+    """Everything that a user does with a volume; only errors of the family may come."""
+    here = World(device=device(forge), broker=Broker(), key=Secret(KEY))
+    try:
+        volume = opened(forge)
+    except VolumeError:
+        return
+    check_volume(volume, data=True)
+    for lba in (0, 1, 100, 199, 1000, 2000, 4095):
+        try:
+            volume.read(lba * BLOCK, BLOCK)
+        except VolumeError:
+            continue
+    try:
+        session = Session(open_volume(here.device, key=here.key, uuid=UUID1, anchor=UNANCHORED), session_id=bytes(32))
+        session.begin()
+        for lba in (0, 50, 1000, 2000):
+            session.write(lba * BLOCK + 5, content(lba))
+        session.discard(0, 300 * BLOCK)
+        session.flush()
+        session.cleaner.clean(len(session.appender.free) + 1)
+        session.close()
+    except VolumeError:
+        return
+
+
+def mutate(rng: random.Random, data: bytes, used_bytes: int) -> tuple[int, bytes]:
+    """A random change within the used part: a byte, or an integer that is likely to hurt."""
+    size = rng.choice((1, 2, 4, 8))
+    at = rng.randrange(used_bytes) // size * size
+    value = rng.choice((0, 1, (1 << 8 * size) - 1, 1 << rng.randrange(8 * size), rng.randrange(1 << 8 * size)))
+    return at, value.to_bytes(size, "little")
+
+
+@pytest.mark.parametrize(("seed", "count"), [(1, 150), pytest.param(2, 6000, marks=pytest.mark.long)])
+def test_random_changes_of_authentic_structures(disk: dict[int, bytes], seed: int, count: int) -> None:
+    """Superblock, pages of every tree, journal."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        forge = Forge(disk, KEY)
+        if rng.random() < 0.7:
+            only_newest(forge)
+        for _ in range(rng.choice((1, 1, 2))):
+            target = rng.randrange(5)
+            if target == 0:
+                forge.superblock(*mutate(rng, bytes(forge.plain), 440))
+            elif target == 1:
+                block = bytearray(forge.commit([mapped(forge), entry(3, FREE), entry(4, FREE), entry(2, 7, 30)]))
+                at, value = mutate(rng, bytes(block), len(block))
+                block[at : at + len(value)] = value
+                forge.journal([bytes(block)])
+            else:
+                tree = target - 1
+                level = rng.randrange(len(forge.reader.levels[tree]))
+                try:
+                    index = 0 if level else rng.choice(sorted(forge.reader.leaves(tree)))
+                    forge.page(tree, level, index, *mutate(rng, b"", rng.choice((100, 4096))))
+                except (AssertionError, Wrong):  # a second change may find no way to its page any more
+                    continue
+        try:
+            attack(forge)
+        except Exception as exc:
+            raise AssertionError(f"seed {seed}") from exc
