@@ -6,6 +6,7 @@ Defaults from the configuration are filled in here, and blocking calls are moved
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import jindiskd.image.worker  # noqa: F401 (registers the errors that a build worker can name)
 from jindiskd.attest.descriptors import choose
-from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
+from jindiskd.attest.expected import expected
+from jindiskd.attest.measure import snp_launch_digest
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
@@ -26,6 +28,7 @@ from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import ACTIVE, DomainView
 from jindiskd.errors import EXIT_INTEGRITY, Busy, InvalidArgument, JindiskError, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest, Volume
+from jindiskd.image.measurement import inputs_of
 from jindiskd.image.request import BaseKind, BuildRequest, Progress, VolumeFormat, resource_of
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import verify
@@ -150,22 +153,19 @@ class ImagesBackend:
 
         def compute() -> bytes:
             verify(image)
-            return snp_launch_digest(
-                LaunchInputs(
-                    firmware=Path(manifest.shape.firmware),
-                    kernel=image.path / manifest.kernel.file,
-                    initrd=image.path / manifest.initrd.file,
-                    cmdline=(image.path / manifest.cmdline.file).read_text(encoding="utf-8"),
-                    vcpus=manifest.shape.vcpus,
-                    cpu_model=manifest.shape.cpu_model,
-                    guest_features=manifest.shape.guest_features,
-                )
-            )
+            return snp_launch_digest(inputs_of(image))
 
         digest = await asyncio.to_thread(compute)
         if digest != manifest.launch_digest:
             raise DigestDiffers(name, manifest.launch_digest, digest)
         return digest
+
+    async def measure_all(self, name: str) -> str:
+        """What it measures as on each platform, with all inputs, as JSON; fails as `measure` does."""
+        image = await self._service.get(name)
+        digest = await self.measure(name) if image.manifest.launch_digest else b""
+        found = await asyncio.to_thread(expected, inputs_of(image))
+        return json.dumps({"launch_digest": digest.hex(), **found}, ensure_ascii=False)
 
     async def accept_rollback(self, image_id: str, reason: str) -> None:
         """Have its next start take whatever authentic state its volume is in, once."""

@@ -16,12 +16,13 @@ from typing import Any
 from jindiskd.attest.explain import Alternatives, Explanation, explain_digest
 from jindiskd.attest.firmware import inspect_firmware
 from jindiskd.attest.kept import restore, shown
-from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
+from jindiskd.attest.measure import snp_launch_digest
 from jindiskd.attest.model import Finding, MalformedEvidence
 from jindiskd.attest.snp import VerifiedSnp
 from jindiskd.base.platform import Tee
 from jindiskd.config import Config
 from jindiskd.errors import JindiskError, NotFound
+from jindiskd.image.measurement import cmdline_of, inputs_of
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import StoredImage
 from jindiskd.jobs.job import Job
@@ -184,7 +185,7 @@ class DecisionsBackend:
             firmware=self._firmware(),
             kernels=[other.path / other.manifest.kernel.file for other in others],
             initrds=[other.path / other.manifest.initrd.file for other in others],
-            cmdlines=[_cmdline(other) for other in others],
+            cmdlines=[cmdline_of(other) for other in others],
         )
 
     def _firmware(self) -> list[Path]:
@@ -202,24 +203,6 @@ class DecisionsBackend:
                     except (JindiskError, OSError):
                         continue
         return found
-
-
-def inputs_of(image: StoredImage) -> LaunchInputs:
-    """What enters the launch digest of an image in the store."""
-    manifest = image.manifest
-    return LaunchInputs(
-        firmware=Path(manifest.shape.firmware),
-        kernel=image.path / manifest.kernel.file,
-        initrd=image.path / manifest.initrd.file,
-        cmdline=_cmdline(image),
-        vcpus=manifest.shape.vcpus,
-        cpu_model=manifest.shape.cpu_model,
-        guest_features=manifest.shape.guest_features,
-    )
-
-
-def _cmdline(image: StoredImage) -> str:
-    return (image.path / image.manifest.cmdline.file).read_text(encoding="utf-8")
 
 
 def _told(name: str, text: str) -> dict[str, object]:

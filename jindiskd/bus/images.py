@@ -72,13 +72,14 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         job = self._jobs.start(Operation.IMAGE_REMOVE, [name], caller.uid, work, cancelable=False)
         return job_path(job.number)
 
-    async def measure(self, caller: Caller, options: Options) -> ObjectPath:  # noqa: ARG002 (as above)
+    async def measure(self, caller: Caller, options: Options) -> ObjectPath:
         """Compute its digest again."""
         name = self._view.name
+        everything = options.get("all") is True
 
         async def work(job: Job) -> str:
             job.progress("measuring")
-            return (await self._images.measure(name)).hex()
+            return await self._images.measure_all(name) if everything else (await self._images.measure(name)).hex()
 
         job = self._jobs.start(Operation.IMAGE_MEASURE, [name], caller.uid, work)
         return job_path(job.number)

@@ -97,6 +97,9 @@ class Images(Protocol):
     async def measure(self, name: str) -> bytes:
         """Its launch digest, computed again."""
 
+    async def measure_all(self, name: str) -> str:
+        """What it measures as on each platform with all inputs, a JSON document."""
+
     async def revoke(self, image_id: str) -> None:
         """Stop release of its key."""
 

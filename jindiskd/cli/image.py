@@ -219,23 +219,6 @@ async def _remove(app: App, name: str, yes: bool, wait: bool) -> None:
 @click.argument("name", shell_complete=images)
 @common
 @pass_app
-def measure(app: App, name: str) -> None:
-    """Compute the launch digest of an image again, and compare it with the one its key is released to."""
-    run(_measure(app, name))
-
-
-async def _measure(app: App, name: str) -> None:
-    async with connected() as client:
-        path, _ = await find(client, name)
-        job = await start_and_follow(client, app, lambda: client.call(path, IMAGE, "Measure", {}), wait=True)
-        assert job is not None
-    app.show({"image": name, "launch_digest": job["Result"]}, lambda: str(job["Result"]))
-
-
-@image.command()
-@click.argument("name", shell_complete=images)
-@common
-@pass_app
 def revoke(app: App, name: str) -> None:
     """Stop release of an image's key. Guests that run keep running."""
     run(_key(app, name, "Revoke", "The key of image {} is no longer released."))

@@ -15,6 +15,7 @@ from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
 from jindiskd.cli.job import job
 from jindiskd.cli.key import key
+from jindiskd.cli.measure import measure
 from jindiskd.cli.policy import policy
 from jindiskd.cli.service import audit, daemon, status
 from jindiskd.cli.shells import completion
@@ -33,6 +34,7 @@ def cli() -> None:
 _COMMANDS = (
     status, image, launch, domain, job, key, audit, attest, policy, broker, daemon, system_files, completion
 )  # fmt: skip
+image.add_command(measure)
 for _command in _COMMANDS:
     cli.add_command(_command)
 

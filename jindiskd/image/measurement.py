@@ -7,6 +7,7 @@ from pathlib import Path
 from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, inspect_firmware
 from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
 from jindiskd.image.request import BuildRequest
+from jindiskd.image.store import StoredImage
 
 
 def suitable_firmware(request: BuildRequest) -> FirmwareInfo:
@@ -42,3 +43,22 @@ def launch_digest(request: BuildRequest, directory: Path, cmdline: str) -> bytes
             guest_features=request.guest_features,
         )
     )
+
+
+def inputs_of(image: StoredImage) -> LaunchInputs:
+    """What enters the launch digest of an image in the store."""
+    manifest = image.manifest
+    return LaunchInputs(
+        firmware=Path(manifest.shape.firmware),
+        kernel=image.path / manifest.kernel.file,
+        initrd=image.path / manifest.initrd.file,
+        cmdline=cmdline_of(image),
+        vcpus=manifest.shape.vcpus,
+        cpu_model=manifest.shape.cpu_model,
+        guest_features=manifest.shape.guest_features,
+    )
+
+
+def cmdline_of(image: StoredImage) -> str:
+    """The kernel command line of an image in the store."""
+    return (image.path / image.manifest.cmdline.file).read_text(encoding="utf-8")

@@ -37,7 +37,10 @@ def test_an_image_from_build_to_removal(daemon, rootfs):
     assert image["State"] == "active"
     assert image["Distribution"] == "Test Linux 1"
     assert image["Vcpus"] == 2
-    assert daemon.ctl("image", "measure", "demo").strip() == image["LaunchDigest"]
+    measured = daemon.json("image", "measure", "demo")
+    assert measured["launch_digest"] == measured["measurements"]["snp"]["digest"] == image["LaunchDigest"]
+    assert measured["inputs"]["vcpus"] == 2
+    assert image["LaunchDigest"] in daemon.ctl("image", "measure", "demo")
     assert "proves nothing" in daemon.ctl("image", "show", "demo")
     assert daemon.json("key", "list")["keys"][0]["launch-digests"] == [image["LaunchDigest"]]
     daemon.ctl("image", "revoke", "demo")
