@@ -11,6 +11,7 @@ import jindiskd
 from jindiskd.base import log
 from jindiskd.cli.app import App, common, exit_status
 from jindiskd.cli.shells import completion
+from jindiskd.jindisksetup.attach import close, open_
 from jindiskd.jindisksetup.look import check, dump, measure
 from jindiskd.jindisksetup.make import export, format_, load, rekey
 from jindiskd.jindisksetup.serve import serve
@@ -25,7 +26,7 @@ def cli() -> None:
     """Set up JinDisk volumes: encrypted block devices on disks that others can read, change and set back."""
 
 
-for _command in (format_, load, export, dump, check, measure, rekey, serve, completion):
+for _command in (format_, load, export, dump, check, measure, rekey, serve, open_, close, completion):
     cli.add_command(_command)
 
 

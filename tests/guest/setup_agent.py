@@ -1,0 +1,116 @@
+"""Runs in a guest: `jindisksetup open` and `close` with the kernel's own NBD client, a file system on top."""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+
+from jindiskd.guest import kernel, modules, mounts
+from jindiskd.jindisksetup import attached
+from jindiskd.jindisksetup.main import main as setup
+
+LINK = Path("/dev/jindisk/vol")
+ACCESS = ["--key-file", "/key", "--unanchored"]
+FITRIM = 0xC0185879  # linux/fs.h
+FACTS: dict[str, object] = {}
+
+
+def run(*words: str) -> int:
+    """The program, in a process of its own: it makes another one, which has to be adopted by init."""
+    process = os.fork()
+    if process == 0:
+        status = 99
+        try:
+            status = setup(words)
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def mount(node: Path) -> None:
+    Path("/mnt").mkdir(exist_ok=True)
+    kernel.mount(os.fspath(node), Path("/mnt"), "ext4", kernel.MS_NOATIME)
+
+
+def drop_caches() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def work() -> None:
+    FACTS["open"] = run("open", "/dev/vda", "vol", *ACCESS)
+    FACTS["again"] = run("open", "/dev/vda", "vol", *ACCESS)
+    record = attached.Registry().find("vol")
+    name = record.node.name
+    FACTS["node"] = os.fspath(LINK.readlink()) == os.fspath(record.node)
+    FACTS["sectors"] = int(Path(f"/sys/block/{name}/size").read_text())
+    FACTS["block"] = int(Path(f"/sys/block/{name}/queue/logical_block_size").read_text())
+    FACTS["discard"] = int(Path(f"/sys/block/{name}/queue/discard_max_bytes").read_text()) > 32 << 20
+    mount(LINK)
+    FACTS["secret"] = Path("/mnt/etc/secret").read_text()
+    for number in range(8):
+        Path(f"/mnt/file{number}").write_bytes(bytes([number]) * (1 << 20))
+    drop_caches()
+    FACTS["read"] = all(Path(f"/mnt/file{n}").read_bytes() == bytes([n]) * (1 << 20) for n in range(8))
+    for number in range(4, 8):
+        Path(f"/mnt/file{number}").unlink()
+    os.sync()
+    mounted = os.open("/mnt", os.O_RDONLY)
+    trimmed = bytearray(struct.pack("=QQQ", 0, (1 << 64) - 1, 0))
+    fcntl.ioctl(mounted, FITRIM, trimmed, True)
+    os.close(mounted)
+    FACTS["trimmed"] = struct.unpack("=QQQ", trimmed)[1]
+    drop_caches()
+    FACTS["after trim"] = all(Path(f"/mnt/file{n}").read_bytes() == bytes([n]) * (1 << 20) for n in range(4))
+    FACTS["busy"] = run("close", "vol")
+    kernel.unmount(Path("/mnt"))
+    FACTS["close"] = run("close", "vol")
+    FACTS["gone"] = not LINK.is_symlink() and attached.started(record.process) is None
+    FACTS["close again"] = run("close", "vol")
+
+    FACTS["read-only"] = run("open", "/dev/vda", "vol", "--read-only", *ACCESS)
+    FACTS["ro"] = Path(f"/sys/block/{LINK.readlink().name}/ro").read_text().strip()
+    FACTS["close read-only"] = run("close", "vol")
+
+    # Killed: what was flushed is there, and the name can be taken again.
+    run("open", "/dev/vda", "vol", *ACCESS)
+    mount(LINK)
+    fd = os.open("/mnt/durable", os.O_CREAT | os.O_WRONLY)
+    os.write(fd, b"flushed" * 1000)
+    os.fsync(fd)
+    os.close(fd)
+    record = attached.Registry().find("vol")
+    os.kill(record.process, signal.SIGKILL)
+    while attached.started(record.process) is not None:
+        try:
+            os.waitpid(record.process, 0)
+        except ChildProcessError:
+            pass
+    kernel.unmount(Path("/mnt"), kernel.MNT_DETACH)
+    FACTS["reopen"] = run("open", "/dev/vda", "vol", *ACCESS)
+    mount(LINK)
+    FACTS["durable"] = Path("/mnt/durable").read_bytes() == b"flushed" * 1000
+    kernel.unmount(Path("/mnt"))
+    FACTS["end"] = run("close", "vol")
+    FACTS["no target"] = run("open", "/dev/vda", "../x", *ACCESS)
+
+
+def main() -> None:
+    try:
+        mounts.mount_kernel_filesystems()
+        os.environ["PATH"] = "/usr/bin"
+        modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # be a reaper, as init is anyway
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        work()
+    except BaseException as exc:  # noqa: BLE001 (PID 1 may not end)
+        line = exc.__traceback__.tb_next.tb_lineno if exc.__traceback__ and exc.__traceback__.tb_next else 0
+        FACTS["failed"] = f"{exc!r} at {line}"
+    os.write(1, ("\nSETUP-SEES " + json.dumps(FACTS) + "\n").encode())
+    os.sync()
+    kernel.reboot(kernel.REBOOT_POWER_OFF)
