@@ -206,6 +206,8 @@ class Connection:
         elif request.offset > size or request.length > size - request.offset:
             beyond = errno.ENOSPC if kind in {nbd.WRITE, nbd.WRITE_ZEROES} else errno.EINVAL
             raise OSError(beyond, "beyond the end")
+        if kind == nbd.WRITE_ZEROES and request.flags & nbd.FAST_ZERO and not self._volume.zeroes_fast:
+            raise OSError(errno.EOPNOTSUPP, "no faster than writing")
         unagreed = request.flags & nbd.DF and not self._agreed.structured
         if kind == nbd.READ and (request.length > nbd.PAYLOAD_LIMIT or unagreed):
             raise OSError(errno.EINVAL, "too long, or a flag that was not agreed")

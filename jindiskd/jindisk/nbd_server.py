@@ -86,7 +86,8 @@ def flags_of(volume: Served) -> int:
     flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.CAN_MULTI_CONN
     if volume.read_only:
         return flags | nbd.READ_ONLY
-    return flags | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES | nbd.SEND_FAST_ZERO
+    flags |= nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES
+    return flags | nbd.SEND_FAST_ZERO if volume.zeroes_fast else flags
 
 
 class Server:

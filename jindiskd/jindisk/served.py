@@ -26,6 +26,10 @@ class Served(Protocol):
         """Whether every change fails."""
 
     @property
+    def zeroes_fast(self) -> bool:
+        """Whether `zero` is quicker than writing zeros."""
+
+    @property
     def fault(self) -> str | None:
         """Why nothing can be written any more, in words; None while all is well."""
 
@@ -54,7 +58,7 @@ class Served(Protocol):
 class ServedSession:
     """A session as a block device. Its own thread reports and cleans."""
 
-    read_only = False
+    read_only, zeroes_fast = False, True
 
     def __init__(self, session: Session, *, stack_bytes: int = 0) -> None:
         """Starts the thread; `session` has begun. `stack_bytes`: of threads from now on; 0 for the default."""
@@ -118,7 +122,7 @@ class ServedSession:
 class ServedVolume:
     """A volume open for reading, as a block device."""
 
-    read_only = True
+    read_only, zeroes_fast = True, True
     fault = None
 
     def __init__(self, volume: Volume) -> None:
@@ -160,7 +164,7 @@ class as_os_error(contextlib.AbstractContextManager[None]):  # noqa: N801 - read
 
     def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
         if isinstance(exc, VolumeError):
-            raise OSError(exc.errno, type(exc).__name__) from None
+            raise OSError(exc.errno, type(exc).__name__) from exc
         if isinstance(exc, JindiskError):
             raise OSError(errno.EINVAL, type(exc).__name__) from None
         if isinstance(exc, Exception) and not isinstance(exc, OSError):

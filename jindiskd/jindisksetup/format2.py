@@ -11,17 +11,17 @@ from pathlib import Path
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
-from jindiskd.errors import InvalidArgument
+from jindiskd.errors import InvalidArgument, JindiskError
 from jindiskd.jindisk import anchor_file
 from jindiskd.jindisk.anchor import UNANCHORED, Anchor, Unanchored
 from jindiskd.jindisk.anchor_file import FileKeeper
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.check import check_volume
-from jindiskd.jindisk.create import create_volume
+from jindiskd.jindisk.create import create_volume, wipe
 from jindiskd.jindisk.crypto import KEY_BYTES, SESSION_BYTES
 from jindiskd.jindisk.device import FileDevice, OpenFile
 from jindiskd.jindisk.export import bulk_export
-from jindiskd.jindisk.geometry import BLOCK, blocks_of, default_geometry, largest_logical
+from jindiskd.jindisk.geometry import BLOCK, MIN_BLOCKS, blocks_of, default_geometry, largest_logical
 from jindiskd.jindisk.identification import Identification
 from jindiskd.jindisk.recovery import read_identification
 from jindiskd.jindisk.served import Served, ServedSession, ServedVolume
@@ -31,6 +31,9 @@ from jindiskd.jindisksetup.formats import Access, Document, NewVolume, Serving
 from jindiskd.jindisksetup.progress import Progress
 from jindiskd.jindisksetup.targets import Target
 
+COPY_BYTES = 4 << 20
+FLUSH_BYTES = 64 << 20
+
 
 class JinDisk2:
     """Confidential, authentic, fresh where an anchor is kept."""
@@ -38,6 +41,7 @@ class JinDisk2:
     name = "jindisk2"
     key_bytes = KEY_BYTES
     warning = ""
+    anchored = True
 
     def create(self, target: Target, new: NewVolume) -> Document:
         """See `VolumeFormat`."""
@@ -47,11 +51,17 @@ class JinDisk2:
                 raise InvalidArgument("a new file", os.fspath(target.path), "say how large the volume is, with --size")
             room = target.size_bytes - new.offset_bytes
             size = largest_logical(room, reserve_per_mille=new.reserve_per_mille)
+        session = self._begin(target, new, size)
+        session.close()
+        return self._made(new, anchor_of(session.durable, still_open=False), size, session.volume.geometry.end * BLOCK)
+
+    def _begin(self, target: Target, new: NewVolume, size: int) -> Session:
+        """Format, and begin the first session."""
         geometry = default_geometry(blocks_of(size), reserve_per_mille=new.reserve_per_mille)
         if not target.is_block and target.size_bytes < new.offset_bytes + geometry.end * BLOCK:
             os.ftruncate(target.fd, new.offset_bytes + geometry.end * BLOCK)
         device = FileDevice(target.fd, name=os.fspath(target.path), offset_bytes=new.offset_bytes)
-        session = create_volume(
+        return create_volume(
             device,
             geometry=geometry,
             key=new.key,
@@ -59,12 +69,10 @@ class JinDisk2:
             session_id=secrets.token_bytes(SESSION_BYTES),
             label=new.label,
         )
-        session.close()
-        return self._made(new, anchor_of(session.durable, still_open=False), size, geometry.end * BLOCK)
 
     def load(self, source_fd: int, source_bytes: int, target: Target, new: NewVolume, progress: Progress) -> Document:
         """See `VolumeFormat`."""
-        size = new.size_bytes if new.size_bytes is not None else max(-(-source_bytes // BLOCK), 4096) * BLOCK
+        size = new.size_bytes if new.size_bytes is not None else max(-(-source_bytes // BLOCK), MIN_BLOCKS) * BLOCK
         if size < source_bytes:
             raise InvalidArgument("a size of", f"{size} bytes", f"the source has {source_bytes}")
         geometry = default_geometry(blocks_of(size), reserve_per_mille=new.reserve_per_mille)
@@ -82,6 +90,22 @@ class JinDisk2:
             geometry=geometry,
         )
         return self._made(new, anchor, size, geometry.end * BLOCK)
+
+    def fill(self, source: Served, target: Target, new: NewVolume, progress: Progress) -> Document:
+        """See `VolumeFormat`. What is half done cannot be opened."""
+        size = new.size_bytes if new.size_bytes is not None else max(source.size_bytes, MIN_BLOCKS * BLOCK)
+        if size < source.size_bytes:
+            raise InvalidArgument("a size of", f"{size} bytes", f"the source has {source.size_bytes}")
+        session = self._begin(target, new, size)
+        try:
+            copy(source, session, progress)
+            session.close()
+        except BaseException as exc:
+            wipe(session.volume.device, session.volume.geometry)
+            if isinstance(exc, OSError) and isinstance(exc.__cause__, JindiskError):
+                raise exc.__cause__ from None  # what the source's server made a number of
+            raise
+        return self._made(new, anchor_of(session.durable, still_open=False), size, session.volume.geometry.end * BLOCK)
 
     def _made(self, new: NewVolume, anchor: Anchor, size: int, needed: int) -> Document:
         return {
@@ -205,7 +229,28 @@ class JinDisk2:
             yield session
 
 
+def copy(source: Served, session: Session, progress: Progress) -> None:
+    """Write all that a block device has into an empty volume; holes stay holes."""
+    at, unflushed, total = 0, 0, source.size_bytes
+    while at < total:
+        for length, mapped in source.extents(at, total - at):
+            end = at + length
+            while mapped and at < end:
+                data = source.read(at, min(COPY_BYTES, end - at))
+                session.write(at, data)
+                at, unflushed = at + len(data), unflushed + len(data)
+                if unflushed >= FLUSH_BYTES:
+                    session.flush()
+                    unflushed = 0
+                progress(at, total)
+            at = end
+    session.flush()
+    progress(total, total)
+
+
 def _open(device: FileDevice, access: Access) -> Volume:
+    if access.size_bytes is not None:
+        raise InvalidArgument("a size of", f"{access.size_bytes} bytes", "a JinDisk 2 volume knows its own")
     anchor: Anchor | Unanchored = UNANCHORED
     uuid: UUID | None = access.uuid
     if access.anchor_file is not None:

@@ -46,6 +46,8 @@ class Access:
     uuid: UUID | None
     anchor_file: Path | None
     """None: unanchored."""
+    size_bytes: int | None
+    """Logical size, where the format does not record it; None for what the format knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +66,17 @@ class VolumeFormat(Protocol):
     key_bytes: int
     warning: str
     """What it does not protect, in a sentence; empty if it keeps the promise."""
+    anchored: bool
+    """Whether its state can be remembered: documents of new volumes and `measure` then have the member `anchor`."""
 
     def create(self, target: Target, new: NewVolume) -> Document:
         """Format an empty, closed volume."""
 
     def load(self, source_fd: int, source_bytes: int, target: Target, new: NewVolume, progress: Progress) -> Document:
         """Format with the content of a source."""
+
+    def fill(self, source: Served, target: Target, new: NewVolume, progress: Progress) -> Document:
+        """Format with the content of another volume, of which nothing gets on a disk in clear."""
 
     def size_bytes(self, access: Access) -> int:
         """Logical size of an existing volume."""
@@ -98,10 +105,14 @@ class VolumeFormat(Protocol):
 
 def get(version: int) -> VolumeFormat:
     """The format of a version number."""
+    if version == 1:
+        from jindiskd.jindisksetup.format1 import JinDisk1  # seldom needed
+
+        return JinDisk1()
     from jindiskd.jindisksetup.format2 import JinDisk2
 
-    return {2: JinDisk2}[version]()
+    return JinDisk2()
 
 
-VERSIONS = (2,)
+VERSIONS = (1, 2)
 DEFAULT = 2

@@ -15,6 +15,7 @@ from jindiskd.cli.app import App
 from jindiskd.errors import AlreadyExists, InvalidArgument
 
 STDIN = Path("-")
+PASSWORD_LIMIT = 1024
 
 
 def read_key(app: App, path: Path | None, length: int, *, what: str = "key") -> Secret:
@@ -39,6 +40,27 @@ def read_key(app: App, path: Path | None, length: int, *, what: str = "key") -> 
     finally:
         os.close(fd)
     return _exact(data, length, os.fspath(path), what)
+
+
+def read_password(path: Path | None) -> Secret:
+    """A password: the bytes of a file or of standard input as they are, or what is typed at the terminal.
+
+    Raises:
+        InvalidArgument: it is empty or too long, or there is neither file nor terminal.
+        OSError: the file cannot be read.
+    """
+    if path is None:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise InvalidArgument("no password", "", "name a file that holds it, or - for standard input")
+        return Secret(bytearray(click.prompt("Password", hide_input=True, err=True).encode()))
+    if path == STDIN:
+        data = bytearray(sys.stdin.buffer.read(PASSWORD_LIMIT + 1))
+    else:
+        with path.open("rb") as file:
+            data = bytearray(file.read(PASSWORD_LIMIT + 1))
+    if not 0 < len(data) <= PASSWORD_LIMIT:
+        raise InvalidArgument("the password from", os.fspath(path), f"it has 1 to {PASSWORD_LIMIT} bytes")
+    return Secret(data)
 
 
 def _exact(data: bytearray, length: int, where: str, what: str) -> Secret:

@@ -10,7 +10,7 @@ import click
 
 from jindiskd.cli.app import App, common, pass_app
 from jindiskd.cli.output import fields, size
-from jindiskd.errors import EXIT_INTEGRITY, JindiskError
+from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError
 from jindiskd.jindisk import anchor_file
 from jindiskd.jindisksetup import options
 from jindiskd.jindisksetup.format2 import remembered
@@ -87,6 +87,12 @@ def _checked(document: Document) -> str:
     return "\n".join([*lines, fields({**pairs, "faults": str(len(lines)) if lines else "none"})])
 
 
+def _state(document: Document) -> str:
+    if "root" in document:
+        return f"{document['sequence']} {document['root']}"
+    return str(document["measurement"])
+
+
 @click.command()
 @click.argument("device", type=options.PATH)
 @options.access
@@ -100,6 +106,8 @@ def measure(app: App, /, device: Path, save: Path | None, **given: Any) -> None:
     """
     with options.accessing(app, device, given) as (form, access):
         document = form.measure(access)
+        if save is not None and not form.anchored:
+            raise InvalidArgument("--save", str(save), "a volume of version 1 has no state to be kept")
         if save is not None:
             anchor_file.write(save, remembered(document), replace=False)
-    app.show({"state": document}, lambda: f"{document['sequence']} {document['root']}")
+    app.show({"state": document}, lambda: _state(document))

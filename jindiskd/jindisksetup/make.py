@@ -24,9 +24,7 @@ from jindiskd.jindisksetup.formats import Document, NewVolume, VolumeFormat
 from jindiskd.jindisksetup.progress import progress
 from jindiskd.jindisksetup.targets import Target, make_zero, overwriting
 
-new_volume = options.add(
-    options.key_file,
-    click.option("--generate-key", type=options.PATH, help="Draw the key, and keep it in this new file."),
+target_options = options.add(
     options.anchor,
     click.option("--size", "size_", type=Size(), help="Logical size, such as 20G."),
     click.option("--label", default="", help="For people; anybody can read it. At most 64 bytes."),
@@ -35,21 +33,27 @@ new_volume = options.add(
         "--reserve", type=click.IntRange(20, 200), default=50, help="Room for cleaning, in thousandths of the size."
     ),
     options.offset,
-    options.version,
     options.overwriting,
+)
+new_volume = options.add(
+    options.key_file,
+    click.option("--generate-key", type=options.PATH, help="Draw the key, and keep it in this new file."),
+    target_options,
+    options.version,
+    options.kdf,
 )
 
 
 @contextlib.contextmanager
-def _key(app: App, given: dict[str, Any], length: int) -> Iterator[Secret]:
+def _key(app: App, form: VolumeFormat, given: dict[str, Any]) -> Iterator[Secret]:
     if given["generate_key"] is None:
-        with keys.read_key(app, given["key_file"], length) as key:
+        with options.obtain_key(app, form, given) as key:
             yield key
         return
-    if given["key_file"] is not None:
-        raise InvalidArgument("--generate-key", "with --key-file", "give one of the two")
+    if given["key_file"] is not None or given["kdf"] is not None:
+        raise InvalidArgument("--generate-key", "with --key-file or --kdf", "give one of them")
     path = given["generate_key"]
-    with keys.generate_key(path, length) as key:
+    with keys.generate_key(path, form.key_bytes) as key:
         try:
             yield key
         except BaseException:
@@ -58,16 +62,17 @@ def _key(app: App, given: dict[str, Any], length: int) -> Iterator[Secret]:
 
 
 @contextlib.contextmanager
-def _making(app: App, path: Path, what: str, given: dict[str, Any]) -> Iterator[tuple[VolumeFormat, Target, NewVolume]]:
+def making(app: App, path: Path, what: str, given: dict[str, Any]) -> Iterator[tuple[VolumeFormat, Target, NewVolume]]:
     """The target and what shall be made there."""
     form = options.pick(app, given["format_version"])
+    options.no_anchor(form, given)
     if given["anchor"] is not None and not given["force"] and given["anchor"].exists():
         raise AlreadyExists("the anchor file", os.fspath(given["anchor"]))
     with (
         overwriting(
             app, path, offset_bytes=given["offset"], force=given["force"], yes=given["yes"], what=what
         ) as target,
-        _key(app, given, form.key_bytes) as key,
+        _key(app, form, given) as key,
     ):
         yield (
             form,
@@ -83,15 +88,17 @@ def _making(app: App, path: Path, what: str, given: dict[str, Any]) -> Iterator[
         )
 
 
-def _keep(document: Document, given: dict[str, Any]) -> None:
+def keep(document: Document, given: dict[str, Any]) -> None:
     """Keep the state of a new volume, if that was asked for."""
     if given["anchor"] is not None:
         anchor_file.write(given["anchor"], remembered(document), replace=given["force"])
 
 
-def _show_made(app: App, document: Document, verb: str, path: Path) -> None:
+def show_made(app: App, document: Document, verb: str, path: Path) -> None:
+    """Print what a new volume is."""
     pairs = {
-        "uuid": document["uuid"],
+        "format": document["format"],
+        "uuid": document.get("uuid", ""),
         "size": f"{size(document['size_bytes'])} ({document['size_bytes']} bytes)",
         "on the device": f"{size(document['device_bytes'])} ({document['device_bytes']} bytes)",
     }
@@ -110,10 +117,10 @@ def format_(app: App, /, device: Path, **given: Any) -> None:
 
     Without --size it becomes as large as the device permits.
     """
-    with _making(app, device, "formatting", given) as (form, target, new):
+    with making(app, device, "formatting", given) as (form, target, new):
         document = form.create(target, new)
-        _keep(document, given)
-    _show_made(app, document, "Formatted", device)
+        keep(document, given)
+    show_made(app, document, "Formatted", device)
 
 
 @click.command()
@@ -130,7 +137,7 @@ def load(app: App, /, source: Path, device: Path, **given: Any) -> None:
     source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         length = os.lseek(source_fd, 0, os.SEEK_END)
-        with _making(app, device, "loading", given) as (form, target, new):
+        with making(app, device, "loading", given) as (form, target, new):
             ours, theirs = os.fstat(source_fd), os.fstat(target.fd)
             if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) or (
                 target.is_block and ours.st_rdev == theirs.st_rdev
@@ -138,10 +145,10 @@ def load(app: App, /, source: Path, device: Path, **given: Any) -> None:
                 raise InvalidArgument("the target", os.fspath(device), "it is the source itself")
             with progress(app, "loading") as tell:
                 document = form.load(source_fd, length, target, new, tell)
-            _keep(document, given)
+            keep(document, given)
     finally:
         os.close(source_fd)
-    _show_made(app, document, f"Loaded {source} into", device)
+    show_made(app, document, f"Loaded {source} into", device)
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from uuid import UUID
 
 import click
 
+from jindiskd.base.secret import Secret
 from jindiskd.cli.app import App
 from jindiskd.cli.parameters import Size
 from jindiskd.errors import InvalidArgument
+from jindiskd.jindisk.v1.keys import Kdf, derive
 from jindiskd.jindisksetup import formats
 from jindiskd.jindisksetup.formats import Access, VolumeFormat
-from jindiskd.jindisksetup.keys import read_key
+from jindiskd.jindisksetup.keys import read_key, read_password
 
 Command = Callable[..., Any]
 UNANCHORED_WARNING = (
@@ -77,6 +80,11 @@ version = click.option(
 anchor = click.option(
     "--anchor", type=PATH, help="The file that keeps the volume's newest state; keep it away from the disk."
 )
+kdf = click.option(
+    "--kdf",
+    type=click.Choice([item.value for item in Kdf]),
+    help="Version 1: the key is a password, used as the reference's tool in C or in Rust does.",
+)
 access = add(
     key_file,
     anchor,
@@ -84,6 +92,10 @@ access = add(
     click.option("--uuid", type=Uuid(), help="Accept no other volume than this."),
     offset,
     version,
+    kdf,
+    click.option(
+        "--size", "size_", type=Size(), help="Logical size of a version 1 volume, if it is not a multiple of 4 MiB."
+    ),
 )
 overwriting = add(
     click.option("--force", is_flag=True, help="Overwrite what is known to be a file system, volume or the like."),
@@ -99,6 +111,22 @@ def pick(app: App, format_version: str) -> VolumeFormat:
     return found
 
 
+def obtain_key(app: App, form: VolumeFormat, given: dict[str, Any]) -> Secret:
+    """The key that `key_file` and `kdf` name."""
+    if given["kdf"] is None:
+        return read_key(app, given["key_file"], form.key_bytes)
+    if form.anchored:
+        raise InvalidArgument("--kdf", given["kdf"], "only volumes of version 1 have passwords; give the key itself")
+    with read_password(given["key_file"]) as password:
+        return derive(password, Kdf(given["kdf"]))
+
+
+def no_anchor(form: VolumeFormat, given: dict[str, Any]) -> None:
+    """Refuse an anchor file for a format whose state cannot be remembered. Raises `InvalidArgument`."""
+    if given["anchor"] is not None and not form.anchored:
+        raise InvalidArgument("--anchor", os.fspath(given["anchor"]), "a volume of version 1 has no state to be kept")
+
+
 @contextlib.contextmanager
 def accessing(app: App, device: Path, given: dict[str, Any]) -> Iterator[tuple[VolumeFormat, Access]]:
     """The format and volume that the options of `access` name; the key is wiped at the end.
@@ -107,11 +135,12 @@ def accessing(app: App, device: Path, given: dict[str, Any]) -> Iterator[tuple[V
         InvalidArgument: they contradict each other, or the key is unusable.
     """
     form = pick(app, given["format_version"])
+    no_anchor(form, given)
     if given["anchor"] is not None and given["unanchored"]:
         raise InvalidArgument("--unanchored", "with --anchor", "give one of the two")
-    if given["anchor"] is None and not given["unanchored"] and not form.warning:
+    if given["anchor"] is None and not given["unanchored"] and form.anchored:
         app.say(UNANCHORED_WARNING)
-    with read_key(app, given["key_file"], form.key_bytes) as key:
+    with obtain_key(app, form, given) as key:
         yield (
             form,
             Access(
@@ -120,5 +149,6 @@ def accessing(app: App, device: Path, given: dict[str, Any]) -> Iterator[tuple[V
                 key=key,
                 uuid=given["uuid"],
                 anchor_file=given["anchor"],
+                size_bytes=given["size_"],
             ),
         )

@@ -251,7 +251,7 @@ def test_a_read_only_export_changes_nothing(tmp_path) -> None:
 class Slow:
     """A block device whose flushes wait until they may."""
 
-    read_only, size_bytes = False, SIZE
+    read_only, zeroes_fast, size_bytes = False, True, SIZE
 
     def __init__(self) -> None:
         self.flushing, self.may = threading.Event(), threading.Event()

@@ -18,6 +18,8 @@ EXTENT_BLOCKS = 8192
 class ServedVersion1:
     """A volume open for reading, or a session, as `served.Served`. Discarding does nothing: see `Session.discard`."""
 
+    zeroes_fast = False
+
     def __init__(self, target: Volume | Session) -> None:
         """Raises `InvalidArgument` if the size is no multiple of 4096."""
         if target.size_bytes % BLOCK:
@@ -26,6 +28,11 @@ class ServedVersion1:
         self._session = target if isinstance(target, Session) else None
         self.size_bytes = target.size_bytes
         self.read_only = self._session is None
+
+    @property
+    def fault(self) -> str | None:
+        """See `Served`."""
+        return self._session.fenced if self._session is not None else None
 
     def read(self, offset: int, length: int) -> bytes:
         """See `Served`."""
