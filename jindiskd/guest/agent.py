@@ -21,7 +21,7 @@ from jindiskd.guest import config as guest_config
 from jindiskd.guest import devices, kernel, modules, mounts, power, switch_root
 from jindiskd.guest.broker import GuestBroker, failing_with
 from jindiskd.guest.codes import Code, GuestFailure
-from jindiskd.guest.config import GuestConfig, JindiskExpectation, Luks2Expectation
+from jindiskd.guest.config import GuestConfig, Jindisk1Expectation, JindiskExpectation, Luks2Expectation
 from jindiskd.guest.luks_root import LuksRoot
 from jindiskd.guest.progress import Progress, Stage
 
@@ -55,8 +55,9 @@ class Agent:
                 GuestConfig, Path("/", guest_config.PATH).read_bytes(), document="guest configuration"
             )
             platform = Platform(config.platform)
-            luks2, jindisk = config.root.luks2, config.root.jindisk
-            if config.schema != guest_config.SCHEMA or (luks2 is None) == (jindisk is None):
+            root = config.root
+            luks2, jindisk, jindisk1 = root.luks2, root.jindisk, root.jindisk1
+            if config.schema != guest_config.SCHEMA or [luks2, jindisk, jindisk1].count(None) != 2:
                 raise GuestFailure(Code.CONFIG)
         watchdog = power.Watchdog(config.timeout_s, self.progress)
         settings = harden_kernel()
@@ -73,9 +74,11 @@ class Agent:
         broker = GuestBroker(config.broker, platform)
         if luks2 is not None:
             node = self._open_luks(config, luks2, broker)
-        else:
-            assert jindisk is not None, "checked with the configuration"
+        elif jindisk is not None:
             node = self._open_jindisk(config, jindisk, broker)
+        else:
+            assert jindisk1 is not None, "checked with the configuration"
+            node = self._open_jindisk1(config, jindisk1, broker)
         self.progress.stage(Stage.UNLOCKED)
         with failing_with(Code.ROOT_MOUNT):
             mounts.mount_root(os.fspath(node), SYSROOT, config.root.filesystem, config.root.options)
@@ -121,6 +124,19 @@ class Agent:
         return jindisk_root.serve(
             device, expectation, grant, broker, timeout_s=max(left_s, 1.0), forget=self.progress.close
         )
+
+    def _open_jindisk1(self, config: GuestConfig, expectation: Jindisk1Expectation, broker: GuestBroker) -> Path:
+        """The same order; a kernel that cannot open the volume is told before a key is asked for."""
+        from jindiskd.guest import jindisk1_root
+
+        with failing_with(Code.VOLUME):
+            volume = jindisk1_root.Jindisk1Root(Path(config.root.device), expectation)
+        with broker.fetch(config.root.resource, self._broker_deadline_s(config), self._reported) as key:
+            self._released()
+            with failing_with(Code.KEY):
+                layout = volume.unlock(key)
+            with failing_with(Code.ACTIVATION):
+                return volume.activate(key, layout, config.root.mapping)
 
     def _broker_deadline_s(self, config: GuestConfig) -> float:
         return self._began_s + config.timeout_s - min(AFTER_KEY_S, config.timeout_s / 4)

@@ -34,6 +34,7 @@ class Code(enum.StrEnum):
     STALE = "E51"
     STORAGE = "E52"
     FENCED = "E53"
+    TARGET = "E54"
     INTERNAL = "E99"
 
     @property
@@ -71,6 +72,8 @@ SENTENCES = {
     Code.VOLUME: "the JinDisk volume is damaged, or not the one the image was built with",
     Code.STALE: "the JinDisk volume is not in its latest state: an old copy of the disk was attached",
     Code.STORAGE: "the guest could not start the JinDisk volume's storage process",
+    Code.TARGET: "the guest's kernel has no jindisk target, which a root on JinDisk 1 needs;"
+    " use a kernel with the dm-jindisk module, or a root on JinDisk 2",
     Code.FENCED: "another instance of this guest has taken the JinDisk volume over",
     Code.INTERNAL: "the guest's agent failed in a way it was not made for; please report this",
 }

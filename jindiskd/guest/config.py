@@ -49,6 +49,15 @@ class JindiskExpectation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Jindisk1Expectation:
+    """What the JinDisk 1 volume must be. The superblock is written once; nothing else of this format can be told, so
+    the root is whatever the host makes of it."""
+
+    superblock_sha256: bytes
+    """SHA-256 (32 bytes) of the first 148 bytes of the volume: the sealed superblock and its tag."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RootVolume:
     """The volume that holds the root file system."""
 
@@ -58,8 +67,9 @@ class RootVolume:
     """The key's resource path `repository/type/tag`."""
     luks2: Luks2Expectation | None = None
     jindisk: JindiskExpectation | None = None
+    jindisk1: Jindisk1Expectation | None = None
     mapping: str = "root"
-    """The volume opens as `/dev/mapper/<mapping>` (LUKS2)."""
+    """The volume opens as `/dev/mapper/<mapping>` (LUKS2, JinDisk 1)."""
     filesystem: str = "ext4"
     options: str = "ro"
     """Mount options, comma separated; the system's own init remounts it as its fstab says."""

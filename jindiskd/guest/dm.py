@@ -1,4 +1,4 @@
-"""The device mapper's ioctl interface, as far as opening one mapping needs it.
+"""The device mapper's ioctl interface, as far as opening one mapping needs it, and asking which targets there are.
 
 Source: linux/dm-ioctl.h, interface version 4. Integers are of the machine's byte order, which is little-endian on
 every platform we support.
@@ -6,6 +6,7 @@ every platform we support.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -19,6 +20,7 @@ SECTOR_BYTES = 512
 
 HEADER = struct.Struct("<3IIIIiIIIQ128s129s7x")  # struct dm_ioctl
 TARGET = struct.Struct("<QQiI16s")  # struct dm_target_spec
+VERSIONS = struct.Struct("<IIII")  # struct dm_target_versions: offset of the next one, version; a name follows
 NAME_BYTES = 128
 UUID_BYTES = 129
 
@@ -27,12 +29,15 @@ DM_DEV_CREATE = 0xC138FD03
 DM_DEV_REMOVE = 0xC138FD04
 DM_DEV_SUSPEND = 0xC138FD06
 DM_TABLE_LOAD = 0xC138FD09
+DM_LIST_VERSIONS = 0xC138FD0D
 
 DM_PERSISTENT_DEV_FLAG = 1 << 3
+DM_BUFFER_FULL_FLAG = 1 << 8
 DM_SECURE_DATA_FLAG = 1 << 15  # the kernel wipes its copy of the buffer
 
 # Above 1024 bytes Python hands the kernel our buffer itself; below, a copy of its own that nobody wipes.
 BUFFER_BYTES = 4096
+LIST_BYTES = 65_536
 
 Ioctl = Callable[[int, int, bytearray], int]
 
@@ -100,6 +105,30 @@ def crypt_parameters(cipher: str, key: bytearray, device: str, *, offset_sectors
     return parameters
 
 
+def jindisk_parameters(key: bytearray, device: str, *, make: bool = False) -> bytearray:
+    """The parameters of a `jindisk` target, for a JinDisk 1 volume (`docs/formats/jindisk1.md`, section 13).
+
+    That format protects nothing against whoever holds the disk.
+
+    Args:
+        key: 28 bytes, root key and root IV; appear in hexadecimal in the result, which the caller wipes.
+        device: path of the node of the device below; without spaces, which part the parameters.
+        make: format the device; it is opened otherwise.
+
+    Raises:
+        ValueError: the key has another length, or the path has a space.
+    """
+    if len(key) != 28 or any(character.isspace() for character in device):
+        raise ValueError("a jindisk target takes 28 bytes of key and a path without spaces")
+    digits = b"0123456789abcdef"
+    parameters = bytearray(2 * len(key) + 1) + f" {device} {int(make)}".encode()
+    for index, value in enumerate(key):
+        at = 2 * index + (index >= 16)  # a space between key and IV
+        parameters[at], parameters[at + 1] = digits[value >> 4], digits[value & 15]
+    parameters[32] = ord(" ")
+    return parameters
+
+
 def _ioctl(descriptor: int, request: int, buffer: bytearray) -> int:
     return int(fcntl.ioctl(descriptor, request, buffer, True))
 
@@ -137,6 +166,34 @@ def activate(
     device = HEADER.unpack_from(answer)[10]
     # The number is in the kernel's huge encoding, linux/kdev_t.h; Python's functions know it.
     return Mapping(name=name, major=os.major(device), minor=os.minor(device))
+
+
+def targets(*, control: Path = CONTROL, ioctl: Ioctl | None = None) -> dict[str, tuple[int, int, int]]:
+    """The kinds of targets that the kernel has now, with their versions. A module that is not loaded does not count.
+
+    Raises:
+        OSError: there is no device mapper, or it does not answer.
+    """
+    descriptor = os.open(control, os.O_RDWR | os.O_CLOEXEC)
+    buffer = bytearray(pack_header("", total_bytes=LIST_BYTES).ljust(LIST_BYTES, b"\0"))
+    try:
+        (ioctl or _ioctl)(descriptor, DM_LIST_VERSIONS, buffer)
+    finally:
+        os.close(descriptor)
+    fields = HEADER.unpack_from(buffer)
+    at, end, flags = fields[4], min(fields[3], LIST_BYTES), fields[7]
+    if flags & DM_BUFFER_FULL_FLAG:
+        raise OSError(errno.EMSGSIZE, "the device mapper's list of targets is longer than any kernel's")
+    found: dict[str, tuple[int, int, int]] = {}
+    while at + VERSIONS.size < end:
+        following, *version = VERSIONS.unpack_from(buffer, at)
+        name, _, _ = buffer[at + VERSIONS.size : end].partition(b"\0")
+        if name:
+            found[name.decode("ascii", errors="replace")] = (version[0], version[1], version[2])
+        if not following:
+            break
+        at += following
+    return found
 
 
 def _padded(header: bytes) -> bytearray:

@@ -41,6 +41,7 @@ ENTRY = "jindiskd.guest.agent"
 SHUTDOWN_ENTRY = "jindiskd.guest.shutdown"
 STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.jindisk_root")
 """For a root that a process of ours serves."""
+JINDISK1_ENTRY = "jindiskd.guest.jindisk1_root"
 LATE_IMPORTS = (
     # What is imported only when it is needed, and would be missed then.
     "encodings.ascii",
@@ -60,6 +61,8 @@ SCSI_MODULES = ("virtio_scsi", "sd_mod")
 LUKS2_MODULES = ("dm_mod", "dm_crypt", "xts")
 LUKS2_OPTIONAL = ("ecb", "aes_generic", "aesni_intel", "aes_ce_blk")
 JINDISK_MODULES = ("nbd",)
+JINDISK1_MODULES = ("dm_mod", "dm_jindisk")
+"""Debian's kernels lack the second: it comes from the reference."""
 TEE_MODULES = {Tee.SNP: ("sev_guest",), Tee.TDX: ("tdx_guest",)}
 """Without these a guest on the real platform gets no report; Debian 12's kernels lack both."""
 TEE_OPTIONAL = ("configfs", "tsm", "tsm_report")
@@ -133,11 +136,13 @@ def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source
     # Standard streams for the time before devtmpfs is mounted.
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3, 0o666)
-    if config.root.jindisk is None:
-        add_python(archive, (ENTRY, *LATE_IMPORTS))
-    else:
+    if config.root.jindisk is not None:
         add_python(archive, (ENTRY, *STORAGE_ENTRIES, *LATE_IMPORTS))
         archive.file("shutdown", shutdown_script(), 0o755)
+    elif config.root.jindisk1 is not None:
+        add_python(archive, (ENTRY, JINDISK1_ENTRY, *LATE_IMPORTS))
+    else:
+        add_python(archive, (ENTRY, *LATE_IMPORTS))
     loaded = []
     for file in wanted_modules(config, modules_dir):
         relative = file.relative_to(modules_dir)
@@ -194,6 +199,8 @@ def wanted_modules(config: GuestConfig, modules_dir: Path) -> tuple[Path, ...]:
         may += LUKS2_OPTIONAL
     if config.root.jindisk is not None:
         must += JINDISK_MODULES
+    if config.root.jindisk1 is not None:
+        must += JINDISK1_MODULES
     must.append(config.root.filesystem)
     platform = Platform(config.platform)
     if not platform.simulated:

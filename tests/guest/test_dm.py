@@ -16,12 +16,13 @@ PROGRAM = r"""
 #include <stddef.h>
 #include <stdio.h>
 int main(void) {
-    printf("%zu %zu %zu %zu %zu %zu %zu %zu %lu %lu %lu %lu %u",
+    printf("%zu %zu %zu %zu %zu %zu %zu %zu %lu %lu %lu %lu %lu %u %u %zu %zu",
         sizeof(struct dm_ioctl), offsetof(struct dm_ioctl, data_size), offsetof(struct dm_ioctl, target_count),
         offsetof(struct dm_ioctl, flags), offsetof(struct dm_ioctl, dev), offsetof(struct dm_ioctl, name),
         offsetof(struct dm_ioctl, uuid), sizeof(struct dm_target_spec),
         (unsigned long) DM_DEV_CREATE, (unsigned long) DM_DEV_REMOVE, (unsigned long) DM_DEV_SUSPEND,
-        (unsigned long) DM_TABLE_LOAD, DM_SECURE_DATA_FLAG);
+        (unsigned long) DM_TABLE_LOAD, (unsigned long) DM_LIST_VERSIONS, DM_SECURE_DATA_FLAG, DM_BUFFER_FULL_FLAG,
+        offsetof(struct dm_target_versions, version), offsetof(struct dm_target_versions, name));
 }
 """
 
@@ -43,8 +44,9 @@ def test_against_the_kernel_header(tmp_path) -> None:
         packed.index(b"N"),
         packed.index(b"U"),
     ]
-    numbers = [dm.DM_DEV_CREATE, dm.DM_DEV_REMOVE, dm.DM_DEV_SUSPEND, dm.DM_TABLE_LOAD, dm.DM_SECURE_DATA_FLAG]
-    assert [dm.HEADER.size, *offsets, dm.TARGET.size, *numbers] == seen
+    numbers = [dm.DM_DEV_CREATE, dm.DM_DEV_REMOVE, dm.DM_DEV_SUSPEND, dm.DM_TABLE_LOAD, dm.DM_LIST_VERSIONS]
+    flags = [dm.DM_SECURE_DATA_FLAG, dm.DM_BUFFER_FULL_FLAG]
+    assert [dm.HEADER.size, *offsets, dm.TARGET.size, *numbers, *flags, 4, dm.VERSIONS.size] == seen
 
 
 def test_crypt_table() -> None:
@@ -96,3 +98,45 @@ def test_nothing_is_left_after_a_refusal(tmp_path, failing) -> None:
         dm.activate("root", "U", sectors=8, kind="crypt", parameters=parameters, control=control, ioctl=kernel)
     assert kernel.requests[-1] == dm.DM_DEV_REMOVE
     assert parameters == bytes(6)
+
+
+def test_jindisk_table() -> None:
+    """As in `docs/formats/jindisk1.md`, section 13: key, IV, path, flag."""
+    parameters = dm.jindisk_parameters(bytearray(range(28)), "/dev/vda3")
+    assert bytes(parameters) == b"000102030405060708090a0b0c0d0e0f 101112131415161718191a1b /dev/vda3 0"
+    assert dm.jindisk_parameters(bytearray(28), "/dev/vda3", make=True).endswith(b"/dev/vda3 1")
+    for key, device in ((bytearray(27), "/dev/vda"), (bytearray(28), "/dev/with space"), (bytearray(28), "a\n0 1")):
+        with pytest.raises(ValueError, match="28 bytes of key"):
+            dm.jindisk_parameters(key, device)
+
+
+def answering(buffer_flags: int, entries: bytes, data_bytes: int | None = None):
+    """A kernel that lists targets."""
+
+    def answer(_descriptor: int, request: int, buffer: bytearray) -> int:
+        assert request == dm.DM_LIST_VERSIONS
+        assert len(buffer) == dm.LIST_BYTES
+        assert struct.unpack_from("<3III", buffer) == (4, 0, 0, dm.LIST_BYTES, 312)
+        struct.pack_into("<I", buffer, 12, 312 + len(entries) if data_bytes is None else data_bytes)
+        struct.pack_into("<I", buffer, 28, buffer_flags)
+        buffer[312 : 312 + len(entries)] = entries
+        return 0
+
+    return answer
+
+
+def test_the_list_of_targets(tmp_path) -> None:
+    """Entries by their offsets, names ended by NUL; a list that is cut or loops ends."""
+    control = tmp_path / "control"
+    control.touch()
+    two = struct.pack("<IIII8s", 24, 1, 14, 1, b"crypt") + struct.pack("<IIII8s", 0, 1, 0, 0, b"jindisk")
+    assert dm.targets(control=control, ioctl=answering(0, two)) == {"crypt": (1, 14, 1), "jindisk": (1, 0, 0)}
+    assert dm.targets(control=control, ioctl=answering(0, b"")) == {}
+    assert dm.targets(control=control, ioctl=answering(0, two, data_bytes=330)) == {"cr": (1, 14, 1)}
+    assert dm.targets(control=control, ioctl=answering(0, two, data_bytes=1 << 31)).keys() >= {"crypt", "jindisk"}
+    far = struct.pack("<IIII8s", 1 << 31, 1, 0, 0, b"a")
+    assert dm.targets(control=control, ioctl=answering(0, far)) == {"a": (1, 0, 0)}
+    with pytest.raises(OSError, match="longer than"):
+        dm.targets(control=control, ioctl=answering(dm.DM_BUFFER_FULL_FLAG, two))
+    with pytest.raises(OSError, match="No such file"):
+        dm.targets(control=tmp_path / "none")

@@ -115,7 +115,7 @@ class _Worker:
             lba, position = keys[done], positions[done]
             while done + run < count and (keys[done + run], positions[done + run]) == (lba + run, position + run):
                 run += 1
-            data = self._device.pread((self._layout.data_start + position) * BLOCK, run * BLOCK)
+            data = memoryview(self._device.pread((self._layout.data_start + position) * BLOCK, run * BLOCK))
             plain = []
             for number in range(run):
                 opened = open_block(data[number * BLOCK : (number + 1) * BLOCK], records[done + number])

@@ -71,7 +71,7 @@ def data_aad(number: int, nonce: bytes = ZERO_NONCE) -> bytes:
 NODE_AAD = data_aad(0)
 
 
-def seal(key: bytes, plain: bytes, aad: bytes = NODE_AAD) -> bytes:
+def seal(key: bytes, plain: bytes | memoryview, aad: bytes = NODE_AAD) -> bytes:
     """Ciphertext and tag under the zero nonce. A key of data seals one block; a file's key seals all its nodes."""
     return AESGCM(key).encrypt(ZERO_NONCE, plain, aad)
 

@@ -193,7 +193,7 @@ class _Worker:
         at += count * _RUN.size
         sealed, tags = [], []
         for lba, length in runs:
-            data = self._source.read(lba, length)
+            data = memoryview(self._source.read(lba, length))
             for start in range(0, len(data), BLOCK):
                 block = seal(task[at : at + KEY_BYTES], data[start : start + BLOCK], data_aad(position))
                 sealed.append(block[:BLOCK])

@@ -125,10 +125,10 @@ def block_name(lba: int, raw: int) -> str:
     return f"logical block {lba} (raw block {raw})"
 
 
-def open_block(sealed: bytes, record: bytes) -> bytes | None:
+def open_block(sealed: bytes | memoryview, record: bytes) -> bytes | None:
     """A data block's plaintext, of its 4096 bytes on the disk and its record; None if the tag does not verify."""
     position, tag, key = RECORD.unpack(record)
-    return unseal(key, sealed + tag, data_aad(position))
+    return unseal(key, b"".join((sealed, tag)), data_aad(position))
 
 
 def read_layout(device: Device, key: Secret) -> Layout:
