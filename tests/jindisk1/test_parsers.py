@@ -53,6 +53,7 @@ def leaves(draw: st.DrawFn) -> bytes:
     return (head + b"".join(RECORD.pack(position, b"", b"") for position in positions)).ljust(LEAF_PLAIN, b"\1")
 
 
+@settings(deadline=None)
 @given(st.one_of(leaves(), st.binary(min_size=LEAF_PLAIN, max_size=LEAF_PLAIN)))
 def test_leaves(plain: bytes) -> None:
     try:
@@ -65,6 +66,7 @@ def test_leaves(plain: bytes) -> None:
     assert leaf.marks == (NONE in leaf.positions)
 
 
+@settings(deadline=None)
 @given(st.sets(U32, min_size=1, max_size=128), st.data())
 def test_a_leaf_comes_back(keys: set[int], data: st.DataObject) -> None:
     order = sorted(keys)
@@ -82,6 +84,7 @@ def inners(draw: st.DrawFn) -> bytes:
     return (struct.pack("<BQ", draw(st.integers(0, 3)), count) + body * 8).ljust(INNER_PLAIN, b"\0")
 
 
+@settings(deadline=None)
 @given(st.one_of(inners(), st.binary(min_size=INNER_PLAIN, max_size=INNER_PLAIN)))
 def test_inner_nodes(plain: bytes) -> None:
     try:
@@ -94,6 +97,7 @@ def test_inner_nodes(plain: bytes) -> None:
     assert sorted(node.keys) == list(node.keys)
 
 
+@settings(deadline=None)
 @given(st.lists(U32, min_size=1, max_size=32), st.booleans())
 def test_an_inner_node_comes_back(keys: list[int], leaves: bool) -> None:
     children = [(child, 200 + number) for number, child in enumerate(sorted(keys))]
@@ -102,6 +106,7 @@ def test_an_inner_node_comes_back(keys: list[int], leaves: bool) -> None:
     assert leaves == node.leaves
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=BITC_ENTRY, max_size=BITC_ENTRY), st.integers(0, LAYOUT.slots - 1), st.data())
 def test_catalogue_entries(raw: bytes, slot: int, data: st.DataObject) -> None:
     if data.draw(st.booleans()):  # nearer to a good one
@@ -121,6 +126,7 @@ def test_catalogue_entries(raw: bytes, slot: int, data: st.DataObject) -> None:
     assert entry == decode_entry(entry.encode(), LAYOUT, slot)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(min_size=132, max_size=132), st.lists(U32, min_size=33, max_size=33)))
 def test_superblocks(found: bytes | list[int]) -> None:
     """Anything but what the module writes is refused, with a right checksum too."""
@@ -130,6 +136,7 @@ def test_superblocks(found: bytes | list[int]) -> None:
             superblock.decode(candidate)
 
 
+@settings(deadline=None)
 @given(st.integers(321, 524_288))
 def test_layouts(segments: int) -> None:
     """Regions follow each other, and sizes and layouts fit both ways."""
@@ -142,6 +149,7 @@ def test_layouts(segments: int) -> None:
     assert layout.slot_start(layout.slots) <= layout.journal_start * BLOCK
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, (1 << 62) - 1), max_size=6))
 def test_versions_two_above_all_satisfy_the_module(versions: list[int]) -> None:
     """Whatever versions are there, and whichever slot the new file takes."""
@@ -157,13 +165,14 @@ def test_versions_two_above_all_satisfy_the_module(versions: list[int]) -> None:
         assert next_version(files([*versions[:place], new, *versions[place:]])) > new
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64), st.integers(0, 600))
 def test_bitmaps(table: bytes, count: int) -> None:
     expected = [n for n in range(min(count, 8 * len(table))) if table[n // 8] >> n % 8 & 1]
     assert expected == bits_of(table, count)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_volume_with_a_random_node(data: st.DataObject) -> None:
     """A node of any bytes, sealed with the right key: reading gives an error of ours or an answer, and ends."""
@@ -188,8 +197,8 @@ def test_a_volume_with_a_random_node(data: st.DataObject) -> None:
     assert identify(device).certainty in set(Certainty)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=148, max_size=148), st.integers(0, 1 << 22))
-@settings(max_examples=50)
 def test_identifying_anything(head: bytes, blocks: int) -> None:
     """Devices of any size with anything at their start are looked at without harm."""
     device = SparseDevice(blocks * BLOCK)
