@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jindiskd.config import LogLevel
+from jindiskd.config import CollateralConfig, LogLevel
 
 DEFAULT_FILE = Path("/etc/jindisk-broker/broker.toml")
 GUEST_PORT = 19012
@@ -111,6 +111,12 @@ class Config:
     admin: AdminConfig = field(default_factory=AdminConfig)
     broker: BrokerConfig = field(default_factory=BrokerConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
+    collateral: CollateralConfig = field(default_factory=CollateralConfig)
+
+    @property
+    def collateral_dir(self) -> Path:
+        """Certificates and revocation lists of the processors' makers."""
+        return self.collateral.dir or self.service.state_dir / "collateral"
 
     @property
     def database_url(self) -> str:

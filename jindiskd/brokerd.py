@@ -30,9 +30,13 @@ import structlog
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 import jindiskd
-from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
+from jindiskd.attest.collateral import CollateralCache
+from jindiskd.attest.collecting import Collector, genuine_verifiers
+from jindiskd.attest.snp import SnpVerifier
 from jindiskd.attest.snp_certs import to_der
 from jindiskd.attest.snp_roots import SnpRoots
+from jindiskd.attest.vendors import Vendors
+from jindiskd.attest.verifier import Verifier
 from jindiskd.base import log as logs
 from jindiskd.base.endpoint import Endpoint, parse_endpoint
 from jindiskd.base.secret import Secret
@@ -101,10 +105,10 @@ def warnings(config: Config) -> tuple[str, ...]:
     return tuple(found)
 
 
-def verifiers_of(config: Config) -> list[SnpVerifier]:
-    """A verifier for AMD's roots, and one for the simulated root where that is allowed."""
-    # Providers' keys and hidden chips are for each image's policy to allow.
-    found = [SnpVerifier(roots=AMD_ROOTS, allow_vlek_csp=None, allow_masked_chip_id=True)]
+def verifiers_of(config: Config) -> list[Verifier]:
+    """Verifiers for AMD's and Intel's roots, and one for the simulated root where that is allowed."""
+    cache = CollateralCache(config.collateral_dir)
+    found = genuine_verifiers(Collector(cache, Vendors() if config.collateral.fetch else None))
     if config.broker.allow_simulated:
         path = config.broker.simulated_root
         if path is None:

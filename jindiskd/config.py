@@ -116,6 +116,19 @@ class BrokerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CollateralConfig:
+    """[collateral]: certificates and revocation lists of the processors' makers."""
+
+    dir: Path | None = field(
+        default=None, metadata={"help": "where they are kept; `collateral` in the state directory if unset"}
+    )
+    fetch: bool = field(
+        default=False,
+        metadata={"help": "ask AMD's and Intel's services for what is missing when a guest attests; tells them of it"},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DomainsConfig:
     """[domains]: libvirt and the guests."""
 
@@ -137,12 +150,18 @@ class Config:
     service: ServiceConfig = field(default_factory=ServiceConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     broker: BrokerConfig = field(default_factory=BrokerConfig)
+    collateral: CollateralConfig = field(default_factory=CollateralConfig)
     domains: DomainsConfig = field(default_factory=DomainsConfig)
 
     @property
     def images_dir(self) -> Path:
         """The image store."""
         return self.images.dir or self.service.state_dir / "images"
+
+    @property
+    def collateral_dir(self) -> Path:
+        """Certificates and revocation lists of the processors' makers."""
+        return self.collateral.dir or self.service.state_dir / "collateral"
 
     @property
     def database_url(self) -> str:

@@ -18,7 +18,10 @@ import click
 import structlog
 
 import jindiskd
-from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
+from jindiskd.attest.collateral import CollateralCache
+from jindiskd.attest.collecting import Collector, genuine_verifiers
+from jindiskd.attest.snp import SnpVerifier
+from jindiskd.attest.vendors import Vendors
 from jindiskd.backend import GuestsBackend, ImagesBackend, KeyPort, KeysBackend
 from jindiskd.base import log as logs
 from jindiskd.broker.identity import TlsIdentity
@@ -55,6 +58,7 @@ class StateFiles:
         broker.pem         the key that guests pin, mode 0600
         simulated-root/    the root of the simulated platform, where that is allowed
         console/           what guests write on their consoles
+        collateral/        certificates and revocation lists of the processors' makers
         images/            the image store, unless configured elsewhere
     """
 
@@ -163,8 +167,8 @@ class Service:
     async def _domains(self, images: ImageStore, store: Store, identity: TlsIdentity) -> DomainService:
         """The domains, with a broker that listens for each of them alone."""
         config, state = self._config, self._state
-        # Providers' keys and hidden chips are for each image's policy to allow.
-        verifiers = [SnpVerifier(roots=AMD_ROOTS, allow_vlek_csp=None, allow_masked_chip_id=True)]
+        cache = CollateralCache(config.collateral_dir)
+        verifiers = genuine_verifiers(Collector(cache, Vendors() if config.collateral.fetch else None))
         if config.broker.allow_simulated:
             root = await asyncio.to_thread(SimulatedRoot.load_or_create, state.simulated_root)
             verifiers.append(SnpVerifier(roots=root.roots))
