@@ -129,7 +129,8 @@ def synopsis(words: tuple[str, ...], command: click.Command) -> str:
     parts = [rf"\fB{escape(' '.join(words))}\fR"]
     if any(isinstance(p, click.Option) and p.name not in COMMON for p in command.params):
         parts.append(r"[\fIOPTION\fR...]")
-    parts += [rf"\fI{escape((p.name or '').upper())}\fR" for p in command.params if isinstance(p, click.Argument)]
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    parts += [rf"\fI{escape(p.metavar or (p.name or '').upper())}\fR" for p in arguments]
     return " ".join(parts)
 
 

@@ -11,7 +11,7 @@ import jindiskd
 from jindiskd.base import log
 from jindiskd.cli.app import App, common, exit_status
 from jindiskd.cli.shells import completion
-from jindiskd.jindisksetup.attach import close, open_
+from jindiskd.jindisksetup.attach import close, create, open_
 from jindiskd.jindisksetup.convert import convert
 from jindiskd.jindisksetup.look import check, dump, measure
 from jindiskd.jindisksetup.make import export, format_, load, rekey
@@ -27,7 +27,7 @@ def cli() -> None:
     """Set up JinDisk volumes: encrypted block devices on disks that others can read, change and set back."""
 
 
-for _command in (format_, load, export, dump, check, measure, rekey, convert, serve, open_, close, completion):
+for _command in (format_, load, export, dump, check, measure, rekey, convert, serve, open_, create, close, completion):
     cli.add_command(_command)
 
 

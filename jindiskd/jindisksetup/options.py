@@ -128,8 +128,12 @@ def no_anchor(form: VolumeFormat, given: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def accessing(app: App, device: Path, given: dict[str, Any]) -> Iterator[tuple[VolumeFormat, Access]]:
+def accessing(
+    app: App, device: Path, given: dict[str, Any], *, password: Secret | None = None
+) -> Iterator[tuple[VolumeFormat, Access]]:
     """The format and volume that the options of `access` name; the key is wiped at the end.
+
+    `password` is for version 1, and comes instead of a key file; it stays the caller's.
 
     Raises:
         InvalidArgument: they contradict each other, or the key is unusable.
@@ -140,7 +144,11 @@ def accessing(app: App, device: Path, given: dict[str, Any]) -> Iterator[tuple[V
         raise InvalidArgument("--unanchored", "with --anchor", "give one of the two")
     if given["anchor"] is None and not given["unanchored"] and form.anchored:
         app.say(UNANCHORED_WARNING)
-    with obtain_key(app, form, given) as key:
+    if password is not None and (given["key_file"] is not None or form.anchored):
+        raise InvalidArgument("a password", "with --key-file", "give one of the two")
+    with (
+        obtain_key(app, form, given) if password is None else derive(password, Kdf(given["kdf"] or Kdf.C.value))
+    ) as key:
         yield (
             form,
             Access(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from jindiskd.guest import kernel, modules, mounts
-from jindiskd.jindisksetup import attached
+from jindiskd.jindisksetup import attached, mapped
 from jindiskd.jindisksetup.main import main as setup
 
 LINK = Path("/dev/jindisk/vol")
@@ -30,6 +30,12 @@ def run(*words: str) -> int:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def head(path: Path, offset: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(4096)
 
 
 def mount(node: Path) -> None:
@@ -97,7 +103,17 @@ def work() -> None:
     FACTS["durable"] = Path("/mnt/durable").read_bytes() == b"flushed" * 1000
     kernel.unmount(Path("/mnt"))
     FACTS["end"] = run("close", "vol")
-    FACTS["no target"] = run("open", "/dev/vda", "../x", *ACCESS)
+    FACTS["bad name"] = run("open", "/dev/vda", "../x", *ACCESS)
+
+    # The kernel's own means: without the target an error; making and removing mappings, with a target that is there.
+    FACTS["no target"] = run("create", "password", "/dev/vda", "old", "--force")
+    FACTS["no target, open"] = run("open", "password", "/dev/vda", "old", "--kdf", "rust")
+    FACTS["targets"] = sorted(mapped.kernel_targets() & {"linear", "jindisk"})
+    link = mapped.activate("test", sectors=2048, table=bytearray(b"/dev/vda 8"), kind="linear")
+    FACTS["mapped"] = head(link, 0) == head(Path("/dev/vda"), 4096)
+    FACTS["close other"] = run("close", "test")
+    mapped.remove("test", kind="linear")
+    FACTS["removed"] = not link.is_symlink()
 
 
 def main() -> None:

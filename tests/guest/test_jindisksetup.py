@@ -27,11 +27,13 @@ def make_initrd(target: Path, modules_dir: Path) -> Path:
         archive.link(name, f"usr/{name}")
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3)
-    entries = ("jindiskd.jindisksetup.main", "jindiskd.jindisksetup.format2", "jindiskd.guest.modules",
-               "jindiskd.guest.mounts", "ctypes", "json", "click.shell_completion", "encodings.idna")  # fmt: skip
+    entries = (
+        "jindiskd.jindisksetup.main", "jindiskd.jindisksetup.format1", "jindiskd.jindisksetup.format2",
+        "jindiskd.guest.modules", "jindiskd.guest.mounts", "ctypes", "json", "click.shell_completion", "encodings.idna",
+    )  # fmt: skip
     initrd.add_python(archive, (*entries, *initrd.LATE_IMPORTS))
     listed = []
-    for file in kmod.needed_modules(modules_dir, [*initrd.BASE_MODULES, "nbd", "ext4"]):
+    for file in kmod.needed_modules(modules_dir, [*initrd.BASE_MODULES, "nbd", "ext4", "dm_mod"]):
         listed.append(f"/mod/{file.name.partition('.ko')[0]}.ko")
         archive.file(listed[-1][1:], kmod.module_bytes(file))
     archive.file("modules.list", "\n".join(listed).encode())
@@ -63,8 +65,11 @@ def test_open_and_close(machine, guest_kernel, tmp_path) -> None:
     assert facts == {
         "open": 0, "again": 6, "node": True, "sectors": SIZE // 512, "block": 4096, "discard": True,
         "secret": "inside", "read": True, "after trim": True, "busy": 6, "close": 0, "gone": True, "close again": 3,
-        "read-only": 0, "ro": "1", "close read-only": 0, "reopen": 0, "durable": True, "end": 0, "no target": 2,
+        "read-only": 0, "ro": "1", "close read-only": 0, "reopen": 0, "durable": True, "end": 0, "bad name": 2,
+        "no target": 1, "no target, open": 1, "targets": ["linear"], "mapped": True, "close other": 3, "removed": True,
     }, guest.console  # fmt: skip
+    assert guest.console.count("everybody on this machine can see the password") == 2
+    assert "--via nbd" in guest.console
     done = subprocess.run(
         [PROGRAM, "check", "--data", tmp_path / "vol", *access, "--unanchored"], capture_output=True, text=True
     )
