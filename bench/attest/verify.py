@@ -93,9 +93,7 @@ def tdx(folder: Path, seconds: float) -> dict[str, float]:
     verifier = TdxVerifier()
     return {
         "dcap-qvl verify": rate(lambda: dcap_qvl.verify(quote, given, 1751624655), seconds),
-        "decision": rate(
-            lambda: verifier.verify(quote, collateral=collateral, report_data=None, now=now), seconds
-        ),
+        "decision": rate(lambda: verifier.verify(quote, collateral=collateral, report_data=None, now=now), seconds),
     }
 
 

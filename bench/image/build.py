@@ -103,9 +103,7 @@ def main() -> int:
                 "cp_mb_per_s": round(data / copy / 1e6, 1),
                 "build_s": round(whole, 2),
                 "build_mb_per_s": round(data / whole / 1e6, 1),
-                "stages_s": {
-                    name: round(statistics.median(run[name] for run in builds), 2) for name in builds[0]
-                },
+                "stages_s": {name: round(statistics.median(run[name] for run in builds), 2) for name in builds[0]},
             },
             indent=2,
         )

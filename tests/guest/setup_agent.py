@@ -76,6 +76,7 @@ def work() -> None:
     FACTS["busy"] = run("close", "vol")
     kernel.unmount(Path("/mnt"))
     FACTS["close"] = run("close", "vol")
+    os.waitpid(record.process, 0)  # we are init: until now it was there, dead
     FACTS["gone"] = not LINK.is_symlink() and attached.started(record.process) is None
     FACTS["close again"] = run("close", "vol")
 
