@@ -78,7 +78,14 @@ class OpenFile:
 
     def __enter__(self) -> FileDevice:
         flags = os.O_RDWR if self._writable else os.O_RDONLY
-        self._fd = os.open(self._path, flags | os.O_CLOEXEC)
+        if self._writable and self._path.is_block_device():
+            flags |= os.O_EXCL  # not while it is mounted, or another device lies on it
+        try:
+            self._fd = os.open(self._path, flags | os.O_CLOEXEC)
+        except OSError as exc:
+            if exc.errno == errno.EBUSY:
+                raise Busy(os.fspath(self._path), "it is mounted, or another device lies on it") from exc
+            raise
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_EX if self._writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as exc:

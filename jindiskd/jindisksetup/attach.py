@@ -26,6 +26,8 @@ from jindiskd.jindisksetup.server_process import Ready
 from jindiskd.jindisksetup.targets import overwriting
 
 LOAD_S = 30.0
+LOOK_S = 0.1
+"""How soon it is noticed that the kernel has let go."""
 
 
 def load_module(name: str) -> None:
@@ -102,7 +104,7 @@ def _attach(form: VolumeFormat, access: Access, serving: Serving, name: str, rea
         attached.attach(volume, name, attached.Registry()) as server,
     ):
         ready()
-        server_process.wait(volume, tell, goes_on=lambda: server.connected > 0)
+        server_process.wait(volume, tell, goes_on=lambda: server.connected > 0, look_s=LOOK_S)
 
 
 def _open_mapped(app: App, password: Secret | None, device: Path, name: str, given: dict[str, Any]) -> None:

@@ -128,10 +128,21 @@ class Registry:
 
 
 def release(record: Record) -> None:
-    """Have the kernel let go of a device whose server is gone, and take the link away."""
-    if record.index >= 0:
+    """Have the kernel let go of a device whose server is gone, and take the link away.
+
+    The device may be another server's by now: the kernel tells whose it is.
+    """
+    try:
+        owner = int(Path(f"/sys/block/{record.node.name}/pid").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        owner = -1
+    if owner == record.process:
         with contextlib.suppress(OSError):
             nbd_kernel.detach(record.index)
+    _unlink(record)
+
+
+def _unlink(record: Record) -> None:
     if record.link.is_symlink() and record.link.readlink() == record.node:
         record.link.unlink(missing_ok=True)
 
@@ -166,7 +177,10 @@ def attach(volume: Served, name: str, registry: Registry) -> Iterator[Server]:
         record.link.symlink_to(record.node)
         yield server
     finally:
-        release(record)
+        if server.connected and record.index >= 0:  # else the kernel has let go, and the device may be another's
+            with contextlib.suppress(OSError):
+                nbd_kernel.detach(record.index)
+        _unlink(record)
         try:
             server.stop()
             volume.close()

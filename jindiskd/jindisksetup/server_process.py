@@ -50,11 +50,11 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
-def wait(volume: Served, tell: Tell, *, goes_on: Callable[[], bool] = lambda: True) -> None:
+def wait(volume: Served, tell: Tell, *, goes_on: Callable[[], bool] = lambda: True, look_s: float = LOOK_S) -> None:
     """Return when a signal or `goes_on` asks for the end. Tells once if nothing can be written any more."""
     told = False
     while goes_on():
-        if signal.sigtimedwait(ENDING, LOOK_S) is not None:
+        if signal.sigtimedwait(ENDING, look_s) is not None:
             return
         fault = volume.fault
         if fault is not None and not told:

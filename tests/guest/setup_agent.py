@@ -49,6 +49,9 @@ def drop_caches() -> None:
 
 
 def work() -> None:
+    held = os.open("/dev/vda", os.O_RDONLY | os.O_EXCL)  # as a mount holds it
+    FACTS["held"] = run("open", "/dev/vda", "vol", *ACCESS)
+    os.close(held)
     FACTS["open"] = run("open", "/dev/vda", "vol", *ACCESS)
     FACTS["again"] = run("open", "/dev/vda", "vol", *ACCESS)
     record = attached.Registry().find("vol")
