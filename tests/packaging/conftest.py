@@ -23,6 +23,7 @@ class System:
         self.out = directory / "out"
         self.out.mkdir()
         subprocess.run([ROOT / "scripts/debian-root", release, self.root, SERVICES], check=True, timeout=900)
+        self.run("apt-get", "-q", "update")
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A program in the system, which is not booted."""
@@ -80,9 +81,10 @@ def release(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def packages(release: str) -> list[Path]:
-    """The packages for the release, built in a clean root."""
-    target = ROOT / "build/packages" / release
-    subprocess.run([ROOT / "scripts/build-packages", release, target], check=True, timeout=1800)
+    """The packages for the release, built in a clean root; those in `$JINDISK_PACKAGES/RELEASE` where that is set."""
+    target = Path(os.environ.get("JINDISK_PACKAGES", ROOT / "build/packages")) / release
+    if "JINDISK_PACKAGES" not in os.environ:
+        subprocess.run([ROOT / "scripts/build-packages", release, target], check=True, timeout=1800)
     return sorted(target.glob("*.deb"))
 
 
