@@ -75,7 +75,11 @@ class ImagesConfig:
     dir: Path | None = field(
         default=None, metadata={"help": "the image store; `images` in the state directory if unset"}
     )
-    format: VolumeFormat = field(default=VolumeFormat.JINDISK, metadata={"help": "format of the encrypted root"})
+    format: VolumeFormat = field(
+        default=VolumeFormat.JINDISK,
+        # JinDisk 1 protects nothing, so it is asked for image by image, and never by default.
+        metadata={"help": "format of the encrypted root", "choices": (VolumeFormat.JINDISK, VolumeFormat.LUKS2)},
+    )
     platform: Platform = field(default=Platform.SNP, metadata={"help": "what new images are for"})
     vcpus: int = field(default=1, metadata={"range": (1, 512), "help": "processors of a guest; in its launch digest"})
     cpu_model: str = field(default="EPYC-v4", metadata={"help": "processor model of a guest; in its launch digest"})
@@ -292,7 +296,7 @@ def _value(kind: Any, raw: Any, metadata: Mapping[str, Any]) -> tuple[Any, str]:
             return tuple(Path(item) for item in raw), ""
         return None, "is not a list of absolute paths"
     if issubclass(kind, enum.Enum):
-        if raw in (choices := [member.value for member in kind]):
+        if raw in (choices := [member.value for member in metadata.get("choices", kind)]):
             return kind(raw), ""
         return None, f"is not one of {', '.join(choices)}: {near(str(raw), choices)}"
     if kind is Path:

@@ -49,7 +49,12 @@ def image() -> None:
     "--rootfs", type=click.Path(exists=True, path_type=Path), help="A root file system: a directory, or a tar archive."
 )
 @click.option("--platform", "platform_", type=click.Choice([item.value for item in Platform]), help="What it is for.")
-@click.option("--format", "format_", type=click.Choice(["jindisk", "luks2"]), help="How its root is encrypted.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["jindisk", "luks2", "jindisk1"]),
+    help="How its root is encrypted; jindisk1, for the reference's kernel module, protects nothing from the host.",
+)
 @click.option("--vcpus", type=click.IntRange(1), help="Processors of its guests; enters the launch digest.")
 @click.option("--cpu-model", help="Processor model of its guests; enters the launch digest.")
 @click.option("--firmware", type=click.Path(path_type=Path), help="Firmware of its guests; enters the launch digest.")
@@ -110,6 +115,8 @@ async def _build(
     app: App, name: str, base: Path | None, rootfs: Path | None, wait: bool, given: dict[str, Any]
 ) -> None:
     options = _build_options(given, rootfs=rootfs is not None)
+    if given["format_"] == "jindisk1":
+        app.say("JinDisk 1 protects nothing from whoever has the disk: its keys lie there in clear")
     with contextlib.ExitStack() as stack:
         source = base or rootfs
         assert source is not None

@@ -36,11 +36,11 @@ from jindiskd.image.ext4 import Superblock, read_superblock, used_ranges
 from jindiskd.image.manifest import BootFile, Manifest, Partition, Shape
 from jindiskd.image.measurement import launch_digest, suitable_firmware
 from jindiskd.image.refusals import RootDamaged
-from jindiskd.image.request import BaseKind, BuildTask, Progress, resource_of
+from jindiskd.image.request import BaseKind, BuildTask, Progress, VolumeFormat, resource_of
 from jindiskd.image.sparse import copy_ranges, data_ranges, path_of, unlinked_file
 from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL
 from jindiskd.image.tools import tool
-from jindiskd.image.volume import SealedVolume, placeholders, prepare_volume
+from jindiskd.image.volume import SealedVolume, placeholder, prepare_volume
 
 Report = Callable[[Progress], None]
 ROOT_DEVICE = "/dev/vda3"
@@ -66,7 +66,7 @@ def build(task: BuildTask, base_fd: int, key: Secret, report: Report) -> Manifes
     Args:
         task: checked request and what the service decided.
         base_fd: the base: a regular file for a disk, anything readable for a tar stream.
-        key: 32 bytes; what the broker will release to the guest.
+        key: of the format's length; what the broker will release to the guest.
         report: called with progress.
 
     Raises:
@@ -192,6 +192,8 @@ class _Build:
         changes = amend(system, ROOT[self.request.format])
         if self.request.debug:
             changes = (*changes, "debug image: its command line may open it to whoever has the console")
+        if self.request.format is VolumeFormat.JINDISK1:
+            changes = (*changes, "root on JinDisk 1: whoever has the disk can read and change all of it")
         found_kernel = kernels.find_kernel(system, others)
         kernels.extract_kernel(found_kernel, self.staging / KERNEL)
         kernels.extract_modules(
@@ -245,14 +247,18 @@ class _Build:
 
     def guest_config(self, volume: SealedVolume | None) -> guest.GuestConfig:
         """What the guest is told; without a volume yet, enough to know which modules it will need."""
-        luks2, jindisk = (volume.luks2, volume.jindisk) if volume else placeholders(self.request.format)
+        expected = volume.expected if volume else placeholder(self.request.format)
         return guest.GuestConfig(
             schema=guest.SCHEMA,
             image_id=self.task.image_id,
             platform=self.request.platform,
             broker=guest.BrokerPin(spki_sha256=self.task.broker_spki_sha256),
             root=guest.RootVolume(
-                device=ROOT_DEVICE, resource=resource_of(self.task.image_id), luks2=luks2, jindisk=jindisk
+                device=ROOT_DEVICE,
+                resource=resource_of(self.task.image_id),
+                luks2=expected if isinstance(expected, guest.Luks2Expectation) else None,
+                jindisk=expected if isinstance(expected, guest.JindiskExpectation) else None,
+                jindisk1=expected if isinstance(expected, guest.Jindisk1Expectation) else None,
             ),
             modules=(),
         )

@@ -14,7 +14,8 @@ from jindiskd.image.request import VolumeFormat
 MAX_BYTES = 2047
 """What the kernel keeps on x86 without the NUL (COMMAND_LINE_SIZE)."""
 
-ROOT = {VolumeFormat.LUKS2: "/dev/mapper/root", VolumeFormat.JINDISK: "/dev/nbd0"}
+MAPPED = "/dev/mapper/root"
+ROOT = {VolumeFormat.LUKS2: MAPPED, VolumeFormat.JINDISK: "/dev/nbd0", VolumeFormat.JINDISK1: MAPPED}
 
 _FIXED = (
     "ro",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.image import randomness
+from jindiskd.jindisk.v1.keys import ROOT_BYTES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 KEY_BYTES = 32
@@ -33,6 +34,13 @@ class VolumeFormat(enum.StrEnum):
     LUKS2 = "luks2"
     JINDISK = "jindisk"
     """JinDisk 2."""
+    JINDISK1 = "jindisk1"
+    """JinDisk 1, for guests whose kernel has the reference's module. Protects nothing against the host."""
+
+    @property
+    def key_bytes(self) -> int:
+        """Length of the key that the broker releases for it."""
+        return ROOT_BYTES if self is VolumeFormat.JINDISK1 else KEY_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, Internal, JindiskError
 from jindiskd.image import randomness
 from jindiskd.image.manifest import Manifest, Volume
-from jindiskd.image.request import KEY_BYTES, BuildRequest, BuildTask, Progress
+from jindiskd.image.request import BuildRequest, BuildTask, Progress
 from jindiskd.image.store import ImageStore, Staging, StoredImage
 
 log = structlog.get_logger(__name__)
@@ -154,7 +154,7 @@ class ImageService:
 
         staging = await asyncio.to_thread(self._store.stage)
         try:
-            with Secret(bytearray(request.stream("root key")(KEY_BYTES))) as key:
+            with Secret(bytearray(request.stream("root key")(request.format.key_bytes))) as key:
                 await _finished(store_key)
                 task = BuildTask(
                     request=request,
@@ -229,7 +229,7 @@ class ImageService:
 
 @contextlib.contextmanager
 def _key_pipe(key: Secret) -> Iterator[int]:
-    """A descriptor to read the key from; 32 bytes fit a pipe, so that nobody waits."""
+    """A descriptor to read the key from; it fits a pipe, so that nobody waits."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         os.write(writing, key.reveal())

@@ -9,17 +9,23 @@ from typing import Protocol
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
-from jindiskd.guest.config import JindiskExpectation, Luks2Expectation
+from jindiskd.guest.config import Jindisk1Expectation, JindiskExpectation, Luks2Expectation
 from jindiskd.image import gpt, manifest, randomness
 from jindiskd.image.request import BuildTask, VolumeFormat
 from jindiskd.jindisk import geometry
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.crypto import SESSION_BYTES
+from jindiskd.jindisk.v1 import load as load1
+from jindiskd.jindisk.v1 import superblock as superblock1
+from jindiskd.jindisk.v1.layout import layout_for
 from jindiskd.luks2 import header, layout
 from jindiskd.luks2.populate import Range, populate, write_exactly
 
 Share = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
+
+
+Expectation = Luks2Expectation | JindiskExpectation | Jindisk1Expectation
 
 
 class SealedVolume(Protocol):
@@ -34,12 +40,8 @@ class SealedVolume(Protocol):
         """Room it needs on the disk."""
 
     @property
-    def luks2(self) -> Luks2Expectation | None:
-        """What the guest shall expect, if it is LUKS2."""
-
-    @property
-    def jindisk(self) -> JindiskExpectation | None:
-        """What the guest shall expect, if it is JinDisk."""
+    def expected(self) -> Expectation:
+        """What the guest shall expect."""
 
     def fill(
         self, source_fd: int, target_fd: int, ranges: Sequence[Range], target_offset_bytes: int, share: Share
@@ -62,21 +64,25 @@ def prepare_volume(task: BuildTask, key: Secret, data_bytes: int, time: int) -> 
                 volume.close()
         case VolumeFormat.JINDISK:
             yield JindiskVolume(task, key, data_bytes, time)
+        case VolumeFormat.JINDISK1:
+            yield Jindisk1Volume(task, key, data_bytes)
 
 
-def placeholders(form: VolumeFormat) -> tuple[Luks2Expectation | None, JindiskExpectation | None]:
-    """What stands for the expectations of a volume that is not there yet: enough to know which modules it will need."""
-    if form is VolumeFormat.LUKS2:
-        blank = Luks2Expectation(header_bytes=0, header_sha256=b"", uuid="", cipher="", key_bytes=0, sector_bytes=0)
-        return blank, None
-    return None, JindiskExpectation(version=JindiskVolume.version, uuid="")
+def placeholder(form: VolumeFormat) -> Expectation:
+    """What stands for the expectation of a volume that is not there yet: enough to know which modules it will need."""
+    match form:
+        case VolumeFormat.LUKS2:
+            return Luks2Expectation(header_bytes=0, header_sha256=b"", uuid="", cipher="", key_bytes=0, sector_bytes=0)
+        case VolumeFormat.JINDISK:
+            return JindiskExpectation(version=JindiskVolume.version, uuid="")
+        case VolumeFormat.JINDISK1:
+            return Jindisk1Expectation(superblock_sha256=b"")
 
 
 class Luks2Volume:
     """LUKS2 with a random volume key; the broker's key opens its only slot."""
 
     partition_type = gpt.TYPE_LUKS
-    jindisk = None
 
     def __init__(self, task: BuildTask, key: Secret, data_bytes: int) -> None:
         """Draw volume key and UUID and make the header."""
@@ -87,7 +93,7 @@ class Luks2Volume:
         self._header = header.make_header(
             volume_key=self._key, passphrase=key, uuid=uuid, data_bytes=data_bytes, rng=rng
         )
-        self.luks2 = Luks2Expectation(
+        self.expected = Luks2Expectation(
             header_bytes=len(self._header),
             header_sha256=hashlib.sha256(self._header).digest(),
             uuid=uuid,
@@ -118,10 +124,10 @@ class Luks2Volume:
         )
         return manifest.Volume(
             format=VolumeFormat.LUKS2,
-            uuid=self.luks2.uuid,
-            cipher=self.luks2.cipher,
-            header_bytes=self.luks2.header_bytes,
-            header_sha256=self.luks2.header_sha256,
+            uuid=self.expected.uuid,
+            cipher=self.expected.cipher,
+            header_bytes=self.expected.header_bytes,
+            header_sha256=self.expected.header_sha256,
         )
 
     def close(self) -> None:
@@ -135,13 +141,12 @@ class JindiskVolume:
     version = 2
     cipher = "aes-256-gcm"
     partition_type = gpt.TYPE_JINDISK
-    luks2 = None
 
     def __init__(self, task: BuildTask, key: Secret, data_bytes: int, time: int) -> None:
         """Choose identity and shape; `key` stays the caller's."""
         self._rng = task.request.stream("jindisk")
         self._key, self._workers, self._time = key, task.workers, time
-        self.jindisk = JindiskExpectation(version=self.version, uuid=randomness.new_uuid(self._rng))
+        self.expected = JindiskExpectation(version=self.version, uuid=randomness.new_uuid(self._rng))
         # A file system may be smaller than the smallest volume.
         self._logical_bytes = max(data_bytes, geometry.MIN_BLOCKS * geometry.BLOCK)
 
@@ -160,7 +165,7 @@ class JindiskVolume:
             size_bytes=self._logical_bytes,
             ranges=ranges,
             key=self._key,
-            uuid=UUID(self.jindisk.uuid),
+            uuid=UUID(self.expected.uuid),
             session_id=self._rng(SESSION_BYTES),
             timestamp=self._time,
             target_offset_bytes=target_offset_bytes,
@@ -169,5 +174,49 @@ class JindiskVolume:
             workers=self._workers,
         )
         return manifest.Volume(
-            format=VolumeFormat.JINDISK, uuid=self.jindisk.uuid, cipher=self.cipher, anchor=anchor.pack()
+            format=VolumeFormat.JINDISK, uuid=self.expected.uuid, cipher=self.cipher, anchor=anchor.pack()
+        )
+
+
+class Jindisk1Volume:
+    """JinDisk 1, which protects nothing against whoever has the disk. The broker's key is root key and root IV."""
+
+    cipher = "aes-128-gcm"
+    partition_type = gpt.TYPE_JINDISK
+
+    def __init__(self, task: BuildTask, key: Secret, data_bytes: int) -> None:
+        """Choose the layout; `key`, 28 bytes, stays the caller's."""
+        self._rng = task.request.stream("jindisk1")
+        self._key, self._workers = key, task.workers
+        self._data_bytes, self._layout = data_bytes, layout_for(data_bytes)
+        sealed = superblock1.seal(self._layout, key)
+        self.expected = Jindisk1Expectation(superblock_sha256=hashlib.sha256(sealed).digest())
+
+    @property
+    def size_bytes(self) -> int:
+        """Data, index, and the reserve of 1.25 GiB, most of which stay holes."""
+        return self._layout.total_bytes
+
+    def fill(
+        self, source_fd: int, target_fd: int, ranges: Sequence[Range], target_offset_bytes: int, share: Share
+    ) -> manifest.Volume:
+        """Load the ranges, with the zeros in them; nothing between them is ever read by a file system."""
+        load1.bulk_load(
+            source_fd,
+            target_fd,
+            size_bytes=self._data_bytes,
+            ranges=ranges,
+            key=self._key,
+            layout=self._layout,
+            target_offset_bytes=target_offset_bytes,
+            progress=share,
+            entropy=self._rng,
+            workers=self._workers,
+        )
+        return manifest.Volume(
+            format=VolumeFormat.JINDISK1,
+            uuid="",
+            cipher=self.cipher,
+            header_bytes=superblock1.SEALED_BYTES,
+            header_sha256=self.expected.superblock_sha256,
         )

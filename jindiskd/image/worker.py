@@ -1,7 +1,7 @@
 """One build in a process of its own: `python -m jindiskd.image.worker --key FD --base FD`.
 
 Standard input carries one line, a `BuildTask` as JSON, and then stays open: its end means that whoever wanted the build
-is gone, and ends this process at once, with the tools it started. The key comes as 32 bytes by a descriptor. Standard
+is gone, and ends this process at once, with the tools it started. The key comes by a descriptor. Standard
 output carries JSON lines: `{"progress": …}`, then one of `{"manifest": name}` and `{"error": code, "message": text}`.
 
 The process parses what others made, holds one key, and ends. It removes nothing: what it leaves in the staging
@@ -25,7 +25,7 @@ from jindiskd.base.log import setup
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_FAILED, Internal, JindiskError
 from jindiskd.image.builder import build
-from jindiskd.image.request import KEY_BYTES, BuildTask, Progress
+from jindiskd.image.request import BuildTask, Progress
 
 log = structlog.get_logger(__name__)
 REQUEST_LIMIT_BYTES = 1 << 16
@@ -75,17 +75,17 @@ class Reporter:
         say({"progress": document.to_plain(progress)})
 
 
-def read_key(fd: int) -> Secret:
+def read_key(fd: int, key_bytes: int) -> Secret:
     """The key, from a descriptor that has exactly that."""
-    buffer = bytearray(KEY_BYTES + 1)
+    buffer = bytearray(key_bytes + 1)
     length = 0
     with os.fdopen(fd, "rb", buffering=0) as stream:
         while length < len(buffer) and (count := stream.readinto(memoryview(buffer)[length:])):
             length += count
-    if length != KEY_BYTES:
+    if length != key_bytes:
         buffer[:] = bytes(len(buffer))
         raise ValueError(f"the key has {length} bytes")
-    key = Secret(memoryview(buffer)[:KEY_BYTES])
+    key = Secret(memoryview(buffer)[:key_bytes])
     buffer[:] = bytes(len(buffer))
     return key
 
@@ -102,7 +102,7 @@ def main() -> int:
     try:
         task = document.load(BuildTask, read_line(sys.stdin.fileno()), document="build task")
         threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()
-        with read_key(arguments.key) as key:
+        with read_key(arguments.key, task.request.format.key_bytes) as key:
             manifest = build(task, arguments.base, key, Reporter())
     except JindiskError as exc:
         say({"error": exc.code, "message": str(exc)})

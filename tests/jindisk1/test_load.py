@@ -13,6 +13,7 @@ from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.errors import VolumeMalformed, VolumeUnauthentic
 from jindiskd.jindisk.v1 import index_file
+from jindiskd.jindisk.v1 import load as load_module
 from jindiskd.jindisk.v1.export import bulk_export
 from jindiskd.jindisk.v1.layout import Layout, layout_for, required_bytes
 from jindiskd.jindisk.v1.load import bulk_load, create_empty
@@ -71,7 +72,8 @@ def test_zeros_can_be_left_out(tmp_path: Path) -> None:
 
 def test_several_index_files_and_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of level 1 that begin within segments, read back by several processes; small files, for the time's sake."""
-    monkeypatch.setattr(index_file, "FILE_RECORDS", 1500)
+    for module in (index_file, load_module):
+        monkeypatch.setattr(module, "FILE_RECORDS", 1500)
     image = random.Random(4).randbytes(16 << 20)
     load(image, tmp_path / "v", workers=2, layout=Layout(324))
     reader = second(tmp_path / "v")
@@ -107,6 +109,35 @@ def test_more_blocks_than_an_index_file_takes(tmp_path: Path) -> None:
         for lba in at:
             assert pattern(lba, 1) == volume.read(lba * BLOCK, BLOCK)
             assert pattern(lba, 1) == reader.block(lba)
+
+
+def test_the_same_randomness_gives_the_same_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of processes."""
+    for module in (index_file, load_module):
+        monkeypatch.setattr(module, "FILE_RECORDS", 1500)
+    image = random.Random(6).randbytes(16 << 20)
+    found = set()
+    for workers in (1, 2, 3):
+        path = tmp_path / f"v{workers}"
+        load(image, path, workers=workers, entropy=random.Random(7).randbytes)
+        with path.open("rb") as file:
+            found.add(hashlib.file_digest(file, "sha256").hexdigest())
+    assert len(found) == 1
+
+
+def test_ranges_are_stored_with_their_zeros_and_nothing_else(tmp_path: Path) -> None:
+    """What a file system uses: the module must not return stale memory there."""
+    image = bytearray(random.Random(8).randbytes(4 << 20))
+    image[BLOCK : 2 * BLOCK] = bytes(BLOCK)
+    load(bytes(image), tmp_path / "v", ranges=[(0, 2 * BLOCK), (5 * BLOCK, BLOCK), (1023 * BLOCK, BLOCK)])
+    reader = second(tmp_path / "v")
+    reader.check_rules()
+    assert sorted(reader.map) == [0, 1, 5, 1023]
+    assert bytes(BLOCK) == reader.block(1)
+    assert image[5 * BLOCK : 6 * BLOCK] == reader.block(5)
+    for wrong in ([(1, BLOCK)], [(0, BLOCK), (0, BLOCK)], [(4 << 20, BLOCK)], [(0, 0)], [(0, 100)]):
+        with pytest.raises(InvalidArgument, match="whole blocks, in order"):
+            load(bytes(image), tmp_path / "w", ranges=wrong)
 
 
 def test_no_data_key_is_used_twice(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import errno
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
@@ -25,6 +25,7 @@ from jindiskd.jindisk.v1.keys import KEY_BYTES, TAG_BYTES, check_root, data_aad,
 from jindiskd.jindisk.v1.layout import (
     BITC_PER_BLOCK,
     BLOCK,
+    FILE_RECORDS,
     RIT_PER_BLOCK,
     SEGMENT_BLOCKS,
     SEGMENT_BYTES,
@@ -40,7 +41,7 @@ SMALL_BLOCKS = 8192
 _RUN = struct.Struct("<QI")
 _ZERO = bytes(BLOCK)
 Run = tuple[int, int]
-"""First block and count."""
+"""First and count: of blocks, or in `ranges` of bytes."""
 
 
 def create_empty(device: Device, *, layout: Layout, key: Secret, blank: bool = False) -> None:
@@ -89,6 +90,7 @@ def bulk_load(
     source_offset_bytes: int = 0,
     target_offset_bytes: int = 0,
     skip_zeros: bool = False,
+    ranges: Sequence[Run] | None = None,
     progress: Callable[[int, int], None] | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
     workers: int | None = None,
@@ -106,8 +108,11 @@ def bulk_load(
         target_offset_bytes: where the volume begins in the target.
         skip_zeros: leave blocks of zeros unwritten. The module returns stale memory for such blocks, unless it is
             read through the page cache: only for images whose zeros nobody reads. Otherwise every block is stored.
+        ranges: offset and length in bytes of what is used of the image, ascending, whole blocks: stored with the zeros
+            in them, and nothing else is. None for all.
         progress: called with bytes of the volume done, and in all.
-        entropy: the source of random bytes: 16 for each block and each index file.
+        entropy: the source of random bytes: 16 for each block and each index file. The same source, image and options
+            give the same volume, whatever the number of workers.
         workers: processes; None for one on each processor.
 
     Returns:
@@ -135,7 +140,10 @@ def bulk_load(
         _begin(device, shape, key, blank=blank)
         source = _Source(source_fd, source_offset_bytes, size_bytes)
         with Pool(_Worker(source, device).work, workers) as pool:
-            runs = source.written(blocks) if skip_zeros else iter([(0, blocks)])
+            if ranges is not None:
+                runs = _runs(ranges, blocks)
+            else:
+                runs = source.written(blocks) if skip_zeros else iter([(0, blocks)])
             loader.run(pool, runs, blocks * BLOCK, progress or (lambda _done, _total: None))
         loader.finish()
         _finish(device, shape, key)
@@ -144,6 +152,17 @@ def bulk_load(
             raise NoSpace("the JinDisk 1 volume", shape.total_bytes) from exc
         raise VolumeDeviceFailed("loading the volume", exc) from exc
     return shape
+
+
+def _runs(ranges: Sequence[Run], blocks: int) -> Iterator[Run]:
+    """Ranges of bytes as runs of blocks. Raises `InvalidArgument`."""
+    before = 0
+    for offset, length in ranges:
+        first, end = offset // BLOCK, (offset + length) // BLOCK
+        if offset % BLOCK or length % BLOCK or not before <= first < end <= blocks:
+            raise InvalidArgument("a range of", f"{length} bytes at {offset}", "whole blocks, in order, in the image")
+        yield first, end - first
+        before = end
 
 
 class _Source:
@@ -211,6 +230,8 @@ class _Loader:
         self._writer: IndexWriter | None = None
         self._entries: list[Entry] = []
         self._next = 0
+        # Drawn in the order of the content, so that the result does not depend on how far the workers are.
+        self._file_keys: list[bytes] = []
         self._sealing: deque[tuple[int, list[int], bytes]] = deque()
 
     def run(self, pool: Pool, runs: Iterator[Run], total: int, progress: Callable[[int, int], None]) -> None:
@@ -234,6 +255,8 @@ class _Loader:
         secret = self._entropy(KEY_BYTES * len(keys))
         position = self._next
         self._next += len(keys)
+        while len(self._file_keys) * FILE_RECORDS < self._next:
+            self._file_keys.append(self._entropy(KEY_BYTES))
         self._sealing.append((position, keys, secret))
         head = struct.pack("<QQI", self._layout.data_start + position, position, len(runs))
         return head + b"".join(_RUN.pack(*run) for run in runs) + secret
@@ -251,7 +274,8 @@ class _Loader:
         at = 0
         while at < used:
             if self._writer is None:
-                self._writer = IndexWriter(layout, len(self._entries), self._entropy(KEY_BYTES))
+                number = len(self._entries)
+                self._writer = IndexWriter(layout, number, self._file_keys[number])
             count = min(self._writer.room, used - at)
             self._writer.add(keys[at : at + count], records[at * RECORD_BYTES : (at + count) * RECORD_BYTES])
             at += count
