@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import jindiskd.image.worker  # noqa: F401 (registers the errors that a build worker can name)
 from jindiskd.attest.descriptors import choose
@@ -20,6 +21,7 @@ from jindiskd.attest.measure import snp_launch_digest
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
+from jindiskd.broker.relay import Relay, RelayView
 from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.manager import MEBIBYTE
 from jindiskd.bus.ports import BuildOrder, GuestView, ImageView, LaunchOrder
@@ -34,7 +36,10 @@ from jindiskd.image.service import ImageService
 from jindiskd.image.store import verify
 from jindiskd.jobs.job import Job
 from jindiskd.kbs.freshness import Anchor
-from jindiskd.keys.store import ImageRecord, KeyState, Store
+from jindiskd.keys.audit import Requester
+from jindiskd.keys.handover import BrokerCard, Handover, read_card
+from jindiskd.keys.registry import Registry
+from jindiskd.keys.store import KeyState, Store
 from jindiskd.keys.volumes import VolumeRecord, Volumes
 
 KEY_UNKNOWN = "unknown"
@@ -51,8 +56,27 @@ class DigestDiffers(JindiskError, code="DigestDiffers", exit_code=EXIT_INTEGRITY
         )
 
 
+class KeySide(Protocol):
+    """Where the keys of images are, as far as images are concerned; calls block."""
+
+    def states(self) -> Mapping[str, str]:
+        """The state of each image's key, by image id."""
+
+    def revoke(self, image_id: str) -> None:
+        """Stop release of its keys."""
+
+    def reinstate(self, image_id: str) -> None:
+        """Allow release of its keys again."""
+
+    def accept_rollback(self, image_id: str, reason: str) -> None:
+        """Have its next start take whatever authentic state its volumes are in, once."""
+
+    def export(self, image_id: str, card: BrokerCard | None, by: str) -> Handover:
+        """Its keys, sealed for a broker."""
+
+
 class KeyPort:
-    """What builds need of the key store."""
+    """What builds and images need of the key store."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._volumes = store, Volumes(store)
@@ -68,9 +92,48 @@ class KeyPort:
         else:
             self._store.activate(image_id, launch_digests)
 
+    def prepare(self, manifest: Manifest) -> None:
+        """Nothing: the key is stored already."""
+
     def forget(self, image_id: str) -> None:
         """Delete the key."""
         self._store.forget(image_id)
+
+    def states(self) -> Mapping[str, str]:
+        """The state of each image's key."""
+        return {record.image_id: record.state.value for record in self._store.images()}
+
+    def revoke(self, image_id: str) -> None:
+        """Stop release of its keys."""
+        self._store.revoke(image_id)
+
+    def reinstate(self, image_id: str) -> None:
+        """Allow release of its keys again."""
+        self._store.reinstate(image_id)
+
+    def accept_rollback(self, image_id: str, reason: str) -> None:
+        """Have its next start take whatever authentic state its volumes are in, once.
+
+        Raises:
+            NotSupported: it has no volume whose state is remembered.
+        """
+        records = self._volumes.of_image(image_id)
+        if not records:
+            raise NotSupported(
+                f"accepting another state for image {image_id}", "only JinDisk 2 roots have states that are remembered"
+            )
+        for record in records:
+            self._volumes.accept_rollback(record.volume, reason)
+
+    def export(self, image_id: str, card: BrokerCard | None, by: str) -> Handover:
+        """Its keys, sealed for the broker of a card.
+
+        Raises:
+            InvalidArgument: there is no card. NotFound: the key store does not know the image.
+        """
+        if card is None:
+            raise InvalidArgument("card", None, "name the broker that shall be able to open it: --to CARD")
+        return Registry(self._store).export(image_id, card.transfer_key, Requester(peer=by))
 
     def pending(self) -> Sequence[str]:
         """Ids of images whose key is pending."""
@@ -80,9 +143,8 @@ class KeyPort:
 class ImagesBackend:
     """The images and their keys."""
 
-    def __init__(self, service: ImageService, store: Store, domains: DomainService, config: Config) -> None:
-        self._service, self._store, self._domains, self._config = service, store, domains, config
-        self._volumes = Volumes(store)
+    def __init__(self, service: ImageService, keys: KeySide, domains: DomainService, config: Config) -> None:
+        self._service, self._keys, self._domains, self._config = service, keys, domains, config
 
     def checked(self, order: BuildOrder) -> BuildOrder:
         """Fill in the defaults; refuse what can be refused before any work is done.
@@ -120,8 +182,8 @@ class ImagesBackend:
     async def views(self) -> Sequence[ImageView]:
         """All images with the state of their keys."""
         images = await self._service.list()
-        records = {record.image_id: record for record in await asyncio.to_thread(self._store.images)}
-        return [_view(image.manifest, records.get(image.manifest.image_id)) for image in images]
+        states = await asyncio.to_thread(self._keys.states)
+        return [_view(image.manifest, states.get(image.manifest.image_id, KEY_UNKNOWN)) for image in images]
 
     async def manifest(self, name: str) -> str:
         """The manifest, a JSON document."""
@@ -169,24 +231,23 @@ class ImagesBackend:
 
     async def accept_rollback(self, image_id: str, reason: str) -> None:
         """Have its next start take whatever authentic state its volume is in, once."""
-        records = await asyncio.to_thread(self._volumes.of_image, image_id)
-        if not records:
-            raise NotSupported(
-                f"accepting another state for image {image_id}", "only JinDisk 2 roots have states that are remembered"
-            )
         for domain in self._domains.list():
             if domain.image_id == image_id and domain.state in ACTIVE:
                 raise Busy(f"image {domain.image!r}", f"domain {domain.name!r} runs from it; stop that first")
-        for record in records:
-            await asyncio.to_thread(self._volumes.accept_rollback, record.volume, reason)
+        await asyncio.to_thread(self._keys.accept_rollback, image_id, reason)
 
     async def revoke(self, image_id: str) -> None:
         """Stop release of its key."""
-        await asyncio.to_thread(self._store.revoke, image_id)
+        await asyncio.to_thread(self._keys.revoke, image_id)
 
     async def reinstate(self, image_id: str) -> None:
         """Allow release of its key again."""
-        await asyncio.to_thread(self._store.reinstate, image_id)
+        await asyncio.to_thread(self._keys.reinstate, image_id)
+
+    async def export_key(self, image_id: str, card: str, by: str) -> bytes:
+        """Its keys, sealed for the broker of a card (JSON; that of the configuration if empty)."""
+        told = read_card(card.encode()) if card else None
+        return document.dump(await asyncio.to_thread(self._keys.export, image_id, told, by))
 
 
 def _choice(kind: type[Platform | BaseKind | VolumeFormat], what: str, value: str) -> str:
@@ -214,7 +275,7 @@ def _request(order: BuildOrder) -> BuildRequest:
     )
 
 
-def _view(manifest: Manifest, record: ImageRecord | None) -> ImageView:
+def _view(manifest: Manifest, key_state: str) -> ImageView:
     return ImageView(
         name=manifest.name,
         image_id=manifest.image_id,
@@ -224,7 +285,7 @@ def _view(manifest: Manifest, record: ImageRecord | None) -> ImageView:
         format=manifest.volume.format,
         size_bytes=manifest.disk_size_bytes,
         launch_digest=manifest.launch_digest,
-        key_state=record.state.value if record else KEY_UNKNOWN,
+        key_state=key_state,
         created=datetime.fromisoformat(manifest.created).astimezone(UTC),
         distribution=manifest.distribution,
         kernel_release=manifest.kernel_release,
@@ -233,10 +294,10 @@ def _view(manifest: Manifest, record: ImageRecord | None) -> ImageView:
 
 
 class GuestsBackend:
-    """The domains."""
+    """The domains, and the way of each to its owner's broker where that is another's."""
 
-    def __init__(self, service: DomainService) -> None:
-        self._service = service
+    def __init__(self, service: DomainService, relay: Relay | None = None) -> None:
+        self._service, self._relay = service, relay
 
     @property
     def connected(self) -> bool:
@@ -245,11 +306,17 @@ class GuestsBackend:
 
     def views(self) -> Sequence[GuestView]:
         """All domains of ours."""
-        return [_guest(view) for view in self._service.list()]
+        return [self._guest(view) for view in self._service.list()]
+
+    def _guest(self, view: DomainView) -> GuestView:
+        way = self._relay.view(view.uuid) if self._relay is not None else None
+        return _guest(view, way)
 
     def subscribe(self, changed: Callable[[], None]) -> None:
         """Have `changed()` called when a domain appears, changes or goes, and when libvirt comes."""
         self._service.subscribe(changed)
+        if self._relay is not None:
+            self._relay.changed = changed
 
     async def launch(self, order: LaunchOrder, job: Job) -> str:
         """Start one and follow it until it runs."""
@@ -284,7 +351,7 @@ class GuestsBackend:
             raise NotFound("console log of domain", view.name) from exc
 
 
-def _guest(view: DomainView) -> GuestView:
+def _guest(view: DomainView, way: RelayView | None) -> GuestView:
     return GuestView(
         uuid=view.uuid,
         name=view.name,
@@ -296,6 +363,8 @@ def _guest(view: DomainView) -> GuestView:
         reason=view.reason,
         since=view.since,
         cid=view.cid,
+        relay_state=way.state.value if way is not None else "",
+        relay_reason=way.reason if way is not None else "",
     )
 
 

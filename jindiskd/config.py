@@ -41,6 +41,7 @@ class Deployment(enum.StrEnum):
     """Where the broker is."""
 
     EMBEDDED = "embedded"
+    RELAY = "relay"
 
 
 class LogLevel(enum.StrEnum):
@@ -104,7 +105,10 @@ class BrokerConfig:
     """[broker]: who gets keys."""
 
     deployment: Deployment = field(
-        default=Deployment.EMBEDDED, metadata={"help": "`embedded`: in this service; the host can then read the keys"}
+        default=Deployment.EMBEDDED,
+        metadata={
+            "help": "`embedded`: in this service, and the host can read the keys; `relay`: at the guests' owner"
+        },
     )
     allow_simulated: bool = field(
         default=False, metadata={"help": "accept reports of simulated firmware, which prove nothing; for development"}
@@ -133,6 +137,29 @@ class CollateralConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RelayConfig:
+    """[relay]: the owner's broker, where the deployment is `relay`."""
+
+    broker: str = field(default="", metadata={"help": "host:port of the owner's broker, to which guests are passed on"})
+    card: Path | None = field(
+        default=None,
+        metadata={"help": "the broker's card (jindiskctl broker card): what new images pin, and seal their keys to"},
+    )
+    max_connections: int = field(default=512, metadata={"range": (1, 65536), "help": "connections at once, in all"})
+    max_connections_per_guest: int = field(
+        default=8, metadata={"range": (1, 1024), "help": "connections at once of one guest"}
+    )
+    max_starts_per_minute: int = field(
+        default=120, metadata={"range": (1, 100_000), "help": "connections that a guest may begin within a minute"}
+    )
+    max_bytes: int = field(
+        default=64 << 20, metadata={"range": (1 << 20, 1 << 40), "help": "bytes of one connection in each direction"}
+    )
+    idle_s: int = field(default=75, metadata={"range": (5, 3600), "help": "seconds until an idle connection ends"})
+    life_s: int = field(default=600, metadata={"range": (10, 86400), "help": "seconds until any connection ends"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DomainsConfig:
     """[domains]: libvirt and the guests."""
 
@@ -155,6 +182,7 @@ class Config:
     images: ImagesConfig = field(default_factory=ImagesConfig)
     broker: BrokerConfig = field(default_factory=BrokerConfig)
     collateral: CollateralConfig = field(default_factory=CollateralConfig)
+    relay: RelayConfig = field(default_factory=RelayConfig)
     domains: DomainsConfig = field(default_factory=DomainsConfig)
 
     @property

@@ -10,8 +10,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -24,21 +24,27 @@ from jindiskd.attest.snp import SnpVerifier
 from jindiskd.attest.vendors import Vendors
 from jindiskd.backend import GuestsBackend, ImagesBackend, KeyPort, KeysBackend
 from jindiskd.base import log as logs
+from jindiskd.base.endpoint import Endpoint, parse_endpoint
 from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import listen_unix
+from jindiskd.broker.relay import Relay, RelayLimits
 from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
 from jindiskd.bus.lib import BusType
-from jindiskd.bus.ports import ServiceFacts
+from jindiskd.bus.ports import Decisions, Keys, ServiceFacts
 from jindiskd.bus.service import BusService
 from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
-from jindiskd.config import DEFAULT_FILE, Config, Loaded, load
+from jindiskd.config import DEFAULT_FILE, Config, Deployment, Loaded, load
 from jindiskd.decisions import DecisionsBackend
+from jindiskd.domain.guest import OpenBroker
+from jindiskd.domain.judge import KeyProblem
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
-from jindiskd.errors import EXIT_UNAVAILABLE, NotFound
+from jindiskd.errors import EXIT_UNAVAILABLE, InvalidArgument, NotFound
+from jindiskd.handed import HandedKeys, OwnersKeys
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
 from jindiskd.jobs.manager import JobManager
+from jindiskd.keys.handover import BrokerCard, read_card
 from jindiskd.keys.store import KeyState, Store
 from jindiskd.keys.wrap import CREDENTIAL, load_kek
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
@@ -56,6 +62,7 @@ class StateFiles:
         kek                32 bytes, mode 0600: the key-encryption key, unless the unit's credential has it
         keys.db            the key store and audit log (SQLite, mode 0600), unless configured elsewhere
         broker.pem         the key that guests pin, mode 0600
+        handover/          instead of the three: keys sealed for the owner's broker, where the deployment is a relay
         simulated-root/    the root of the simulated platform, where that is allowed
         console/           what guests write on their consoles
         collateral/        certificates and revocation lists of the processors' makers
@@ -80,6 +87,11 @@ class StateFiles:
         return self.root / "simulated-root"
 
     @property
+    def handover(self) -> Path:
+        """Keys sealed for the owner's broker."""
+        return self.root / "handover"
+
+    @property
     def console(self) -> Path:
         """Console logs."""
         return self.root / "console"
@@ -96,9 +108,13 @@ def open_store(config: Config, state: StateFiles) -> Store:
 
 def warnings(config: Config, state: StateFiles) -> tuple[str, ...]:
     """What an administrator should know, a sentence each."""
-    found = ["the key broker runs in this service: whoever rules this host can read the keys of its images"]
+    relayed = config.broker.deployment is Deployment.RELAY
+    if relayed:
+        found = ["the key of an image that is built here is in this host's memory meanwhile: build where you trust"]
+    else:
+        found = ["the key broker runs in this service: whoever rules this host can read the keys of its images"]
     credentials = credentials_directory()
-    if credentials is None or not (credentials / CREDENTIAL).exists():
+    if not relayed and (credentials is None or not (credentials / CREDENTIAL).exists()):
         found.append(
             f"the key-encryption key is a file beside the keys, {state.kek}: better give the unit {CREDENTIAL}"
         )
@@ -107,6 +123,38 @@ def warnings(config: Config, state: StateFiles) -> tuple[str, ...]:
     if os.geteuid() == 0:
         found.append("the service runs as root: nothing it does needs that; use its unit")
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """Everything that depends on where the broker is."""
+
+    images: HandedKeys | KeyPort
+    keys: Keys
+    decisions: Callable[[ImageService], Decisions]
+    open_broker: OpenBroker
+    key_problem: KeyProblem
+    spki_sha256: bytes
+    """Of the broker: what new images pin."""
+    relay: Relay | None = None
+    domains: list[DomainService] = field(default_factory=list)
+    """The domains once they are made, which the broker tells what it decided."""
+
+
+def relay_settings(config: Config) -> tuple[Endpoint, BrokerCard]:
+    """Where the owner's broker is, and its card.
+
+    Raises:
+        InvalidArgument: a setting is missing or cannot be used. MalformedDocument: the card is none.
+    """
+    broker = parse_endpoint(config.relay.broker, "relay.broker")
+    if config.relay.card is None:
+        remedy = "name the file with the card of the owner's broker, as jindiskctl broker card prints it"
+        raise InvalidArgument("relay.card", None, remedy)
+    try:
+        return broker, read_card(config.relay.card.read_bytes())
+    except OSError as exc:
+        raise InvalidArgument("relay.card", str(config.relay.card), f"it cannot be read: {exc.strerror}") from exc
 
 
 class Service:
@@ -129,30 +177,29 @@ class Service:
             directory.mkdir(parents=True, exist_ok=True, mode=0o711)
         images = ImageStore(config.images_dir)
         stack.enter_context(images.owned())
-        store = await asyncio.to_thread(open_store, config, state)
-        stack.callback(store.close)
-        identity = await asyncio.to_thread(TlsIdentity.load_or_create, state.identity)
+        side = await (self._relayed() if config.broker.deployment is Deployment.RELAY else self._embedded())
 
         jobs = JobManager(keep_s=config.service.job_keep_s)
-        image_service = ImageService(images, KeyPort(store), broker_spki_sha256=identity.spki_sha256)
-        domains = await self._domains(images, store, identity)
+        image_service = ImageService(images, side.images, broker_spki_sha256=side.spki_sha256)
+        domains = self._domains(images, side)
         await image_service.reconcile()
 
         bus = self.bus = await connect_to(BusType.SYSTEM)
         stack.push_async_callback(bus.aclose)
         on_bus = BusService(
             bus,
-            images=ImagesBackend(image_service, store, domains, config),
-            guests=GuestsBackend(domains),
-            keys=KeysBackend(store),
-            decisions=DecisionsBackend(image_service, store, config),
+            images=ImagesBackend(image_service, side.images, domains, config),
+            guests=GuestsBackend(domains, side.relay),
+            keys=side.keys,
+            decisions=side.decisions(image_service),
             jobs=jobs,
             facts=ServiceFacts(
                 version=jindiskd.__version__,
                 deployment=config.broker.deployment.value,
                 allow_simulated=config.broker.allow_simulated,
-                broker_spki_sha256=identity.spki_sha256,
+                broker_spki_sha256=side.spki_sha256,
                 warnings=warnings(config, state),
+                relay_broker=config.relay.broker if side.relay is not None else "",
                 settings=tuple((item.name, item.value, item.origin) for item in self._loaded.settings),
             ),
         )
@@ -164,9 +211,12 @@ class Service:
         stack.push_async_callback(domains.stop)
         return bus
 
-    async def _domains(self, images: ImageStore, store: Store, identity: TlsIdentity) -> DomainService:
-        """The domains, with a broker that listens for each of them alone."""
+    async def _embedded(self) -> Side:
+        """Keys and a broker of our own, which listens for each domain alone."""
         config, state = self._config, self._state
+        store = await asyncio.to_thread(open_store, config, state)
+        self._stack.callback(store.close)
+        identity = await asyncio.to_thread(TlsIdentity.load_or_create, state.identity)
         cache = CollateralCache(config.collateral_dir)
         verifiers = genuine_verifiers(Collector(cache, Vendors() if config.collateral.fetch else None))
         if config.broker.allow_simulated:
@@ -179,18 +229,63 @@ class Service:
             limits=BrokerLimits(
                 session_lifetime_s=config.broker.session_lifetime_s, sessions=config.broker.max_sessions
             ),
-            on_event=lambda event: tell_domains(domains, event),
+            on_event=lambda event: tell_domains(side.domains[0], event),
         )
 
         async def open_broker(path: Path, domain_uuid: str, image_id: str) -> Closing:
             peer = Peer(description=f"domain {domain_uuid}", domain_uuid=domain_uuid, image_id=image_id)
             return await listen_unix(broker, identity, path, peer)
 
-        domains = DomainService(
-            uri=config.domains.libvirt_uri,
-            images=images,
+        side = Side(
+            images=KeyPort(store),
+            keys=KeysBackend(store),
+            decisions=lambda images: DecisionsBackend(images, store, config),
             open_broker=open_broker,
             key_problem=lambda image_id: key_problem(store, image_id),
+            spki_sha256=identity.spki_sha256,
+        )
+        return side
+
+    async def _relayed(self) -> Side:
+        """The owner's broker: its keys are handed over, and guests passed on."""
+        config, state = self._config, self._state
+        broker, card = relay_settings(config)
+        if config.broker.allow_simulated:
+            await asyncio.to_thread(SimulatedRoot.load_or_create, state.simulated_root)
+        relay = Relay(
+            broker,
+            limits=RelayLimits(
+                connections=config.relay.max_connections_per_guest,
+                connections_in_all=config.relay.max_connections,
+                starts_per_minute=config.relay.max_starts_per_minute,
+                bytes=config.relay.max_bytes,
+                idle_s=config.relay.idle_s,
+                life_s=config.relay.life_s,
+            ),
+        )
+
+        async def open_broker(path: Path, domain_uuid: str, image_id: str) -> Closing:  # noqa: ARG001 (the owner asks)
+            return await relay.open(path, domain_uuid)
+
+        keys = await asyncio.to_thread(HandedKeys, state.handover, card)
+        theirs = OwnersKeys(keys)
+        return Side(
+            images=keys,
+            keys=theirs,
+            decisions=lambda _images: theirs,
+            open_broker=open_broker,
+            key_problem=lambda _image_id: "",
+            spki_sha256=card.spki_sha256,
+            relay=relay,
+        )
+
+    def _domains(self, images: ImageStore, side: Side) -> DomainService:
+        config, state = self._config, self._state
+        found = DomainService(
+            uri=config.domains.libvirt_uri,
+            images=images,
+            open_broker=side.open_broker,
+            key_problem=side.key_problem,
             settings=DomainSettings(
                 runtime_dir=config.service.runtime_dir,
                 console_dir=state.console,
@@ -198,9 +293,11 @@ class Service:
                 vhost_device_vsock=config.domains.vhost_device_vsock,
                 memory_mib=config.domains.memory_mib,
                 launch_timeout_s=config.domains.launch_timeout_s,
+                relayed=side.relay is not None,
             ),
         )
-        return domains
+        side.domains.append(found)
+        return found
 
     async def stop(self) -> None:
         """Stop everything that was started, last first."""
@@ -252,6 +349,8 @@ def run(path: Path | None, check_config: bool, show_config: bool) -> int:
     if path is not None and not path.exists():
         raise NotFound("configuration file", str(path))
     loaded = load(path or DEFAULT_FILE)
+    if loaded.config.broker.deployment is Deployment.RELAY:
+        relay_settings(loaded.config)
     if show_config:
         click.echo(json.dumps({"settings": loaded.plain()}, indent=2))
     if check_config or show_config:

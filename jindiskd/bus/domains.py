@@ -37,6 +37,8 @@ class DomainObject(Object, spec="org.jindisk1.Domain"):
             "Reason": (old.reason, view.reason),
             "Since": (old.since, view.since),
             "Cid": (old.cid, view.cid),
+            "RelayState": (old.relay_state, view.relay_state),
+            "RelayReason": (old.relay_reason, view.relay_reason),
         }
         different = [name for name, (before, now) in pairs.items() if before != now]
         if different:
@@ -116,6 +118,16 @@ class DomainObject(Object, spec="org.jindisk1.Domain"):
     def cid(self) -> int:
         """Its vsock context id."""
         return self._view.cid
+
+    @property
+    def relay_state(self) -> str:
+        """How its way to the owner's broker is."""
+        return self._view.relay_state
+
+    @property
+    def relay_reason(self) -> str:
+        """Why that is so."""
+        return self._view.relay_reason
 
 
 class DomainsOnBus:

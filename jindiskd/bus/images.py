@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path, microseconds
 from jindiskd.bus.objects import Object, ObjectPath, Options, Row
-from jindiskd.bus.peers import Caller
+from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Decisions, Images, ImageView
 from jindiskd.bus.server import Server
 from jindiskd.errors import InvalidArgument, NotFound
@@ -97,6 +98,17 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
     async def accept_rollback(self, caller: Caller, reason: str, options: Options) -> None:  # noqa: ARG002 (as above)
         """Take whatever state its volume is in, once."""
         await self._images.accept_rollback(self._view.image_id, bounded_reason(reason))
+
+    async def export_key(self, caller: Caller, options: Options) -> Descriptor:
+        """Its keys, sealed for a broker."""
+        card = options.get("card", "")
+        assert isinstance(card, str)
+        data = await self._images.export_key(self._view.image_id, card, f"user {caller.uid}")
+        fd = os.memfd_create("handover", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with os.fdopen(os.dup(fd), "wb") as stream:
+            stream.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        return Descriptor(fd)
 
     async def get_manifest(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
         """What was built, from what."""

@@ -167,6 +167,11 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         return self._facts.deployment
 
     @property
+    def relay_broker(self) -> str:
+        """The owner's broker."""
+        return self._facts.relay_broker
+
+    @property
     def allow_simulated(self) -> bool:
         """Whether simulated reports are accepted."""
         return self._facts.allow_simulated

@@ -74,6 +74,8 @@ class GuestView:
     reason: str
     since: datetime
     cid: int
+    relay_state: str = ""
+    relay_reason: str = ""
 
 
 class Images(Protocol):
@@ -105,6 +107,9 @@ class Images(Protocol):
 
     async def reinstate(self, image_id: str) -> None:
         """Allow release of its key again."""
+
+    async def export_key(self, image_id: str, card: str, by: str) -> bytes:
+        """Its keys as a JSON document, sealed for the broker of a card; `by` names who asks."""
 
     async def accept_rollback(self, image_id: str, reason: str) -> None:
         """Have its next start take whatever authentic state its volume is in, once."""
@@ -179,5 +184,6 @@ class ServiceFacts:
     allow_simulated: bool
     broker_spki_sha256: bytes
     warnings: tuple[str, ...]
+    relay_broker: str
     settings: tuple[tuple[str, str, str], ...]
     """Name, value as JSON, origin."""

@@ -114,6 +114,7 @@ def show(app: App, name: str) -> None:
 async def _show(app: App, name: str) -> None:
     async with connected() as client:
         _, found = await find(client, name)
+    way = (found["RelayState"], found["RelayReason"])
     pairs = {
         "name": found["Name"],
         "uuid": found["Uuid"],
@@ -124,6 +125,7 @@ async def _show(app: App, name: str) -> None:
         "since": moment(found["Since"]),
         "reason": found["Reason"],
         "vsock cid": str(found["Cid"] or ""),
+        **({"owner's broker": " ".join(filter(None, way))} if any(way) else {}),
     }
     app.show({"domain": found}, lambda: fields(pairs))
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
+from jindiskd.base.files import replace_file
 from jindiskd.bus.contract import ROOT_PATH
+from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import images
 from jindiskd.cli.image import IMAGE, MANAGER, find
 from jindiskd.cli.output import fields, moment, platform, table
 from jindiskd.errors import NotFound
+
+CARD_LIMIT = 1 << 16
 
 
 @click.group()
@@ -110,6 +116,37 @@ async def _show(app: App, image: str) -> None:
             "next start": next_start(found),
         }
     app.show({"key": found}, lambda: fields(pairs))
+
+
+@key.command()
+@click.argument("image", shell_complete=images)
+@click.option(
+    "--to",
+    "card",
+    type=click.File("r", encoding="utf-8"),
+    help="Card of the broker that it is for; where the deployment is a relay, it is sealed already.",
+)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write; - for stdout.")
+@common
+@pass_app
+def export(app: App, image: str, card: Any, output: Path) -> None:
+    """Write the handover of an IMAGE: its keys, sealed for a broker, which takes them over with broker image import."""
+    run(_export(app, image, card.read(CARD_LIMIT) if card is not None else "", output))
+
+
+async def _export(app: App, image: str, card: str, output: Path) -> None:
+    async with connected() as client:
+        path, found = await find(client, image)
+        options = {"card": Variant("s", card)} if card else {}
+        fd = await client.call(path, IMAGE, "ExportKey", options)
+    with os.fdopen(fd, "rb") as stream:
+        data = stream.read()
+    if str(output) == "-":
+        click.echo(data.decode(), nl=False)
+        return
+    replace_file(output, data, 0o600)
+    document = {"image_id": found["ImageId"], "output": str(output)}
+    app.show(document, lambda: f"The sealed keys of image {found['Name']} are in {output}.")
 
 
 @key.command(name="accept-rollback")

@@ -25,6 +25,16 @@ def _counted(items: list[dict[str, Any]], what: str) -> str:
     return f"{len(items)} {what}{'' if len(items) == 1 else 's'}{suffix}"
 
 
+def _relay(service: dict[str, Any], domains: list[dict[str, Any]]) -> dict[str, str]:
+    """Where guests are passed on to, and whether that works; nothing where the broker is in the service."""
+    if not service["RelayBroker"]:
+        return {}
+    reasons = {item["RelayReason"] for item in domains if item["RelayState"] == "unreachable"}
+    count = sum(item["RelayState"] == "open" for item in domains)
+    text = "; ".join(sorted(reasons)) or f"{count} guest{'' if count == 1 else 's'} being passed on"
+    return {"owner's broker": f"{service['RelayBroker']}, {text}"}
+
+
 @click.command()
 @common
 @pass_app
@@ -43,6 +53,7 @@ async def _status(app: App) -> None:
     pairs = {
         "version": service["Version"],
         "broker": service["Deployment"],
+        **_relay(service, domains),
         "simulated reports": "accepted: they prove nothing" if service["AllowSimulated"] else "refused",
         "libvirt": "connected" if service["LibvirtConnected"] else "not connected",
         "images": _counted(images, "image"),

@@ -33,6 +33,8 @@ class DomainSettings:
     vhost_device_vsock: Path
     memory_mib: int = 1024
     launch_timeout_s: int = 300
+    relayed: bool = False
+    """Whether another's broker decides, of which the host sees nothing: how far a guest is, it says itself."""
     bindings_dir: Path | None = None
     """Where it is recorded which domain is of which image; `domains` beside `console_dir` if None."""
 

@@ -28,6 +28,7 @@ from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.starts import Starts
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView
 from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
+from jindiskd.guest.codes import Code
 from jindiskd.image.store import ImageStore
 
 __all__ = ["Closing", "DomainService", "DomainSettings", "OpenBroker"]
@@ -252,6 +253,10 @@ class DomainService:
         state = guest.view.state
         if word == "boot" and state is not DomainState.STARTED:
             self._guests.advance(guest.view.uuid, DomainState.STARTED)  # the guest was reset: it attests again
+        elif word == "attested" and self._settings.relayed:
+            self._guests.advance(guest.view.uuid, DomainState.ATTESTED)
+        elif word == "key" and self._settings.relayed:
+            self._guests.advance(guest.view.uuid, DomainState.RELEASED)
         elif word == "unlocked":
             self._guests.advance(guest.view.uuid, DomainState.UNLOCKED)
         elif word == "running":
@@ -259,7 +264,10 @@ class DomainService:
             if guest.view.state is DomainState.RUNNING:
                 guest.mark_running()
         elif word.startswith("fail ") and state in ACTIVE - {DomainState.STARTING}:
-            self._guests.set(guest, DomainState.FAILED, console.sentence(word.removeprefix("fail ")))
+            code = word.removeprefix("fail ")
+            refused = self._settings.relayed and code in {Code.EVIDENCE_REFUSED, Code.POLICY_DENIED}
+            end = DomainState.REFUSED if refused else DomainState.FAILED
+            self._guests.set(guest, end, console.sentence(code))
             self._spawn(self._settle, guest)
 
     def _give_up(self, guest: Guest, reason: str) -> None:

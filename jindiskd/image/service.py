@@ -40,6 +40,9 @@ class KeyPort(Protocol):
     def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:
         """Store the key of an image that is being built."""
 
+    def prepare(self, manifest: Manifest) -> None:
+        """The image is finished, and becomes visible next: do what needs the key and its manifest; pending still."""
+
     def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:
         """The image is there: its key may be released to guests with these launch digests, and what its builder says
         of the volume is remembered in the same step. Repeating it is no error."""
@@ -176,7 +179,8 @@ class ImageService:
         return manifest
 
     def _finish(self, staging: Staging, name: str) -> Manifest:
-        """Rename, then activate."""
+        """Prepare the key, rename, then activate."""
+        self._keys.prepare(staging.manifest(name))
         manifest = self._store.commit(staging, name).manifest
         self._activate(manifest)
         return manifest

@@ -74,6 +74,10 @@ class Staging:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
 
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of the finished image `name` in it; raises as `read_manifest`."""
+        return read_manifest((self.path / manifests.FILE).read_bytes(), name)
+
     def close(self) -> None:
         """Drop the lock and whatever is still there under this name."""
         os.close(self._fd)
@@ -142,7 +146,7 @@ class ImageStore:
             AlreadyExists: the name is taken; nothing was changed.
         """
         check_name(name)
-        found = read_manifest((staging.path / manifests.FILE).read_bytes(), name)
+        found = staging.manifest(name)
         for entry in staging.path.iterdir():
             if entry.name not in {DISK, KERNEL, INITRD, CMDLINE, manifests.FILE}:
                 raise ImageDamaged(name, f"there is an unexpected {entry.name}")

@@ -1,0 +1,189 @@
+"""Keys of images where the broker is the owner's: made here, sealed to that broker, and handed over instead of kept.
+
+The directory, mode 0700; a file is whole or absent::
+
+    <image id>.pending   the handover of an image that becomes visible next
+    <image id>.json      the handover of an image in the store
+
+A key is in this process's memory from the beginning of a build until its handover is written, and nowhere else. What
+only the owner's broker knows, the service says so instead of guessing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from jindiskd.base import document
+from jindiskd.base.files import fsync_directory, replace_file
+from jindiskd.base.secret import Secret
+from jindiskd.bus.jobs import microseconds
+from jindiskd.errors import InvalidArgument, NotFound, NotSupported
+from jindiskd.image.manifest import Manifest, Volume
+from jindiskd.image.request import BuildRequest
+from jindiskd.jobs.job import Job
+from jindiskd.kbs.freshness import Anchor
+from jindiskd.keys import handover
+from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover
+
+SEALED, PENDING = "sealed", "pending"
+
+
+class HandedKeys:
+    """The handovers of images built here. Calls block; they come from several threads.
+
+    Args:
+        directory: made if it is not there.
+        card: of the owner's broker.
+    """
+
+    def __init__(self, directory: Path, card: BrokerCard) -> None:
+        """Read nothing yet."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory, self._card = directory, card
+        self._lock = threading.Lock()
+        self._building: dict[str, Secret] = {}
+
+    def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:  # noqa: ARG002
+        """Hold the key of an image that is being built (what else is known comes with its manifest)."""
+        with self._lock:
+            self._building[image_id] = Secret(bytes(key.reveal()))
+
+    def prepare(self, manifest: Manifest) -> None:
+        """Seal the key of a finished image, durably; then it is held no longer."""
+        volume = manifest.volume
+        told = Handover(
+            image_id=manifest.image_id,
+            name=manifest.name,
+            platform=manifest.platform,
+            resource=manifest.resource,
+            launch_digests=(manifest.launch_digest,) if manifest.launch_digest else (),
+            created=manifest.created,
+            volumes=(HandedVolume(volume=volume.uuid, resource=manifest.resource),) if volume.anchor else (),
+        )
+        anchors = {volume.uuid: Anchor.unpack(volume.anchor)} if volume.anchor else {}
+        with self._lock:
+            key = self._building.pop(manifest.image_id)
+        with key:
+            sealed = handover.seal(told, {manifest.resource: key}, anchors, self._card.transfer_key)
+        replace_file(self._path(manifest.image_id, PENDING), document.dump(sealed), 0o600)
+
+    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:  # noqa: ARG002
+        """The image is visible: so is its handover, which has digests and volume. Repeating it is no error.
+
+        Raises:
+            NotFound: there is none.
+        """
+        pending, final = self._path(image_id, PENDING), self._path(image_id)
+        if pending.exists():
+            pending.replace(final)
+            fsync_directory(self._directory)
+        elif not final.exists():
+            raise NotFound("handover of image", image_id)
+
+    def forget(self, image_id: str) -> None:
+        """Remove the handover, and drop the key; no error where there is none."""
+        with self._lock:
+            key = self._building.pop(image_id, None)
+        if key is not None:
+            key.close()
+        for path in (self._path(image_id, PENDING), self._path(image_id)):
+            path.unlink(missing_ok=True)
+        fsync_directory(self._directory)
+
+    def pending(self) -> Sequence[str]:
+        """Ids of images whose handover is not decided about."""
+        return sorted(path.stem for path in self._directory.glob(f"*.{PENDING}"))
+
+    def states(self) -> Mapping[str, str]:
+        """The state of each image's key, as far as it is known here."""
+        return {path.stem: SEALED if path.suffix == ".json" else PENDING for path in self._directory.glob("[!.]*")}
+
+    def revoke(self, image_id: str) -> None:
+        """Not here. Raises `NotSupported`."""
+        _owner(f"revoking the key of image {image_id}", "jindiskctl broker key revoke")
+
+    def reinstate(self, image_id: str) -> None:
+        """Not here. Raises `NotSupported`."""
+        _owner(f"reinstating the key of image {image_id}", "jindiskctl broker key reinstate")
+
+    def accept_rollback(self, image_id: str, reason: str) -> None:  # noqa: ARG002 (the port's arguments)
+        """Not here. Raises `NotSupported`."""
+        _owner(f"accepting another state for image {image_id}", "jindiskctl broker volume accept-rollback")
+
+    def export(self, image_id: str, card: BrokerCard | None, by: str) -> Handover:  # noqa: ARG002 (nothing leaves in clear)
+        """The handover, as it was sealed when the image was built.
+
+        Raises:
+            NotFound: there is none. InvalidArgument: it cannot be sealed for another.
+        """
+        if card is not None:
+            raise InvalidArgument("card", card.spki_sha256.hex(), "keys are sealed for the configured broker already")
+        try:
+            return handover.read(self._path(image_id).read_bytes())
+        except FileNotFoundError as exc:
+            raise NotFound("handover of image", image_id) from exc
+
+    def handovers(self) -> Sequence[Handover]:
+        """All that can be handed over."""
+        return [handover.read(path.read_bytes()) for path in sorted(self._directory.glob("*.json"))]
+
+    def _path(self, image_id: str, kind: str = "json") -> Path:
+        return self._directory / f"{image_id}.{kind}"
+
+
+class OwnersKeys:
+    """What the bus can be told of keys and decisions that are the owner's: the handovers, and who to ask."""
+
+    def __init__(self, keys: HandedKeys) -> None:
+        self._keys = keys
+
+    async def records(self) -> Sequence[Mapping[str, object]]:
+        """One dictionary a handover."""
+        return [
+            {
+                "image-id": told.image_id,
+                "name": told.name,
+                "platform": told.platform.value,
+                "simulated": told.platform.simulated,
+                "resource": told.resource,
+                "state": SEALED,
+                "launch-digests": [digest.hex() for digest in told.launch_digests],
+                "created": microseconds(datetime.fromisoformat(told.created)),
+            }
+            for told in await asyncio.to_thread(self._keys.handovers)
+        ]
+
+    async def audit(self, *, limit: int, image_id: str | None) -> Sequence[Mapping[str, object]]:  # noqa: ARG002
+        """At the owner's."""
+        _owner("the audit log", "jindiskctl broker audit list")
+
+    async def verify_audit(self) -> tuple[int, str]:
+        """At the owner's."""
+        _owner("the audit log", "jindiskctl broker audit verify")
+
+    async def policy(self, image_id: str, *, set_only: bool) -> str:  # noqa: ARG002 (the port's arguments)
+        """At the owner's."""
+        _owner("the policy", "jindiskctl broker image policy")
+
+    async def set_policy(self, image_id: str, text: str) -> bool:  # noqa: ARG002 (as above)
+        """At the owner's."""
+        _owner("the policy", "jindiskctl broker image policy --set")
+
+    async def check_policy(
+        self, image_id: str, *, text: str | None, row: int | None  # noqa: ARG002 (as above)
+    ) -> tuple[int, Sequence[Mapping[str, object]]]:
+        """At the owner's."""
+        _owner("the policy", "jindiskctl broker image policy")
+
+    async def explain(self, *, image_id: str | None, domain: str | None, row: int | None, job: Job) -> str:  # noqa: ARG002
+        """At the owner's."""
+        _owner("why a guest was refused", "jindiskctl broker audit list")
+
+
+def _owner(what: str, command: str) -> NoReturn:
+    raise NotSupported(f"{what} from this host", f"the owner's broker has it: {command}, on its machine")

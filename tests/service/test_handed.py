@@ -1,0 +1,111 @@
+"""Handovers of images built on a relay: whatever step a crash comes after, no visible image is without its key."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from jindiskd.base.platform import Platform
+from jindiskd.base.secret import Secret
+from jindiskd.errors import InvalidArgument, NotFound, NotSupported
+from jindiskd.handed import HandedKeys
+from jindiskd.image.manifest import BootFile, Manifest, Shape, Volume
+from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
+from jindiskd.kbs import jwk
+from jindiskd.keys import handover
+from jindiskd.keys.handover import BrokerCard
+
+IMAGE = "11111111-1111-4111-8111-111111111111"
+KEY = bytes(range(100, 132))
+OWNER = ec.generate_private_key(ec.SECP256R1())
+CARD = BrokerCard(spki_sha256=hashlib.sha256(b"").digest(), transfer_key=jwk.tee_jwk(OWNER.public_key()))
+FILE = BootFile(file="x", size_bytes=1, sha256=bytes(32))
+REQUEST = BuildRequest(
+    name="web",
+    platform=Platform.SIMULATED_SNP,
+    format=VolumeFormat.LUKS2,
+    base_kind=BaseKind.DISK,
+    firmware="/f",
+    vcpus=1,
+    cpu_model="EPYC-v4",
+)
+MANIFEST = Manifest(
+    schema=1,
+    image_id=IMAGE,
+    name="web",
+    created="2026-01-01T00:00:00Z",
+    platform=Platform.SIMULATED_SNP,
+    base_sha256=bytes(32),
+    base_kind="disk",
+    distribution="",
+    kernel_release="6",
+    disk_size_bytes=1,
+    partitions=(),
+    volume=Volume(format="luks2", uuid="u", cipher="c"),
+    kernel=FILE,
+    initrd=FILE,
+    cmdline=FILE,
+    shape=Shape(firmware="/f", firmware_sha256=bytes(32), vcpus=1, cpu_model="EPYC-v4"),
+    launch_digest=bytes(range(48)),
+    broker_spki_sha256=CARD.spki_sha256,
+    resource=f"default/{IMAGE}/root",
+)
+
+
+def prepared(folder: Path) -> HandedKeys:
+    keys = HandedKeys(folder, CARD)
+    keys.add_pending(IMAGE, "web", REQUEST, Secret(KEY))
+    keys.prepare(MANIFEST)
+    return keys
+
+
+def test_the_handover_opens_for_the_owner_with_all_that_belongs_to_it(tmp_path: Path) -> None:
+    """Key, digest, resource; in the file the key is not to be seen."""
+    keys = prepared(tmp_path / "h")
+    keys.activate(IMAGE, [MANIFEST.launch_digest], MANIFEST.volume)
+    keys.activate(IMAGE, [MANIFEST.launch_digest], MANIFEST.volume)
+    assert keys.states() == {IMAGE: "sealed"}
+    opened = handover.open_(keys.export(IMAGE, None, "me"), OWNER)
+    assert bytes(opened.keys[MANIFEST.resource].reveal()) == KEY
+    assert opened.handover.launch_digests == (MANIFEST.launch_digest,)
+    (path,) = (tmp_path / "h").iterdir()
+    assert KEY.hex() not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "h").stat().st_mode & 0o777 == 0o700
+    keys.forget(IMAGE)
+    keys.forget(IMAGE)
+    assert list((tmp_path / "h").iterdir()) == []
+
+
+def test_after_a_crash_the_store_decides(tmp_path: Path) -> None:
+    """Before the handover is written nothing is left; after it, what became of the image is followed."""
+    early = HandedKeys(tmp_path / "h", CARD)
+    early.add_pending(IMAGE, "web", REQUEST, Secret(KEY))
+    assert HandedKeys(tmp_path / "h", CARD).pending() == []
+    prepared(tmp_path / "h")
+    again = HandedKeys(tmp_path / "h", CARD)
+    assert list(again.pending()) == [IMAGE]
+    assert again.states() == {IMAGE: "pending"}
+    with pytest.raises(NotFound):
+        again.export(IMAGE, None, "me")
+    again.activate(IMAGE, [], MANIFEST.volume)
+    assert list(again.pending()) == []
+    assert again.export(IMAGE, None, "me").name == "web"
+    prepared(tmp_path / "g")
+    gone = HandedKeys(tmp_path / "g", CARD)
+    gone.forget(IMAGE)
+    assert gone.states() == {}
+    with pytest.raises(NotFound):
+        gone.activate(IMAGE, [], MANIFEST.volume)
+
+
+def test_what_the_owner_decides_is_not_decided_here(tmp_path: Path) -> None:
+    """Neither revocation nor another recipient."""
+    keys = prepared(tmp_path / "h")
+    for call in (keys.revoke, keys.reinstate, lambda image: keys.accept_rollback(image, "")):
+        with pytest.raises(NotSupported, match="jindiskctl broker"):
+            call(IMAGE)
+    with pytest.raises(InvalidArgument):
+        keys.export(IMAGE, replace(CARD), "me")
