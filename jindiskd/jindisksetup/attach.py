@@ -13,6 +13,7 @@ import click
 from jindiskd.base.process import ToolFailed, ToolMissing, run
 from jindiskd.base.secret import Secret
 from jindiskd.cli.app import App, common, pass_app
+from jindiskd.cli.output import table
 from jindiskd.errors import InvalidArgument, NotFound
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.nbd_server import Tell
@@ -94,6 +95,28 @@ def open_(app: App, /, words: tuple[str, ...], via: str | None, **given: Any) ->
     record = registry.find(name)
     document = {"name": name, "device": os.fspath(record.node), "link": os.fspath(record.link), "pid": record.process}
     app.show({"device": document}, lambda: f"{record.link} is {record.node}.")
+
+
+@click.command(name="list")
+@common
+@pass_app
+def list_(app: App) -> None:
+    """List the volumes that open has attached by our own engine."""
+    found = attached.Registry().all()
+    alive = {record.name: attached.started(record.process) == record.started for record in found}
+    documents = [
+        {
+            "name": record.name,
+            "device": os.fspath(record.node),
+            "link": os.fspath(record.link),
+            "pid": record.process,
+            "state": "open" if alive[record.name] else "killed",
+        }
+        for record in found
+    ]
+    rows = [[str(item[key]) for key in ("name", "device", "pid", "state")] for item in documents]
+    head = ("NAME", "DEVICE", "PID", "STATE")
+    app.show({"devices": documents}, lambda: table(head, rows, legend=app.legend, right=(2,)))
 
 
 def _attach(form: VolumeFormat, access: Access, serving: Serving, name: str, ready: Ready, tell: Tell) -> None:

@@ -104,6 +104,11 @@ class Registry:
             raise NotFound("attached volume", name) from exc
         return document.load(Record, data, document=f"the record of {name}")
 
+    def all(self) -> list[Record]:
+        """Every record, by name."""
+        names = sorted(path.stem for path in self._directory.glob("*.json") if NAMES.fullmatch(path.stem))
+        return [self.find(name) for name in names]
+
     def put(self, record: Record) -> None:
         """Write a record."""
         replace_file(self._path(record.name), document.dump(record), 0o600)

@@ -21,7 +21,7 @@ from jindiskd.jindisk.v1.load import bulk_load, create_empty
 from jindiskd.jindisk.v1.served import ServedVersion1
 from jindiskd.jindisk.v1.session import Session, open_session
 from jindiskd.jindisk.v1.volume import Volume, measurement, open_volume, read_layout
-from jindiskd.jindisksetup.formats import Access, Document, NewVolume, Serving
+from jindiskd.jindisksetup.formats import Access, Document, NewVolume, Serving, Source
 from jindiskd.jindisksetup.progress import Progress
 from jindiskd.jindisksetup.targets import Target
 
@@ -75,10 +75,10 @@ class JinDisk1:
         )
         return self._made(layout)
 
-    def fill(self, source: Served, target: Target, new: NewVolume, progress: Progress) -> Document:
+    def fill(self, source: Source, target: Target, new: NewVolume, progress: Progress) -> Document:
         """Fail."""
         del source, new, progress
-        raise NotSupported(f"converting to version 1, on {target.path},", "export the volume, and load the image")
+        raise NotSupported(f"filling {target.path} in version 1 from a stream or volume", "load an image file")
 
     def _made(self, layout: Layout) -> Document:
         return {"format": self.name, "size_bytes": layout.size_bytes, "device_bytes": layout.total_bytes}

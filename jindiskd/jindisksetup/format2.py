@@ -27,7 +27,7 @@ from jindiskd.jindisk.recovery import read_identification
 from jindiskd.jindisk.served import Served, ServedSession, ServedVolume
 from jindiskd.jindisk.session import Session
 from jindiskd.jindisk.volume import Volume, anchor_of, open_volume
-from jindiskd.jindisksetup.formats import Access, Document, NewVolume, Serving
+from jindiskd.jindisksetup.formats import Access, Document, NewVolume, Serving, Source
 from jindiskd.jindisksetup.progress import Progress
 from jindiskd.jindisksetup.targets import Target
 
@@ -91,7 +91,7 @@ class JinDisk2:
         )
         return self._made(new, anchor, size, geometry.end * BLOCK)
 
-    def fill(self, source: Served, target: Target, new: NewVolume, progress: Progress) -> Document:
+    def fill(self, source: Source, target: Target, new: NewVolume, progress: Progress) -> Document:
         """See `VolumeFormat`. What is half done cannot be opened."""
         size = new.size_bytes if new.size_bytes is not None else max(source.size_bytes, MIN_BLOCKS * BLOCK)
         if size < source.size_bytes:
@@ -229,7 +229,7 @@ class JinDisk2:
             yield session
 
 
-def copy(source: Served, session: Session, progress: Progress) -> None:
+def copy(source: Source, session: Session, progress: Progress) -> None:
     """Write all that a block device has into an empty volume; holes stay holes."""
     at, unflushed, total = 0, 0, source.size_bytes
     while at < total:

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk.anchor import Reporting
+from jindiskd.jindisk.extents import Extent
 from jindiskd.jindisk.served import Served
 from jindiskd.jindisksetup.progress import Progress
 from jindiskd.jindisksetup.targets import Target
@@ -59,6 +60,20 @@ class Serving:
     interval_s: float
 
 
+class Source(Protocol):
+    """What a volume is filled from, in order; part of `Served`."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Length, a multiple of 4096."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes there. Raises `OSError`."""
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """See `Served`."""
+
+
 class VolumeFormat(Protocol):
     """A version of JinDisk."""
 
@@ -75,8 +90,8 @@ class VolumeFormat(Protocol):
     def load(self, source_fd: int, source_bytes: int, target: Target, new: NewVolume, progress: Progress) -> Document:
         """Format with the content of a source."""
 
-    def fill(self, source: Served, target: Target, new: NewVolume, progress: Progress) -> Document:
-        """Format with the content of another volume, of which nothing gets on a disk in clear."""
+    def fill(self, source: Source, target: Target, new: NewVolume, progress: Progress) -> Document:
+        """Format with the content of another volume or a stream, of which nothing gets on a disk in clear."""
 
     def size_bytes(self, access: Access) -> int:
         """Logical size of an existing volume."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,14 @@ from jindiskd.base.secret import Secret
 from jindiskd.cli.app import App, common, pass_app
 from jindiskd.cli.output import fields, size
 from jindiskd.cli.parameters import Size
-from jindiskd.errors import AlreadyExists, InvalidArgument
+from jindiskd.errors import AlreadyExists, InvalidArgument, JindiskError
 from jindiskd.jindisk import anchor_file
+from jindiskd.jindisk.anchor import Reporting
 from jindiskd.jindisksetup import keys, options
 from jindiskd.jindisksetup.format2 import remembered
-from jindiskd.jindisksetup.formats import Document, NewVolume, VolumeFormat
+from jindiskd.jindisksetup.formats import Document, NewVolume, Serving, VolumeFormat
 from jindiskd.jindisksetup.progress import progress
+from jindiskd.jindisksetup.streams import Stream, check_size, pour
 from jindiskd.jindisksetup.targets import Target, make_zero, overwriting
 
 target_options = options.add(
@@ -124,16 +127,20 @@ def format_(app: App, /, device: Path, **given: Any) -> None:
 
 
 @click.command()
-@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @click.argument("device", type=options.PATH)
 @new_volume
 @common
 @pass_app
 def load(app: App, /, source: Path, device: Path, **given: Any) -> None:
-    """Make a volume on DEVICE with the content of SOURCE, a raw disk image or block device.
+    """Make a volume on DEVICE with the content of SOURCE, a raw disk image or block device, or - for standard input.
 
-    Zeros are not stored. Without --size the volume is as large as the source, and at least 16 MiB.
+    Zeros are not stored. Without --size the volume is as large as the source, and at least 16 MiB; with standard input
+    the size must be said.
     """
+    if source == keys.STDIN:
+        _load_stream(app, device, given)
+        return
     source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         length = os.lseek(source_fd, 0, os.SEEK_END)
@@ -151,16 +158,35 @@ def load(app: App, /, source: Path, device: Path, **given: Any) -> None:
     show_made(app, document, f"Loaded {source} into", device)
 
 
+def _load_stream(app: App, device: Path, given: dict[str, Any]) -> None:
+    if given["key_file"] == keys.STDIN:
+        raise InvalidArgument("--key-file", "-", "standard input is the content")
+    stream = Stream(sys.stdin.buffer, check_size(given["size_"]))
+    with making(app, device, "loading", given) as (form, target, new):
+        with progress(app, "loading") as tell:
+            document = form.fill(stream, target, new, tell)
+        stream.check_end()
+        keep(document, given)
+    show_made(app, document, "Loaded standard input into", device)
+
+
 @click.command()
 @click.argument("device", type=options.PATH)
-@click.argument("target", type=options.PATH)
+@click.argument("target", type=click.Path(allow_dash=True, path_type=Path))
 @options.access
 @options.overwriting
 @click.option("--target-offset", type=options.Offset(), default=0, help="Where the content goes in the target.")
 @common
 @pass_app
 def export(app: App, /, device: Path, target: Path, **given: Any) -> None:
-    """Write the content of the volume on DEVICE to TARGET, a raw image or block device; holes stay holes."""
+    """Write the content of the volume on DEVICE to TARGET, a raw image or block device, or - for standard output.
+
+    Holes stay holes, except on standard output. If it fails, a new TARGET is removed again; what went to standard
+    output is right but not all: look at the exit status.
+    """
+    if target == keys.STDIN:
+        _export_stream(app, device, given)
+        return
     offset = given["target_offset"]
     with options.accessing(app, device, given) as (form, access):
         length = form.size_bytes(access)  # before anything is overwritten: the key and the state are right
@@ -176,6 +202,21 @@ def export(app: App, /, device: Path, target: Path, **given: Any) -> None:
                 written = form.export(access, opened.fd, offset, tell)
     document = {"target": os.fspath(target), "size_bytes": length, "data_bytes": written}
     app.show({"export": document}, lambda: f"Exported {size(length)}, {size(written)} of data, to {target}.")
+
+
+def _export_stream(app: App, device: Path, given: dict[str, Any]) -> None:
+    if sys.stdout.isatty():
+        raise InvalidArgument("standard output", "-", "it is a terminal")
+    with options.accessing(app, device, given) as (form, access):
+        reading = Serving(read_only=True, reporting=Reporting.CLOSE, interval_s=60.0)
+        with form.open_served(access, reading) as volume, progress(app, "exporting") as tell:
+            try:
+                written = pour(volume, sys.stdout.buffer, tell)
+            except OSError as exc:
+                if isinstance(exc.__cause__, JindiskError):
+                    raise exc.__cause__ from None
+                raise
+    app.say(f"Exported {size(volume.size_bytes)}, {size(written)} of data.")
 
 
 @click.command()

@@ -53,6 +53,7 @@ def work() -> None:
     FACTS["held"] = run("open", "/dev/vda", "vol", *ACCESS)
     os.close(held)
     FACTS["open"] = run("open", "/dev/vda", "vol", *ACCESS)
+    FACTS["list"] = run("list")
     FACTS["again"] = run("open", "/dev/vda", "vol", *ACCESS)
     record = attached.Registry().find("vol")
     name = record.node.name

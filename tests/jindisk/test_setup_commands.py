@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,57 @@ def test_a_failed_export_leaves_no_image(setup, key, plain, tmp_path) -> None:
     found = setup("check", "--data", tmp_path / "v", "--key-file", key, "--unanchored", status=8)["check"]
     assert len(found["faults"]) == 1
     assert "1 fault " in setup.said
+
+
+def test_through_pipes(setup, key, plain, tmp_path) -> None:
+    """Export into load, under another key: the content never lies anywhere in clear."""
+    setup("load", plain, tmp_path / "v", "--key-file", key)
+    exporting = [PROGRAM, "export", tmp_path / "v", "-", "--key-file", key, "--unanchored"]
+    words = [
+        "load",
+        "-",
+        tmp_path / "w",
+        "--size",
+        "16M",
+        "--generate-key",
+        tmp_path / "k2",
+        "--anchor",
+        tmp_path / "a",
+    ]
+    with subprocess.Popen(exporting, stdout=subprocess.PIPE) as out:
+        done = subprocess.run([PROGRAM, *words], stdin=out.stdout, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert out.wait(60) == 0
+    assert contents(tmp_path / "w", (tmp_path / "k2").read_bytes()) == contents(tmp_path / "v")
+    access = ["--key-file", tmp_path / "k2", "--anchor", tmp_path / "a"]
+    setup("check", "--data", tmp_path / "w", *access)
+    assert (tmp_path / "w").stat().st_blocks * 512 < 4 << 20, "zeros were stored"
+
+
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [(["--size", "16M"], bytes((16 << 20) + 1)), ([], b""), (["--size", "16M", "--key-file", "-"], KEY)],
+)
+def test_streams_that_do_not_fit(key, tmp_path, words, data) -> None:
+    """Too long, of unknown length, or wanted for the key: refused, and no volume is left."""
+    given = words if "--key-file" in words else [*words, "--key-file", key]
+    done = subprocess.run([PROGRAM, "load", "-", tmp_path / "v", *given], input=data, capture_output=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(key, tmp_path, number) -> None:
+    """130, and nothing half done: no volume, no key, no anchor."""
+    given = ["--size", "64M", "--generate-key", tmp_path / "k", "--anchor", tmp_path / "a"]
+    process = subprocess.Popen([PROGRAM, "load", "-", tmp_path / "v", *given], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(os.urandom(8 << 20))
+    process.stdin.flush()
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    process.stdin.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key"]
 
 
 # Keys
