@@ -28,7 +28,7 @@ class _Sealed:
     items: list[tuple[int, bytes]] = field(repr=False)
     """LBA and plaintext of each."""
     tags: list[bytes] = field(repr=False)
-    data: bytes = field(repr=False)
+    data: memoryview = field(repr=False)
 
 
 class Appender:
@@ -106,12 +106,8 @@ class Appender:
         if not stream.room:
             self._next_segment(stream)
         items = items[: stream.room]
-        start, parts, tags = stream.next, [], []
-        for lba, plain in items:
-            _, block = stream.seal(lba, plain)
-            parts.append(block[:BLOCK])
-            tags.append(block[BLOCK:])
-        sealed = _Sealed(start=start, items=items, tags=tags, data=b"".join(parts))
+        start, data, tags = stream.seal(items)
+        sealed = _Sealed(start=start, items=items, tags=tags, data=data)
         try:
             self._write(sealed)
         except VolumeDeviceFailed:

@@ -19,12 +19,12 @@ from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
 from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.create import wipe
-from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey, block_nonce
+from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
 from jindiskd.jindisk.pool import Pool, default_workers
-from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken, data_aad
+from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.superblock import HOLE, SLOT_START, Superblock, root_after_superblock
 from jindiskd.jindisk.tree import PageWriter, Tree, TreeUpdate
@@ -32,10 +32,12 @@ from jindiskd.jindisk.tree import PageWriter, Tree, TreeUpdate
 PIECE_BLOCKS = 1024
 SMALL_BLOCKS = 8192
 """Below this, processes cost more than they bring."""
+STEP_BLOCKS = 64
+"""Read, sealed and written at once."""
 _SCAN = struct.Struct("<BQI")
 _SEAL = struct.Struct("<BQ32s")
 _RUN = struct.Struct("<QI")
-_ZERO = bytes(BLOCK)
+_ZERO, _ZERO16 = bytes(BLOCK), bytes(16)
 _F_LEAF, _F_ENTRY, _R_LEAF = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F], PER_LEAF[Kind.R]
 Run = tuple[int, int]
 """First block and count."""
@@ -158,16 +160,19 @@ class _Worker:
 
     def __init__(self, source_fd: int, source_offset: int, target: FileDevice) -> None:
         self._source, self._offset, self._target = source_fd, source_offset, target
+        # Used again and again, and small: new memory, and memory far from the processor, cost more than the cipher.
+        self._plain, self._sealed = bytearray(STEP_BLOCKS * BLOCK), bytearray(STEP_BLOCKS * BLOCK + TAG_BYTES)
 
-    def _read(self, lba: int, count: int) -> bytes:
-        """Blocks of the source; zeros behind its end."""
-        data, length = b"", count * BLOCK
-        while len(data) < length:
-            more = os.pread(self._source, length - len(data), self._offset + lba * BLOCK + len(data))
-            if not more:
-                return data.ljust(length, b"\0")
-            data += more
-        return data
+    def _read(self, lba: int, count: int) -> None:
+        """Blocks of the source into `_plain`; zeros behind the source's end."""
+        with memoryview(self._plain) as whole, whole[: count * BLOCK] as view:
+            done = 0
+            while done < len(view):
+                more = os.preadv(self._source, [view[done:]], self._offset + lba * BLOCK + done)
+                if not more:
+                    view[done:] = bytes(len(view) - done)
+                    return
+                done += more
 
     def work(self, task: bytes) -> bytes:
         """Do one task."""
@@ -175,35 +180,37 @@ class _Worker:
 
     def _scan(self, task: bytes) -> bytes:
         """Which blocks are not zero, as runs."""
-        _, lba, count = _SCAN.unpack(task)
-        data = self._read(lba, count)
+        _, first, count = _SCAN.unpack(task)
         runs, start = [], -1
-        for number in range(count):
-            if data[number * BLOCK : (number + 1) * BLOCK] != _ZERO:
+        for lba in range(first, first + count):
+            at = (lba - first) % STEP_BLOCKS * BLOCK
+            if not at:
+                self._read(lba, min(STEP_BLOCKS, first + count - lba))
+            if self._plain[at : at + 16] != _ZERO16 or self._plain[at : at + BLOCK] != _ZERO:
                 if start < 0:
-                    start = number
+                    start = lba
             elif start >= 0:
-                runs.append(_RUN.pack(lba + start, number - start))
+                runs.append(_RUN.pack(start, lba - start))
                 start = -1
         if start >= 0:
-            runs.append(_RUN.pack(lba + start, count - start))
+            runs.append(_RUN.pack(start, first + count - start))
         return b"".join(runs)
 
     def _seal(self, task: bytes) -> bytes:
-        """Seal blocks into a segment with one write; their tags."""
+        """Seal blocks into a segment; their tags."""
         _, raw, material = _SEAL.unpack_from(task)
-        key, place = SealingKey.take_over(material), raw
-        sealed, tags = [], []
-        for lba, count in _RUN.iter_unpack(task[_SEAL.size :]):
-            data = self._read(lba, count)
-            for number in range(count):
-                block = key.seal(
-                    block_nonce(place), data[number * BLOCK : (number + 1) * BLOCK], data_aad(lba + number)
-                )
-                sealed.append(block[:BLOCK])
-                tags.append(block[BLOCK:])
-                place += 1
-        self._target.pwrite(raw * BLOCK, b"".join(sealed))
+        key, tags = SealingKey.take_over(material), list[bytes]()
+        with memoryview(self._plain) as plain, memoryview(self._sealed) as sealed:
+            parts = [plain[at : at + BLOCK] for at in range(0, len(plain), BLOCK)]
+            for first, whole in _RUN.iter_unpack(task[_SEAL.size :]):
+                for lba in range(first, first + whole, STEP_BLOCKS):
+                    count = min(STEP_BLOCKS, first + whole - lba)
+                    self._read(lba, count)
+                    tags += key.seal_run(raw, zip(range(lba, lba + count), parts, strict=False), sealed)
+                    self._target.pwrite(raw * BLOCK, sealed[: count * BLOCK])
+                    raw += count
+            for part in parts:
+                part.release()
         return b"".join(tags)
 
 

@@ -7,12 +7,12 @@ import os
 import struct
 from collections.abc import Callable
 
-from jindiskd.jindisk.crypto import OpeningKey, block_nonce
+from jindiskd.jindisk.crypto import TAG_BYTES, OpeningKey
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind
 from jindiskd.jindisk.memtable import UNMAPPED
 from jindiskd.jindisk.pool import Pool, default_workers
-from jindiskd.jindisk.segments import data_aad, data_name
+from jindiskd.jindisk.segments import Wanted, data_name, open_run
 from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
 
 SMALL_BLOCKS = 8192
@@ -20,11 +20,13 @@ LEAVES = 6
 """Leaves of the map in a task: 1020 blocks, 4 MiB."""
 _LEAF, _ENTRY = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F]
 _USED = _LEAF * _ENTRY
+_TASK_BYTES = LEAVES * _LEAF * BLOCK
 _HEAD = struct.Struct("<II")  # leaves, keys
 _KEY = struct.Struct("<Q32s")
 _INDEX = struct.Struct("<Q")
 _GOOD = struct.Struct("<Q")  # blocks written
 _BAD = struct.Struct("<QQI")  # logical block, raw block, error number or zero
+_RAWS = struct.Struct("<" + f"Q{_ENTRY - 8}x" * _LEAF)
 _MAPPING = struct.Struct("<Q16s")
 
 
@@ -102,13 +104,14 @@ def _task(
 ) -> bytes:
     """Leaves of the map with the keys of the segments they point into."""
     geometry, parts, keys = volume.geometry, [], {}
+    start, end, bits = geometry.data_start, geometry.end, geometry.segment_bits
     for index, page in leaves:
         used = bytearray(page[:_USED])
-        for at, (raw, _) in enumerate(_MAPPING.iter_unpack(page[:_USED])):
-            if not raw or (geometry.data_start <= raw < geometry.end and geometry.segment_of(raw) in keys):
+        for at, raw in enumerate(_RAWS.unpack_from(page)):
+            if not raw or (start <= raw < end and (raw - start) >> bits in keys):
                 continue
             try:
-                if not geometry.data_start <= raw < geometry.end:
+                if not start <= raw < end:
                     what = f"leaf {index} of tree F"
                     raise VolumeInconsistent(what, f"raw block {raw} lies outside the data region")
                 keys[geometry.segment_of(raw)] = volume.segments.key(geometry.segment_of(raw))
@@ -128,59 +131,63 @@ class _Worker:
     def __init__(self, volume: Volume, target_fd: int, offset: int, *, onward: bool) -> None:
         self._device, self._geometry, self._onward = volume.device, volume.geometry, onward
         self._target, self._offset = target_fd, offset
+        # Used again and again: memory that is new costs more than the cipher.
+        self._sealed, self._plain = bytearray(_TASK_BYTES + TAG_BYTES), bytearray(_TASK_BYTES)
 
     def work(self, task: bytes) -> bytes:
         """Read, open and write the blocks of some leaves; how many, or which one is not authentic."""
         leaves, keys = _HEAD.unpack_from(task)
         at = _HEAD.size + keys * _KEY.size
         opening = {segment: OpeningKey(key) for segment, key in _KEY.iter_unpack(task[_HEAD.size : at])}
-        mapped = []
+        mapped: list[Wanted] = []
+        start, bits = self._geometry.data_start, self._geometry.segment_bits
         for _ in range(leaves):
             (index,) = _INDEX.unpack_from(task, at)
             entries = _MAPPING.iter_unpack(task[at + _INDEX.size : at + _INDEX.size + _USED])
-            mapped += [(index * _LEAF + n, raw, tag) for n, (raw, tag) in enumerate(entries) if raw]
+            for number, (raw, tag) in enumerate(entries, index * _LEAF):
+                if raw:
+                    mapped.append((number, raw, tag, opening[(raw - start) >> bits]))
             at += _INDEX.size + _USED
         done = 0
         bad: list[bytes] = []
-        while done < len(mapped) and (self._onward or not bad):
-            lba, raw, _ = mapped[done]
-            run = 1
-            while done + run < len(mapped) and mapped[done + run][:2] == (lba + run, raw + run):
-                run += 1
-            data, failed = self._read(raw, run)
-            plain = []
-            for number, (block, here, tag) in enumerate(mapped[done : done + run]):
-                sealed = data[number * BLOCK : (number + 1) * BLOCK] + tag
-                key = opening[self._geometry.segment_of(here)]
-                opened = None if here in failed else key.opens(block_nonce(here), sealed, data_aad(block))
-                if opened is None:
-                    bad.append(_BAD.pack(block, here, failed.get(here, 0)))
-                    if not self._onward:
+        with memoryview(self._sealed) as sealed, memoryview(self._plain) as plain:
+            while done < len(mapped) and (self._onward or not bad):
+                lba, raw, _, _ = mapped[done]
+                run = 1
+                while done + run < len(mapped):
+                    next_lba, next_raw, _, _ = mapped[done + run]
+                    if next_lba != lba + run or next_raw != raw + run:
                         break
-                plain.append(opened or ZERO_BLOCK)
-            _write(self._target, b"".join(plain), self._offset + lba * BLOCK)
-            done += run
+                    run += 1
+                failed = self._read(raw, run, sealed)
+                for number in open_run(mapped[done : done + run], sealed, plain, range(0, run * BLOCK, BLOCK)):
+                    bad.append(_BAD.pack(lba + number, raw + number, failed.get(number, 0)))
+                    plain[number * BLOCK : (number + 1) * BLOCK] = ZERO_BLOCK
+                _write(self._target, plain[: run * BLOCK], self._offset + lba * BLOCK)
+                done += run
         return _GOOD.pack(len(mapped) - len(bad)) + b"".join(bad)
 
-    def _read(self, raw: int, count: int) -> tuple[bytes, dict[int, int]]:
+    def _read(self, raw: int, count: int, into: memoryview) -> dict[int, int]:
         """Raw blocks; going on past damage, with the error number of each that the device does not give."""
         try:
-            return self._device.pread(raw * BLOCK, count * BLOCK), {}
+            into[: count * BLOCK] = self._device.pread(raw * BLOCK, count * BLOCK)
         except OSError:
             if not self._onward:
                 raise
-        parts, failed = [], {}
-        for block in range(raw, raw + count):
+        else:
+            return {}
+        failed = {}
+        for number in range(count):
+            block = ZERO_BLOCK
             try:
-                parts.append(self._device.pread(block * BLOCK, BLOCK))
+                block = self._device.pread((raw + number) * BLOCK, BLOCK)
             except OSError as exc:
-                parts.append(ZERO_BLOCK)
-                failed[block] = exc.errno or errno.EIO
-        return b"".join(parts), failed
+                failed[number] = exc.errno or errno.EIO
+            into[number * BLOCK : (number + 1) * BLOCK] = block
+        return failed
 
 
-def _write(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count

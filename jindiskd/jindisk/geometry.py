@@ -63,35 +63,31 @@ class Geometry:
     """Page slots."""
     levels: dict[Kind, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     """Of each tree, pages at each level, leaves first."""
+    segment_blocks: int = field(init=False, repr=False, compare=False)
+    """Blocks in a segment."""
+    meta_start: int = field(init=False, repr=False, compare=False)
+    """First page slot."""
+    meta_end: int = field(init=False, repr=False, compare=False)
+    """Behind the last page slot."""
+    data_start: int = field(init=False, repr=False, compare=False)
+    """First raw block of the data region, aligned to a segment."""
+    end: int = field(init=False, repr=False, compare=False)
+    """Raw blocks needed."""
 
     def __post_init__(self) -> None:
         entries = {Kind.F: self.blocks, Kind.R: self.segments << self.segment_bits, Kind.S: self.segments}
-        object.__setattr__(self, "levels", {k: tree_levels(n, PER_LEAF[k]) for k, n in entries.items()})
-
-    @property
-    def segment_blocks(self) -> int:
-        """Blocks in a segment."""
-        return 1 << self.segment_bits
-
-    @property
-    def meta_start(self) -> int:
-        """First page slot."""
-        return JOURNAL_START + self.journal_blocks
-
-    @property
-    def meta_end(self) -> int:
-        """Behind the last page slot."""
-        return self.meta_start + self.meta_slots
-
-    @property
-    def data_start(self) -> int:
-        """First raw block of the data region, aligned to a segment."""
-        return ceil(self.meta_end, self.segment_blocks) * self.segment_blocks
-
-    @property
-    def end(self) -> int:
-        """Raw blocks needed."""
-        return self.data_start + (self.segments << self.segment_bits)
+        size, meta_start = 1 << self.segment_bits, JOURNAL_START + self.journal_blocks
+        data_start = ceil(meta_start + self.meta_slots, size) * size
+        computed = {
+            "levels": {k: tree_levels(n, PER_LEAF[k]) for k, n in entries.items()},
+            "segment_blocks": size,
+            "meta_start": meta_start,
+            "meta_end": meta_start + self.meta_slots,
+            "data_start": data_start,
+            "end": data_start + self.segments * size,
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)
 
     @property
     def size_bytes(self) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from jindiskd.jindisk.crypto import OpeningKey, SealingKey, block_nonce
+from jindiskd.jindisk.crypto import TAG_BYTES, OpeningKey, SealingKey
 from jindiskd.jindisk.errors import VolumeInconsistent
 from jindiskd.jindisk.geometry import BLOCK, PER_LEAF, Geometry, Kind
 from jindiskd.jindisk.tree import Tree, TreeUpdate
@@ -20,7 +20,9 @@ IN_USE = 1
 _FREE = bytes(ENTRY.size)
 _LEAF = PER_LEAF[Kind.S]
 _KEYS_HELD = 4096
-_LBA = struct.Struct("<Q")
+_LBA, _NONCE = struct.Struct("<Q"), struct.Struct("<QI")
+Wanted = tuple[int, int, bytes, OpeningKey]
+"""A data block to be read: LBA, raw block, tag, key."""
 
 
 def data_aad(lba: int) -> bytes:
@@ -31,6 +33,26 @@ def data_aad(lba: int) -> bytes:
 def data_name(lba: int, raw: int) -> str:
     """How messages name a data block."""
     return f"the data of logical block {lba} (raw block {raw})"
+
+
+def open_run(run: Sequence[Wanted], sealed: memoryview, plain: memoryview, places: Sequence[int]) -> list[int]:
+    """Open the blocks of a run of raw blocks; returns which of them, by number, do not open.
+
+    Args:
+        run: what to open, in the order of the raw blocks.
+        sealed: their ciphertexts one behind the other, and room for 16 bytes more; its content is lost.
+        plain: takes the plaintexts.
+        places: where in `plain`, for each.
+    """
+    bad = []
+    for number in range(len(run) - 1, -1, -1):  # backwards: a tag takes the place of what was opened already
+        lba, raw, tag, key = run[number]
+        end, place = (number + 1) * BLOCK, places[number]
+        sealed[end : end + TAG_BYTES] = tag
+        block, target = sealed[end - BLOCK : end + TAG_BYTES], plain[place : place + BLOCK]
+        if not key.opens_into(_NONCE.pack(raw, 0), block, _LBA.pack(lba), target):
+            bad.append(number)
+    return bad[::-1]
 
 
 class Taken:
@@ -193,16 +215,18 @@ class Stream:
         """Go on in another segment, from its first block, under a key drawn for it."""
         self.segment, self.next, self.end, self._key = segment, start, start + blocks, key
 
-    def seal(self, lba: int, plain: bytes) -> tuple[int, bytes]:
-        """Seal a block for the next raw block; returns that and ciphertext with tag (4112 bytes).
+    def seal(self, items: Sequence[tuple[int, bytes]]) -> tuple[int, memoryview, list[bytes]]:
+        """Seal blocks (LBA and plaintext) for the next raw blocks; returns the first of these, ciphertexts and tags.
 
         The pointer advances before anything can fail, so a nonce cannot come twice.
         """
         raw = self.next
         assert self._key is not None, "begun"
-        assert raw < self.end, "the caller looked at the room"
-        self.next = raw + 1
-        return raw, self._key.seal(block_nonce(raw), plain, _LBA.pack(lba))
+        assert raw + len(items) <= self.end, "the caller looked at the room"
+        self.next = raw + len(items)
+        sealed = memoryview(bytearray(len(items) * BLOCK + TAG_BYTES))
+        tags = self._key.seal_run(raw, items, sealed)
+        return raw, sealed[: len(items) * BLOCK], tags
 
 
 class FreeList:

@@ -6,28 +6,26 @@ Any thread may call `read`; the lock covers looking things up, not reading and o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.anchor import Anchor, State, Unanchored
-from jindiskd.jindisk.crypto import OpeningKey, block_nonce
+from jindiskd.jindisk.crypto import TAG_BYTES
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind
 from jindiskd.jindisk.journal import Map, Unmap
 from jindiskd.jindisk.memtable import UNMAPPED, Memtable
 from jindiskd.jindisk.recovery import Recovered, recover
-from jindiskd.jindisk.segments import SegmentTable, data_aad, data_name
+from jindiskd.jindisk.segments import SegmentTable, Wanted, data_name, open_run
 from jindiskd.jindisk.tree import Tree
 
 CACHE_PAGES = 4096
 ZERO_BLOCK = bytes(BLOCK)
 _LEAF = PER_LEAF[Kind.F]
 _ENTRY = ENTRY_BYTES[Kind.F]
-Wanted = tuple[int, int, bytes, OpeningKey]
-"""A data block to be read: LBA, raw block, tag, key."""
 
 
 class Volume:
@@ -39,8 +37,6 @@ class Volume:
         self.identification, self.slot_words = found.identification, found.slots
         self.key = key
         self.geometry: Geometry = found.superblock.geometry
-        self._data_start, self._data_end = self.geometry.data_start, self.geometry.end
-        self._segment_bits = self.geometry.segment_bits
         self.segments: SegmentTable = found.segments
         self.trees = {
             kind: Tree(device, self.geometry, kind, found.superblock.tops[kind], cache_pages=cache_pages)
@@ -104,24 +100,25 @@ class Volume:
         while True:
             with self.lock:
                 reuse = self.reuse
-                parts, wanted = self._look_up(lba, count)
+                known, wanted = self._look_up(lba, count)
+            if count == 1 and known:
+                return known[0][1]
+            found = bytearray(count * BLOCK)
+            for block, plain in known:
+                found[(block - lba) * BLOCK : (block - lba + 1) * BLOCK] = plain
             try:
-                found = self.fetch(wanted)
+                self._open(wanted, found, [(block - lba) * BLOCK for block, *_ in wanted])
             except VolumeUnauthentic:
                 # The block may have been moved, and its place taken again, since it was looked up.
                 if reuse == self.reuse:
                     raise
                 continue
-            if len(found) == count:
-                parts = found
-            else:
-                for (block, *_), plain in zip(wanted, found, strict=True):
-                    parts[block - lba] = plain
-            return parts[0] if count == 1 else b"".join(parts)
+            return bytes(found)
 
-    def _look_up(self, lba: int, count: int) -> tuple[list[bytes], list[Wanted]]:
-        """What is known at once, and what to fetch; with keys, for a segment's key goes when it is freed."""
-        parts, wanted = [ZERO_BLOCK] * count, []
+    def _look_up(self, lba: int, count: int) -> tuple[list[tuple[int, bytes]], list[Wanted]]:
+        """What waits in memory, and what to fetch; with keys, for a segment's key goes when it is freed."""
+        known: list[tuple[int, bytes]] = []
+        wanted: list[Wanted] = []
         pending, memtable, tree = self.pending, self.memtable, self.trees[Kind.F]
         end = lba + count
         for leaf in range(lba // _LEAF, (end - 1) // _LEAF + 1):
@@ -133,7 +130,7 @@ class Volume:
                     continue
             for block in range(low, high):
                 if pending and (plain := pending.get(block)) is not None:
-                    parts[block - lba] = plain
+                    known.append((block, plain))
                     continue
                 entry = memtable.get(block) if changed else None
                 if entry is None:
@@ -145,7 +142,7 @@ class Volume:
                     entry = page[at : at + _ENTRY]
                 if entry != UNMAPPED:
                     wanted.append(self.wanted(block, entry))
-        return parts, wanted
+        return known, wanted
 
     def entry(self, lba: int) -> bytes:
         """Where a block is now, pending writes aside: an entry of F. Call with the lock held."""
@@ -162,9 +159,10 @@ class Volume:
     def wanted(self, lba: int, entry: bytes) -> Wanted:
         """What `fetch` needs to read the block of an entry of F. Call with the lock held."""
         raw = int.from_bytes(entry[:8], "little")
-        if not self._data_start <= raw < self._data_end:
+        geometry = self.geometry
+        if not geometry.data_start <= raw < geometry.end:
             raise VolumeInconsistent(data_name(lba, raw), "it lies outside the data region")
-        return lba, raw, entry[8:], self.segments.opening_key((raw - self._data_start) >> self._segment_bits)
+        return lba, raw, entry[8:], self.segments.opening_key((raw - geometry.data_start) >> geometry.segment_bits)
 
     def fetch(self, wanted: list[Wanted]) -> list[bytes]:
         """Read and open data blocks, neighbours on the disk in one read.
@@ -172,24 +170,27 @@ class Volume:
         Raises:
             VolumeUnauthentic, VolumeDeviceFailed: one of them cannot be read.
         """
-        at, found = 0, []
+        found = bytearray(len(wanted) * BLOCK)
+        self._open(wanted, found, range(0, len(found), BLOCK))
+        return [bytes(found[at : at + BLOCK]) for at in range(0, len(found), BLOCK)]
+
+    def _open(self, wanted: list[Wanted], plain: bytearray, places: Sequence[int]) -> None:
+        """As `fetch`, each block to its place in `plain`."""
+        at = 0
         while at < len(wanted):
             lba, raw, _, _ = wanted[at]
             run = 1
             while at + run < len(wanted) and wanted[at + run][1] == raw + run:
                 run += 1
             try:
-                data = self.device.pread(raw * BLOCK, run * BLOCK)
+                data = bytearray(self.device.pread(raw * BLOCK, run * BLOCK))
             except OSError as exc:
                 raise VolumeDeviceFailed(f"reading {data_name(lba, raw)}", exc) from exc
-            for offset, (block, here, tag, key) in enumerate(wanted[at : at + run]):
-                sealed = data[offset * BLOCK : (offset + 1) * BLOCK] + tag
-                plain = key.opens(block_nonce(here), sealed, data_aad(block))
-                if plain is None:
-                    raise VolumeUnauthentic(data_name(block, here))
-                found.append(plain)
+            data += bytes(TAG_BYTES)
+            bad = open_run(wanted[at : at + run], memoryview(data), memoryview(plain), places[at : at + run])
+            if bad:
+                raise VolumeUnauthentic(data_name(*wanted[at + bad[0]][:2]))
             at += run
-        return found
 
     def leaves(self, damaged: Callable[[VolumeError], None] | None = None) -> Iterator[tuple[int, bytes]]:
         """Index and current page of every leaf of the map that is not empty, in order, journal included.

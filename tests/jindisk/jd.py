@@ -132,6 +132,14 @@ class Audit:
                 self._aead, self._key = AESGCM(key), bytes(key)
 
             def encrypt(self, nonce: bytes, data: bytes, aad: bytes) -> bytes:
+                self._note(nonce)
+                return self._aead.encrypt(nonce, data, aad)
+
+            def encrypt_into(self, nonce: bytes, data: bytes, aad: bytes, into: memoryview) -> int:
+                self._note(nonce)
+                return self._aead.encrypt_into(nonce, data, aad, into)
+
+            def _note(self, nonce: bytes) -> None:
                 name = (hashlib.sha256(self._key).digest()[:16], nonce)
                 if name in audit.sealed:
                     audit.repeated.append(nonce)
@@ -139,10 +147,12 @@ class Audit:
                 audit.count += 1
                 if self._key not in audit.drawn:
                     audit.foreign += 1
-                return self._aead.encrypt(nonce, data, aad)
 
             def decrypt(self, nonce: bytes, data: bytes, aad: bytes) -> bytes:
                 return self._aead.decrypt(nonce, data, aad)
+
+            def decrypt_into(self, nonce: bytes, data: bytes, aad: bytes, into: memoryview) -> int:
+                return self._aead.decrypt_into(nonce, data, aad, into)
 
         draw, derive = crypto.Generator.draw, crypto.hkdf
 

@@ -140,6 +140,7 @@ class Run:
     span: int = 300
     contents: list[Content] = field(default_factory=list)
     acknowledged: int = 0
+    waiting: bool = False
 
     def record(self, requests: int) -> Recorded:
         self.random = random.Random(self.seed)
@@ -190,8 +191,11 @@ class Run:
         return data
 
     def write_during_barrier(self, session: Session, now: list[int]) -> None:
-        """A request that meets a commit under way, down to the device, if there is room without another."""
-        if self.random.random() < 0.8 or not session._has_room(2):
+        """A request that meets a flush or checkpoint under way, down to the device, if there is room without another.
+
+        Not while another request waits for room: the order of the two would be open.
+        """
+        if self.waiting or self.random.random() < 0.8 or not session._has_room(2):
             return
         lba = self.random.randrange(self.span - 2)
         data = self.fresh(now, lba, 2)
@@ -224,12 +228,15 @@ class Run:
                 now[lba : lba + count] = [0] * count
                 self.contents.append(tuple(now))
                 self.mark()
+                self.waiting = True
                 session.discard(lba * BLOCK, count * BLOCK)
             else:
                 data = self.fresh(now, lba, count)
                 self.contents.append(tuple(now))
                 self.mark()
+                self.waiting = True
                 session.write(lba * BLOCK, data)
+            self.waiting = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from jd_crash import RecordingDevice, Run, crashes, verify
 
 from jindiskd.jindisk import anchor, appender, checkpoint, recovery, segments, session, slots
 from jindiskd.jindisk.crypto import SealingKey
-from jindiskd.jindisk.errors import VolumeUnauthentic
+from jindiskd.jindisk.errors import VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK
 
-NOTICED = (AssertionError, VolumeUnauthentic)
+NOTICED = (AssertionError, VolumeUnauthentic, VolumeInconsistent)
 
 
 def enumerate_crashes(seed: int = 5) -> None:
@@ -94,11 +94,11 @@ def test_a_nonce_that_comes_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     audit.install(monkeypatch)
     seal = segments.Stream.seal
 
-    def mutated(self: segments.Stream, lba: int, plain: bytes) -> tuple[int, bytes]:
+    def mutated(self: segments.Stream, items: list[tuple[int, bytes]]) -> object:
         place = self.next
-        seal(self, lba, plain)
+        seal(self, items)
         self.next = place
-        return seal(self, lba, plain)
+        return seal(self, items)
 
     monkeypatch.setattr(segments.Stream, "seal", mutated)
     running = world(audit=audit).create()
