@@ -1,0 +1,184 @@
+"""Every parser that bytes of a guest, or of a host on behalf of one, reach: what it may raise, and seeds that it takes.
+
+A target is a function of bytes that returns or raises what it is allowed to. Anything else is a fault.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jindiskd.attest.ccel import parse_event_log, replay
+from jindiskd.attest.collateral import read_entry
+from jindiskd.attest.id_block import check
+from jindiskd.attest.kept import Kept, restore
+from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
+from jindiskd.attest.offline import snp_report_of
+from jindiskd.attest.offline_sev import parse_launch
+from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain
+from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
+from jindiskd.attest.snp_certs import parse_certificate, parse_crl, parse_endorsement, table_certificates, to_der
+from jindiskd.attest.snp_report import Product, encode_report, parse_report, reserved_faults
+from jindiskd.attest.tdx import parse_collateral
+from jindiskd.attest.tdx_quote import parse_quote
+from jindiskd.base.platform import Tee
+from jindiskd.broker.judge import judge
+from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
+from jindiskd.errors import InvalidArgument, JindiskError
+from jindiskd.kbs import encoding, initdata, jwk
+from jindiskd.kbs.evidence import snp_from_json, snp_to_json, tdx_from_json, tdx_to_json
+from jindiskd.kbs.freshness import parse_release, parse_state
+from jindiskd.kbs.messages import MalformedMessage, check_resource, parse_attestation, parse_request, read_object
+
+NOW = datetime.fromisoformat("2026-07-15T00:00:00Z")
+NONCE = "bm9uY2U="
+VERIFIER = SnpVerifier(roots=AMD_ROOTS, allow_vlek_csp=None)
+TOKENS = TokenMaker(draw_signing_key())
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parser."""
+
+    run: Callable[[bytes], object]
+    allowed: tuple[type[Exception], ...]
+    seeds: tuple[str, ...] = ()
+    """Glob patterns of recorded files, below the folder of attestation vectors."""
+    made: tuple[bytes, ...] = ()
+
+
+def _report(data: bytes) -> None:
+    for product in (None, Product.MILAN, Product.TURIN):
+        report = parse_report(data, product=product)
+        reserved_faults(data, report)
+        again = parse_report(encode_report(report), product=product)
+        assert again == report, "a report does not survive being written"
+
+
+def _certificate(data: bytes) -> None:
+    for blob in to_der(data):
+        parsed = parse_certificate(blob)
+        _ = parsed.is_authority
+        parse_endorsement(parsed)
+
+
+def _verify(data: bytes) -> None:
+    """A report and what came with it, cut in two anywhere."""
+    VERIFIER.verify(data[:1184], [data[1184:]] if len(data) > 1184 else [], report_data=None, now=NOW)
+
+
+def _quote(data: bytes) -> None:
+    quote = parse_quote(data)
+    assert data.startswith(quote.quote)
+
+
+def _log(data: bytes) -> None:
+    assert all(len(register) == 48 for register in replay(parse_event_log(data)))
+
+
+def _json(data: bytes, read: Callable[[Any], Any]) -> None:
+    read(read_object(data, "fuzz"))
+
+
+def _snp_json(data: bytes) -> None:
+    report, certificates = snp_from_json(read_object(data, "fuzz"))
+    assert len(report) == 1184
+    assert sum(map(len, certificates)) <= 64 << 10
+
+
+def _tdx_json(data: bytes) -> None:
+    quote, log = tdx_from_json(read_object(data, "fuzz"))
+    assert tdx_from_json(tdx_to_json(quote, log)) == (quote, log)
+
+
+def _judge(data: bytes) -> None:
+    for tee in (Tee.SNP, Tee.TDX):
+        judge(data, NONCE, [VERIFIER], NOW, tee)
+
+
+def _text(function: Callable[[str], object]) -> Callable[[bytes], object]:
+    return lambda data: function(data.decode("utf-8", "replace"))
+
+
+def _restore(data: bytes) -> None:
+    for tee in (Tee.SNP, Tee.TDX):
+        restore(Kept(tee=tee, blob=data, facts={"product": "Milan", "signer": "vcek"}))
+
+
+def _sev(data: bytes) -> None:
+    for read in (parse_sev_certificate, parse_authority, split_chain):
+        try:
+            read(data)
+        except MalformedEvidence:
+            continue
+
+
+def _evidence() -> bytes:
+    report = bytes([2]) + bytes(1183)
+    told = {
+        "runtime-data": {"nonce": NONCE, "tee-pubkey": {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}},
+        "tee-evidence": {"primary_evidence": snp_to_json(report), "additional_evidence": ""},
+        "init-data": {"format": "toml", "body": 'version = "0.1.0"\nalgorithm = "sha256"\n[data]\n"a" = "b"\n'},
+    }
+    return json.dumps(told).encode()
+
+
+EVIDENCE = (MalformedEvidence,)
+MESSAGE = (MalformedMessage,)
+JWK = b'{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6"}'
+TARGETS: Mapping[str, Target] = {
+    "report": Target(_report, EVIDENCE, ("snp/*/report.bin", "snp-test-pki/*/*.bin")),
+    "response": Target(snp_report_of, EVIDENCE, ("snp/msg-report-rsp.bin",), (b"{}",)),
+    "certificate": Target(_certificate, EVIDENCE, ("snp/*/vek.der", "amd-roots/*/a*.pem")),
+    "revocation": Target(
+        lambda data: [parse_crl(blob) for blob in to_der(data, "list")], EVIDENCE, ("snp-test-pki/*/crl*.der",)
+    ),
+    "table": Target(table_certificates, EVIDENCE, ("snp/*/auxblob.bin",)),
+    "verify": Target(_verify, (MalformedEvidence, EvidenceRefused), ("snp/*/report.bin",)),
+    "quote": Target(_quote, EVIDENCE, ("tdx/*/quote.bin", "tdx-test-pki/*.bin")),
+    "event-log": Target(_log, EVIDENCE, ("ccel/*/ccel.bin",)),
+    "collateral": Target(parse_collateral, EVIDENCE, ("tdx-test-pki/collateral/*.json",)),
+    "collateral-file": Target(
+        lambda data: read_entry("tdx/00806f050000-platform.json", data), EVIDENCE, ("tdx-test-pki/collateral/*.json",)
+    ),
+    "id-auth": Target(lambda data: check(data[:96], data[96:]), EVIDENCE, ("id-block/id-auth.bin",)),
+    "sev-certificate": Target(_sev, (), ("sev/certs/*/*.cert",)),
+    "sev-launch": Target(parse_launch, EVIDENCE, (), (b'{"sev-measurement":"AAAA","sev-api-major":1}',)),
+    "kept": Target(_restore, EVIDENCE, ("snp/*/report.bin", "tdx/*/quote.bin")),
+    "request": Target(parse_request, MESSAGE, (), (b'{"version":"0.4.0","tee":"snp","extra-params":""}',)),
+    "attestation": Target(parse_attestation, MESSAGE, (), (_evidence(),)),
+    "judge": Target(_judge, (EvidenceRefused,), (), (_evidence(),)),
+    "snp-evidence": Target(_snp_json, MESSAGE, (), (json.dumps(snp_to_json(bytes(1184))).encode(),)),
+    "tdx-evidence": Target(_tdx_json, MESSAGE, (), (json.dumps(tdx_to_json(b"x", b"y")).encode(),)),
+    "init-data": Target(
+        _text(initdata.read), MESSAGE, (), (b'version = "0.1.0"\nalgorithm = "sha384"\n[data]\na = "b"\n',)
+    ),
+    "key": Target(lambda data: _json(data, jwk.public_key), MESSAGE, (), (JWK,)),
+    "base64url": Target(_text(lambda text: encoding.decode(text, "fuzz")), MESSAGE, (), (b"AAAA-_",)),
+    "resource": Target(_text(check_resource), (InvalidArgument,), (), (b"default/a/root",)),
+    "token": Target(_text(lambda text: TOKENS.session_of(text, NOW)), (TokenRefused,), (), (b"e30.e30.AAAA",)),
+    "release": Target(parse_release, (MalformedMessage, InvalidArgument), (), (b'{"resource":"a/b/c","volume":""}',)),
+    "state": Target(parse_state, (MalformedMessage, InvalidArgument), (), (b'{"volume":"","session":""}',)),
+}
+"""`JindiskError` is never allowed as a whole: each parser has its own."""
+assert all(JindiskError not in target.allowed for target in TARGETS.values())
+
+
+def feed(target: Target, data: bytes) -> bool:
+    """Run a target; True where it took the bytes. Raises what it may not raise."""
+    try:
+        target.run(data)
+    except target.allowed:
+        return False
+    return True
+
+
+def seeds(target: Target, attestation: Path | None) -> list[bytes]:
+    """What a target is known to take, or nearly."""
+    found = list(target.made)
+    for pattern in target.seeds if attestation is not None else ():
+        assert attestation is not None
+        found += [path.read_bytes() for path in sorted(attestation.glob(pattern))]
+    return found
