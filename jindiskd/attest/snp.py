@@ -167,6 +167,7 @@ class SnpVerifier:
         self.allow_masked_chip_id = allow_masked_chip_id
         self._parsed: _Memory[bytes, Certificate] = _Memory()
         self._signatures: _Memory[tuple[str, str], bool] = _Memory()
+        self._endorsements: _Memory[str, Endorsement] = _Memory()
         self._keys: _Memory[bytes, ec.EllipticCurvePublicKey] = _Memory()
         self._intermediates = [parse_certificate(blob) for given in intermediates for blob in to_der(given)]
         self._crls = [parse_crl(blob) for given in crls for blob in to_der(given, "revocation list")]
@@ -294,7 +295,7 @@ class SnpVerifier:
             return _Chain(None, None, None, None, None, None)
         endorsement = None
         try:
-            endorsement = parse_endorsement(signing)
+            endorsement = self._endorsement(signing)
         except MalformedEvidence as exc:
             findings.append(Finding("snp.certificate.malformed", str(exc)))
         key = self._key(signing)
@@ -325,6 +326,13 @@ class SnpVerifier:
         known = self._parsed.get(digest)
         if known is None:
             known = self._parsed[digest] = parse_certificate(blob)
+        return known
+
+    def _endorsement(self, signing: Certificate) -> Endorsement:
+        """`parse_endorsement`, remembered: the answer depends on the certificate's bytes alone."""
+        known = self._endorsements.get(signing.sha256)
+        if known is None:
+            known = self._endorsements[signing.sha256] = parse_endorsement(signing)
         return known
 
     def _key(self, signing: Certificate) -> ec.EllipticCurvePublicKey | None:

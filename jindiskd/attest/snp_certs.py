@@ -12,7 +12,7 @@ import hashlib
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -79,11 +79,11 @@ class Certificate:
     extensions: Mapping[str, tuple[bool, bytes]]
     """By dotted identifier: whether critical, and the bytes inside."""
     signature: bytes
+    sha256: str = field(init=False)
+    """Digest of the whole certificate in hexadecimal: what is pinned, cached and logged."""
 
-    @property
-    def sha256(self) -> str:
-        """Digest of the whole certificate in hexadecimal: what is pinned, cached and logged."""
-        return hashlib.sha256(self.der).hexdigest()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sha256", hashlib.sha256(self.der).hexdigest())
 
     @property
     def is_authority(self) -> bool:
