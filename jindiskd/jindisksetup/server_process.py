@@ -7,6 +7,7 @@ nothing else; SIGTERM and SIGINT end the process gently. Whatever kills it other
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ from jindiskd.jindisk.served import Served
 
 ENDING = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 LOOK_S = 1.0
+M_ARENA_MAX = -8  # malloc.h
 Ready = Callable[[], None]
 """Says that everything has begun; afterwards nobody waits for this process."""
 
@@ -37,7 +39,12 @@ class ServerNotStarted(JindiskError):
 
 
 def harden(*, io_flusher: bool) -> None:
-    """No dump, no tracing; with `io_flusher` the kernel does not wait for dirty pages that this process shall write."""
+    """No dump, no tracing; with `io_flusher` the kernel does not wait for dirty pages that this process shall write.
+
+    And one heap for all threads: blocks go from thread to thread here, and heaps of their own would only keep them.
+    """
+    with contextlib.suppress(AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     if io_flusher:

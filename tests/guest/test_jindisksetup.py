@@ -64,9 +64,10 @@ def test_open_and_close(machine, guest_kernel, tmp_path) -> None:
     assert facts.pop("trimmed", 0) >= 4 << 20, guest.console
     assert facts == {
         "held": 6, "open": 0, "list": 0, "again": 6, "node": True, "sectors": SIZE // 512, "block": 4096,
-        "discard": True, "secret": "inside", "read": True, "after trim": True, "busy": 6, "close": 0, "gone": True, "close again": 3,
-        "read-only": 0, "ro": "1", "close read-only": 0, "reopen": 0, "durable": True, "end": 0, "bad name": 2,
-        "no target": 1, "no target, open": 1, "targets": ["linear"], "mapped": True, "close other": 3, "removed": True,
+        "discard": True, "secret": "inside", "read": True, "after trim": True, "busy": 6, "close": 0, "gone": True,
+        "close again": 3, "read-only": 0, "ro": "1", "close read-only": 0, "reopen": 0, "durable": True, "end": 0,
+        "bad name": 2, "no target": 1, "no target, open": 1, "targets": ["linear"], "mapped": True,
+        "close other": 3, "removed": True,
     }, guest.console  # fmt: skip
     assert guest.console.count("everybody on this machine can see the password") == 2
     assert "--via nbd" in guest.console
