@@ -1,4 +1,4 @@
-"""The main job, shown: build, launch, attest, release, unlock, boot; then a refusal. Run by `make demo`.
+"""The main job, shown: build, launch, attest, release, unlock, boot, reboot; then two refusals. Run by `make demo`.
 
 Runs inside `scripts/testenv`: a real system bus, a real libvirtd, QEMU by emulation. The platform is simulated: its
 reports have the real format and are verified by the real code, under a root made on this machine. They prove nothing.
@@ -46,14 +46,30 @@ def ctl(*words: str, expect: int = 0, quiet: bool = False) -> str:
     return done.stdout + done.stderr
 
 
-def witness(name: str) -> str:
-    """Wait for what the guest's own system says about its root on the console."""
-    for _ in range(240):
+def witness(name: str, boot: int) -> list[str]:
+    """Wait for what the guest's own system says on the console in its boot number `boot`; print and return it."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
         text = subprocess.run([*CTL, "domain", "console", name], capture_output=True, text=True, check=True).stdout
-        if "witness: done" in text:
-            return "\n".join(line.strip() for line in text.splitlines() if "witness:" in line)
+        if text.count("witness: done") >= boot:
+            lines = [line.strip() for line in text.splitlines() if "witness: " in line]
+            ends = [-1, *(at for at, line in enumerate(lines) if line.endswith("witness: done"))]
+            said = [line[line.index("witness: ") :] for line in lines[ends[boot - 1] + 1 : ends[boot]]]
+            print("\n".join(said), flush=True)
+            return said
         time.sleep(0.5)
-    raise SystemExit(f"demo: the guest's system did not report within 120 s; its console:\n{text[-3000:]}")
+    raise SystemExit(f"demo: the guest's system did not report within 300 s; its console:\n{text[-3000:]}")
+
+
+def expect(fact: bool, problem: str) -> None:
+    if not fact:
+        raise SystemExit(f"demo: {problem}")
+
+
+def copy(source: Path, target: Path) -> None:
+    """As whoever rules the host can: the bytes, holes left out."""
+    print(f"$ cp --sparse=always {source} {target}", flush=True)
+    subprocess.run(["cp", "--sparse=always", source, target], check=True)
 
 
 def main() -> None:
@@ -73,31 +89,48 @@ def main() -> None:
             time.sleep(0.1)
         say("The service")
         ctl("status")
-        say("Build: a Debian image becomes one with an encrypted root")
+        say("Build: a Debian image becomes one with an encrypted root, JinDisk 2")
         ctl("image", "build", "demo", "--base", str(ROOT / "build/base/debian.img"))
         ctl("image", "list")
-        say("Launch: the guest attests, gets its key, opens its root and boots")
+        disk, yesterday = STATE / "images/demo/disk.img", STATE / "yesterday.img"
+        copy(disk, yesterday)
+        say("Launch: the guest attests, gets its key and the last known state of its disk, opens its root and boots")
         begun = time.monotonic()
         ctl("launch", "demo")
         print(f"({time.monotonic() - begun:.1f} s from the command to the system's init)")
-        say("Inside the guest: what / is")
-        seen = witness("demo")
-        print(seen)
-        if "/dev/mapper/root (crypt)" not in seen:
-            raise SystemExit("demo: the guest's root is not on the encrypted volume")
+        say("Inside the guest: what / is, and a first write")
+        said = witness("demo", 1)
+        expect(any("/ is /dev/nbd0 " in line for line in said), "the guest's root is not on the encrypted volume")
+        expect(any("served by jindisk-storage" in line for line in said), "/ is not served by the storage process")
+        wrote = [line.removeprefix("witness: wrote ") for line in said if "witness: wrote " in line]
+        say("Reboot, by virsh: the volume is closed in order, and the guest attests again")
+        print("$ virsh reboot demo", flush=True)
+        subprocess.run(["virsh", "-q", "-c", "qemu:///system", "reboot", "demo"], check=True, timeout=60)
+        said = witness("demo", 2)
+        expect(f"witness: read {wrote[0]}" in said, f"what the first boot wrote, {wrote[0]}, was not read back")
         ctl("domain", "list")
-        ctl("domain", "stop", "demo", "--force", "--yes")
+        ctl("domain", "stop", "demo")
+        ctl("key", "show", "demo")
         say("Refusal: one word is added to the kernel command line behind the owner's back")
         cmdline = STATE / "images/demo/cmdline"
         original = cmdline.read_text()
         cmdline.write_text(original + " single")
-        ctl("launch", "demo", expect=7)
+        told = ctl("launch", "demo", expect=7)
+        expect("launch digest" in told, "the refusal has another reason")
         cmdline.write_text(original)
-        say("The audit log has both decisions")
+        say("Refusal: yesterday's copy of the disk, authentic in every byte, is put in the place of today's")
+        copy(yesterday, disk)
+        told = ctl("launch", "demo", expect=7)
+        expect("volume.stale" in told, "the refusal has another reason")
+        say("The audit log has every decision")
         ctl("audit", "list")
+        ctl("audit", "verify")
         ctl("domain", "undefine", "demo", "--yes")
         ctl("image", "remove", "demo", "--yes")
-        say("Done: build, launch, attest, release, unlock, boot; and a refusal. Everything was simulated.")
+        say(
+            "Done: build, launch, attest, release, unlock, boot, write, reboot, read; and two refusals.\n"
+            "Simulated: the platform, that is the report and the root it is verified under. Real: everything else."
+        )
     except BaseException:
         log.flush()
         print("\nThe service's log ends with:\n" + (ROOT / "build/demo.log").read_text()[-3000:], file=sys.stderr)
