@@ -38,6 +38,8 @@ from jindiskd.image import kmod
 from jindiskd.image.cpio import Archive
 
 ENTRY = "jindiskd.guest.agent"
+WITHOUT_PCLMULQDQ = "os.environ['OPENSSL_ia32cap'] = '~0x200000000'\n"
+"""Bit 33 of OpenSSL's capability vector, OPENSSL_ia32cap(3); read when its library is loaded."""
 SHUTDOWN_ENTRY = "jindiskd.guest.shutdown"
 STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.jindisk_root")
 """For a root that a process of ours serves."""
@@ -152,14 +154,18 @@ def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source
         loaded.append(f"/{path}")
     config = dataclasses.replace(config, modules=tuple(loaded))
     archive.file(guest_config.PATH, document.dump(config))
-    archive.file("init", init_script(), 0o755)
+    archive.file("init", init_script(emulated=Platform(config.platform).simulated), 0o755)
     files.replace_file(output, archive.to_gzip(source_date_epoch))
     return config
 
 
-def init_script() -> bytes:
-    """The first program: `-I` ignores environment and user directories, `-S` loads no site, `-B` writes no bytecode."""
-    return _script(ENTRY)
+def init_script(*, emulated: bool = False) -> bytes:
+    """The first program: `-I` ignores environment and user directories, `-S` loads no site, `-B` writes no bytecode.
+
+    `emulated`: the guest will run without hardware of its own. Emulators interpret PCLMULQDQ bit by bit, and OpenSSL's
+    tables are three times as fast there (measured with QEMU 7.2: 177 µs instead of 576 µs for 4 KiB of AES-GCM).
+    """
+    return _script(ENTRY, WITHOUT_PCLMULQDQ if emulated else "")
 
 
 def shutdown_script() -> bytes:
@@ -167,8 +173,8 @@ def shutdown_script() -> bytes:
     return _script(SHUTDOWN_ENTRY)
 
 
-def _script(entry: str) -> bytes:
-    """A program that imports one module and runs its `main`.
+def _script(entry: str, first: str = "") -> bytes:
+    """A program that imports one module and runs its `main`, after the line `first`.
 
     The console is taken from its standard streams before anything can fail: the words of an interpreter on a fault are
     not for the host. The node is the initrd's own, so that no file system mounted later is kept busy by it.
@@ -179,6 +185,7 @@ def _script(entry: str) -> bytes:
         "null = os.open('/dev/null', os.O_RDWR)\n"
         "for descriptor in range(3):\n"
         "    os.dup2(null, descriptor)\n"
+        f"{first}"
         f"from {entry} import main\n"
         "main()\n"
     ).encode()
