@@ -27,7 +27,7 @@ firmware_dirs = ["{state}/tools"]
 allow_simulated = true
 [domains]
 vhost_device_vsock = "{state}/tools/vhost-device-vsock"
-launch_timeout_s = 280
+launch_timeout_s = 900
 """
 
 
@@ -63,7 +63,7 @@ class Host:
 
     def ctl(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [ROOT / ".venv/bin/jindiskctl", *words], capture_output=True, text=True, timeout=300, check=False
+            [ROOT / ".venv/bin/jindiskctl", *words], capture_output=True, text=True, timeout=1000, check=False
         )
         if check:
             assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.log.read_text()[-3000:]}"
@@ -75,7 +75,7 @@ class Host:
     def image(self, name: str) -> Path:
         return self.state / "images" / name
 
-    def wait_console(self, name: str, text: str, times: int = 1, within_s: float = 400) -> str:
+    def wait_console(self, name: str, text: str, times: int = 1, within_s: float = 900) -> str:
         """Wait until the guest has printed `text` so many times since it was started; returns all it has printed."""
         found = self.json("domain", "list")["domains"]
         uuid = next(domain["Uuid"] for domain in found if domain["Name"] == name)

@@ -78,6 +78,7 @@ class Machine:
     kernel: Path
     initrd: Path
     disk: Path | None = None
+    more_disks: tuple[Path, ...] = ()
     cmdline: str = CMDLINE
     memory: str = "1G"
     cid: int = 3
@@ -122,6 +123,8 @@ class Machine:
         ]  # fmt: skip
         if self.disk is not None:
             arguments += ["-drive", f"if=virtio,format=raw,file={self.disk}"]
+        for disk in self.more_disks:
+            arguments += ["-drive", f"if=virtio,format=raw,file={disk}"]
         if self.vsock:
             assert device is not None
             link = self.directory / "vhost"

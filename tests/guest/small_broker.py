@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from jindiskd.kbs import binding, evidence, jwe
+from jindiskd.base.secret import Secret
+from jindiskd.jindisk.anchor import Anchor, State
+from jindiskd.kbs import binding, evidence, freshness, jwe
 
 ERROR = "https://github.com/confidential-containers/kbs/errors/"
 
@@ -90,6 +92,39 @@ class SmallBroker:
             return 200, jwe.seal(self.key, self.recipient).encode()
         assert self.more is not None
         return self.more(path.split("/")[4], body)
+
+
+class Remembering:
+    """The broker's side of section 13 of the format, by its table, for one volume."""
+
+    def __init__(self, broker: SmallBroker, key: Secret, anchor: Anchor, volume: str) -> None:
+        self.broker, self.key, self.anchor, self.volume = broker, key, anchor, volume
+        self.pending: bytes | None = None
+        self.told: list[str] = []
+        broker.more = self.answer
+
+    def answer(self, verb: str, body: dict) -> tuple[int, bytes]:
+        self.told.append(verb)
+        if verb == "release":
+            assert body == {"resource": "default/image/root", "volume": self.volume}
+            self.pending = bytes([len(self.told)]) * 32
+            grant = freshness.VolumeGrant(
+                key=self.key, anchor=freshness.Anchor.unpack(self.anchor.pack()), session=self.pending, lease_s=0
+            )
+            return 200, jwe.seal(grant.pack(), self.broker.recipient).encode()
+        if verb == "stale":
+            assert bytes.fromhex(body["session"]) == self.pending
+            self.told[-1] += f" {body['sequence']}"
+            return 200, b"{}"
+        session, sequence, root = bytes.fromhex(body["session"]), body["sequence"], bytes.fromhex(body["root"])
+        wanted = self.pending if verb == "adopt" else self.anchor.session
+        state = State(session=session if verb != "adopt" else self.anchor.session, sequence=sequence, root=root)
+        if session != wanted or not self.anchor.accepts(state):
+            self.told[-1] += " fenced"
+            return 401, json.dumps({"type": ERROR + "Fenced", "detail": ""}).encode()
+        self.anchor = Anchor(open=verb != "close", session=session, sequence=sequence, root=root)
+        self.pending = None if verb == "adopt" else self.pending
+        return 200, b"{}"
 
 
 def firmware(stream: socket.socket) -> None:

@@ -1,21 +1,18 @@
 """A JinDisk root in a real kernel: released, adopted, served, closed; stale, foreign and damaged disks refused."""
 
-import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import testroot
-from small_broker import ERROR, SmallBroker, firmware
+from small_broker import Remembering, SmallBroker, firmware
 from test_storage import SHUTTING_DOWN
 
 from jindiskd.base.secret import Secret
 from jindiskd.guest.codes import Code
 from jindiskd.guest.config import BrokerPin, GuestConfig, JindiskExpectation, RootVolume
 from jindiskd.image.initrd import build_initrd
-from jindiskd.jindisk.anchor import Anchor, State
-from jindiskd.kbs import freshness, jwe
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
@@ -37,39 +34,6 @@ time.sleep(1000)
 """
 
 
-class Remembering:
-    """The broker's side of section 13 of the format, by its table, for one volume."""
-
-    def __init__(self, broker: SmallBroker, key: Secret, anchor: Anchor) -> None:
-        self.broker, self.key, self.anchor = broker, key, anchor
-        self.pending: bytes | None = None
-        self.told: list[str] = []
-        broker.more = self.answer
-
-    def answer(self, verb: str, body: dict) -> tuple[int, bytes]:
-        self.told.append(verb)
-        if verb == "release":
-            assert body == {"resource": "default/image/root", "volume": testroot.UUID}
-            self.pending = bytes([len(self.told)]) * 32
-            grant = freshness.VolumeGrant(
-                key=self.key, anchor=freshness.Anchor.unpack(self.anchor.pack()), session=self.pending, lease_s=0
-            )
-            return 200, jwe.seal(grant.pack(), self.broker.recipient).encode()
-        if verb == "stale":
-            assert bytes.fromhex(body["session"]) == self.pending
-            self.told[-1] += f" {body['sequence']}"
-            return 200, b"{}"
-        session, sequence, root = bytes.fromhex(body["session"]), body["sequence"], bytes.fromhex(body["root"])
-        wanted = self.pending if verb == "adopt" else self.anchor.session
-        state = State(session=session if verb != "adopt" else self.anchor.session, sequence=sequence, root=root)
-        if session != wanted or not self.anchor.accepts(state):
-            self.told[-1] += " fenced"
-            return 401, json.dumps({"type": ERROR + "Fenced", "detail": ""}).encode()
-        self.anchor = Anchor(open=verb != "close", session=session, sequence=sequence, root=root)
-        self.pending = None if verb == "adopt" else self.pending
-        return 200, b"{}"
-
-
 @pytest.fixture(scope="session")
 def volume(tmp_path_factory) -> testroot.JindiskDisk:
     """A small root whose init writes, and then behaves as systemd-shutdown does."""
@@ -83,7 +47,7 @@ class Boot:
         path = Path(shutil.copy(volume.path, tmp_path / "disk.img"))
         self.volume = testroot.JindiskDisk(path, volume.key, volume.anchor)
         self.broker = SmallBroker(tmp_path, b"")
-        self.memory = Remembering(self.broker, volume.key, volume.anchor)
+        self.memory = Remembering(self.broker, volume.key, volume.anchor, testroot.UUID)
         self.uuid, self.timeout_s = testroot.UUID, 60
 
     def run(self) -> None:
@@ -139,7 +103,7 @@ def test_power_failure(boot, tmp_path_factory) -> None:
     """Killed while it runs, twice: the interrupted session's latest state opens, synced files are there and sound."""
     directory = tmp_path_factory.mktemp("staying")
     volume = testroot.jindisk_root(testroot.make_root(directory, init=STAYING), directory / "disk.img")
-    boot.volume, boot.memory = volume, Remembering(boot.broker, volume.key, volume.anchor)
+    boot.volume, boot.memory = volume, Remembering(boot.broker, volume.key, volume.anchor, testroot.UUID)
     for number in range(2):
         boot.start()
         boot.machine.wait_for("READY", LIMIT_S)

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +67,27 @@ def write_tree(archive: Archive, target: Path) -> None:
             path.chmod(stat.S_IMODE(entry.mode))
 
 
-def make_root(directory: Path, *, init: str = INIT, init_path: str = "usr/sbin/init") -> Path:
-    """An ext4 file with an interpreter and the init above."""
+def make_root(
+    directory: Path,
+    *,
+    init: str = INIT,
+    init_path: str = "usr/sbin/init",
+    files: Mapping[str, bytes] | None = None,
+    modules: tuple[str, ...] = (),
+) -> Path:
+    """An ext4 file with an interpreter, its further `modules`, the init above, and `files`."""
     archive = Archive()
     for name in initrd.MERGED:
         archive.directory(f"usr/{name}")
         archive.link(name, f"usr/{name}")
     for name in ("dev", "proc", "sys", "run", "etc", "tmp"):
         archive.directory(name)
-    initrd.add_python(archive, ("json", "ctypes", "os", "signal", "socket", "time", "encodings.ascii", "struct"))
+    plain = ("json", "ctypes", "os", "signal", "socket", "time", "encodings.ascii", "struct")
+    initrd.add_python(archive, (*plain, *modules))
+    for folder in sorted({str(Path(name).parent) for name in files or ()} - {"."}):
+        archive.directory(folder)
+    for name, content in (files or {}).items():
+        archive.file(name, content)
     archive.file("etc/secret", b"inside")
     archive.file("etc/broken-init", b"no program", 0o755)
     archive.file(init_path, init.format(python=initrd.python_name()).encode(), 0o755)
