@@ -1,0 +1,241 @@
+"""Two brokers, as processes, on one PostgreSQL: whatever one of them does or suffers, they are one broker to guests."""
+
+import asyncio
+import shutil
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokerprocess import DIGEST, IMAGE, KEY, RESOURCE, BrokerProcess, evidence, fetched
+from crowd import Crowd, Denied, Guest, gathered
+from postgres import Cluster, cluster
+
+from jindiskd.base.secret import Secret
+from jindiskd.keys.store import Store
+from jindiskd.sim.firmware import SimulatedSnpFirmware
+from jindiskd.sim.pki import SimulatedRoot
+
+WRONG = bytes(48)
+MANY = {"max_sessions": 65536, "max_sessions_per_peer": 65536, "session_lifetime_s": 600}
+WIDE = {"max_connections": 4096, "max_connections_per_peer": 4096}
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Cluster]:
+    with cluster() as made:
+        yield made
+
+
+class Pair:
+    """Two brokers on one database, with one image registered. The database's URL is `url`."""
+
+    def __init__(self, folder: Path, root: SimulatedRoot, url: str) -> None:
+        self.url = url
+        settings: dict[str, Any] = {"keys": {"database": url}, "broker": {**MANY, **WIDE}}
+        settings["service"] = {"log_level": "info"}
+        self.both = [BrokerProcess(folder / name, root, **settings) for name in ("a", "b")]
+        self.a, self.b = self.both
+
+    def start(self) -> "Pair":
+        self.a.start()
+        self.share()
+        self.b.start()
+        self.a.ctl("image", "import", str(self.a.hand_over()))
+        return self
+
+    def share(self) -> None:
+        """Give the second broker the first one's key-encryption key and identity, as an administrator does."""
+        (self.b.folder / "state").mkdir(mode=0o700, exist_ok=True)
+        for name in ("kek", "broker.pem"):
+            shutil.copy(self.a.folder / "state" / name, self.b.folder / "state" / name)
+
+    @property
+    def ports(self) -> list[int]:
+        return [broker.ports["guests"] for broker in self.both]
+
+    def rows(self, url: str) -> list[dict[str, Any]]:
+        kek = Secret((self.a.folder / "state/kek").read_bytes())
+        store = Store.open(url, kek)
+        try:
+            store.verify_audit()
+            return store.audit_rows(1_000_000)
+        finally:
+            store.close()
+
+    def close(self) -> None:
+        for broker in self.both:
+            broker.close()
+
+
+@pytest.fixture
+def pair(postgres: Cluster, root: SimulatedRoot, tmp_path: Path) -> Iterator[Pair]:
+    made = Pair(tmp_path, root, postgres.database(f"broker_{time.monotonic_ns()}"))
+    try:
+        yield made.start()
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def firmware(root: SimulatedRoot) -> SimulatedSnpFirmware:
+    return SimulatedSnpFirmware(root, DIGEST)
+
+
+def test_they_have_one_identity_one_store_and_one_log(pair: Pair, firmware: SimulatedSnpFirmware) -> None:
+    """What is done at one is so at the other, at once; the key-encryption key of one opens for the other alone."""
+    assert pair.a.card == pair.b.card
+    assert fetched(pair.a.client(), firmware) == fetched(pair.b.client(), firmware) == KEY
+    pair.b.ctl("key", "revoke", "web")
+    assert pair.a.json("image", "show", "web")["state"] == "revoked"
+    pair.a.ctl("key", "reinstate", "web")
+    for broker in pair.both:
+        assert [row["kind"] for row in broker.json("audit", "list")["rows"]] == [
+            "registered", "released", "released", "revoked", "reinstated"
+        ]  # fmt: skip
+        assert broker.json("audit", "verify")["rows"] == 5
+        assert broker.json("status")["database"] == "postgresql"
+    assert "postgresql://" not in pair.a.log.read_text() + pair.a.ctl("status")
+
+
+def test_a_third_one_without_the_key_encryption_key_does_not_start(
+    pair: Pair, root: SimulatedRoot, tmp_path: Path
+) -> None:
+    """It draws none of its own, which would open nothing, and leaves none behind."""
+    third = BrokerProcess(tmp_path / "c", root, keys={"database": pair.url})
+    third.begin()
+    assert third.process is not None
+    assert third.process.wait(120) == 8
+    assert "restore it from its backup" in third.log.read_text()
+    assert not (tmp_path / "c/state/kek").exists()
+    third.close()
+
+
+def test_limits_hold_over_both(pair: Pair, firmware: SimulatedSnpFirmware) -> None:
+    """Of many guests at both at once exactly as many are served as the rules say; of one guest's requests one."""
+    pair.a.ctl("image", "limits", "web", "--per-hour", "7")
+
+    async def rush(count: int, report_id: bytes | None) -> list[object]:
+        crowd = Crowd(pair.ports, pair.a.card.spki_sha256, firmware, RESOURCE)
+
+        async def one(number: int) -> object:
+            try:
+                return await crowd.attempt(Guest(number=1), DIGEST, report_id or number.to_bytes(32, "big"))
+            except Denied:
+                return None
+
+        return await asyncio.gather(*(one(number) for number in range(count)))
+
+    found = asyncio.run(rush(20, None))
+    assert Counter(found) == {KEY: 7, None: 13}
+    pair.b.ctl("image", "limits", "web", "--per-hour", "0", "--per-guest", "1")
+    found = asyncio.run(rush(10, b"g" * 32))
+    assert Counter(found) == {KEY: 1, None: 9}
+
+
+def test_a_database_that_is_away_is_waited_for(
+    root: SimulatedRoot, tmp_path: Path, firmware: SimulatedSnpFirmware
+) -> None:
+    """Guests are told to try again, the load balancer is told too; afterwards all is as before."""
+    with cluster() as own:
+        pair = Pair(tmp_path, root, own.database("broker"))
+        try:
+            pair.start()
+            own.stop()
+            health = f"http://127.0.0.1:{pair.a.ports['metrics']}/healthz"
+            with pytest.raises(urllib.error.HTTPError) as told:
+                urllib.request.urlopen(health, timeout=60)
+            assert told.value.code == 503
+            told.value.close()
+            pair.a.ctl("image", "list", status=69)
+            with pytest.raises(Exception, match=r"PluginInternalError|in time"):
+                fetched(pair.a.client(within_s=3), firmware)
+            own.start()
+            assert fetched(pair.a.client(), firmware) == KEY
+            assert fetched(pair.b.client(), firmware) == KEY
+            pair.b.json("audit", "verify")
+        finally:
+            pair.close()
+
+
+def crowd_report(found: list[Guest], seconds: float) -> str:
+    taken = sorted(guest.seconds for guest in found)
+    return (
+        f"{len(found)} guests in {seconds:.1f} s ({len(found) / seconds:.1f} a second); "
+        f"median {taken[len(taken) // 2]:.1f} s, slowest {taken[-1]:.1f} s; "
+        f"{sum(guest.attempts - 1 for guest in found)} retries by {sum(guest.attempts > 1 for guest in found)} guests; "
+        f"{sum(guest.crossed for guest in found)} sessions over both brokers; "
+        f"{sum(guest.doubled for guest in found)} attestations sent twice at once"
+    )
+
+
+def survive(pair: Pair, firmware: SimulatedSnpFirmware, count: int, within_s: float) -> str:
+    """Send a crowd, kill one broker in the middle, start it again, and check everything that must hold."""
+    digests = [WRONG if number % 50 == 7 else DIGEST for number in range(count)]
+
+    async def run() -> tuple[list[Guest], float]:
+        crowd = Crowd(pair.ports, pair.a.card.spki_sha256, firmware, RESOURCE)
+        begun = time.monotonic()
+        async with gathered(crowd, digests, within_s) as found:
+            await crowd.reached(count // 3)
+            await asyncio.to_thread(pair.a.stop, signal.SIGKILL)
+            await crowd.reached(count // 2)
+            await asyncio.to_thread(pair.a.start)
+            crowd.ports[0] = pair.a.ports["guests"]
+        return found, time.monotonic() - begun
+
+    found, seconds = asyncio.run(run())
+    assert [guest.number for guest in found if digests[guest.number] == DIGEST and guest.key != KEY] == []
+    assert {guest.denied for guest in found if digests[guest.number] == WRONG} == {"PolicyDeny"}
+    # Of two equal attestations at once none was accepted twice, and some were accepted.
+    doubled = Counter(number for guest in found for number in guest.accepted)
+    assert doubled[1] > 0
+    assert doubled[2] == 0
+    rows = pair.rows(pair.url)  # checks the chain
+    released = [row for row in rows if row["kind"] == "released"]
+    sessions = Counter(row["detail"]["token"] for row in released)
+    assert set(sessions.values()) == {1}  # a nonce, a session, a release
+    guests = Counter(row["detail"]["guest"] for row in released)
+    good = sum(digest == DIGEST for digest in digests)
+    assert len(guests) == good
+    assert all(row["measurement"] == DIGEST.hex() and row["simulated"] for row in released)
+    # A key that was released twice to one guest is one whose answer was lost with the broker.
+    assert len(released) - good <= sum(guest.attempts - 1 for guest in found)
+    for broker in pair.both:
+        assert broker.json("audit", "verify")["rows"] == len(rows)
+    assert sum(guest.crossed for guest in found) > count // 4
+    return crowd_report(found, seconds)
+
+
+def test_a_broker_is_killed_in_a_crowd(pair: Pair, firmware: SimulatedSnpFirmware) -> None:
+    """A hundred guests; the long test has two thousand."""
+    print(survive(pair, firmware, 100, 300))
+
+
+@pytest.mark.long
+def test_a_broker_is_killed_among_two_thousand_guests(pair: Pair, firmware: SimulatedSnpFirmware) -> None:
+    """Every guest served or refused for good reason, no nonce accepted twice, the audit chain whole."""
+    print(survive(pair, firmware, 2000, 3000))
+
+
+def test_a_volume_session_goes_on_at_the_other_broker(pair: Pair, firmware: SimulatedSnpFirmware) -> None:
+    """Released at one, adopted at the other, fenced at both."""
+    volume = "33333333-3333-4333-8333-333333333333"
+    pair.a.ctl("volume", "add", "web", volume)
+    pair.a.ctl("volume", "accept-rollback", volume, "--reason", "new", "--yes")
+    grant = pair.a.client().release("snp", RESOURCE, volume, evidence(firmware))
+    grant.key.close()
+    pair.b.client().adopt(volume, grant.session, 5, b"r" * 32)
+    again = pair.b.client().release("snp", f"default/{IMAGE}/root", volume, evidence(firmware))
+    again.key.close()
+    assert again.anchor is not None
+    assert again.anchor.sequence == 5
+    pair.a.client().report(volume, grant.session, 6, b"s" * 32)
+    pair.a.client().adopt(volume, again.session, 6, b"s" * 32)
+    with pytest.raises(Exception, match="refused"):
+        pair.b.client().report(volume, grant.session, 7, b"t" * 32)
