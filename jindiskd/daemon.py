@@ -36,6 +36,8 @@ from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Deployment, Loaded, load
 from jindiskd.decisions import DecisionsBackend
+from jindiskd.diagnosis import DiagnosisBackend
+from jindiskd.doctor.host import Surroundings
 from jindiskd.domain.guest import OpenBroker
 from jindiskd.domain.judge import KeyProblem
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
@@ -192,6 +194,13 @@ class Service:
             guests=GuestsBackend(domains, side.relay),
             keys=side.keys,
             decisions=side.decisions(image_service),
+            diagnosis=DiagnosisBackend(
+                image_service,
+                domains,
+                surroundings=Surroundings(vhost_device_vsock=config.domains.vhost_device_vsock),
+                broker_spki_sha256=side.spki_sha256,
+                key_problem=side.key_problem,
+            ),
             jobs=jobs,
             facts=ServiceFacts(
                 version=jindiskd.__version__,

@@ -12,7 +12,7 @@ from jindiskd.bus.jobs import job_path
 from jindiskd.bus.keyfd import take_regular_file
 from jindiskd.bus.objects import Object, ObjectPath, Options, Row
 from jindiskd.bus.peers import Caller, Descriptor
-from jindiskd.bus.ports import BuildOrder, Decisions, Guests, Images, Keys, LaunchOrder, ServiceFacts
+from jindiskd.bus.ports import BuildOrder, Decisions, Diagnosis, Guests, Images, Keys, LaunchOrder, ServiceFacts
 from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager, Work
@@ -37,13 +37,14 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         guests: Guests,
         keys: Keys,
         decisions: Decisions,
+        diagnosis: Diagnosis,
         jobs: JobManager,
         facts: ServiceFacts,
         images_on_bus: ImagesOnBus,
         domains_on_bus: DomainsOnBus,
     ) -> None:
         self._images, self._guests, self._keys, self._jobs, self._facts = images, guests, keys, jobs, facts
-        self._decisions = decisions
+        self._decisions, self._diagnosis = decisions, diagnosis
         self._images_on_bus, self._domains_on_bus = images_on_bus, domains_on_bus
 
     async def build_image(self, caller: Caller, name: str, base: Descriptor, options: Options) -> ObjectPath:
@@ -151,6 +152,11 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
     async def list_keys(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
         """What is known of the keys."""
         return await self._keys.records()
+
+    async def diagnose(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
+        """What is wrong, and what to do."""
+        image, domain, platform = (text(options, name) for name in ("image", "domain", "platform"))
+        return await self._diagnosis.diagnose(image=image, domain=domain, platform=platform)
 
     async def configuration(self, caller: Caller, options: Options) -> Sequence[tuple[str, str, str]]:  # noqa: ARG002
         """The settings in effect."""

@@ -175,6 +175,13 @@ class Decisions(Protocol):
         """Why a guest was refused, a JSON document."""
 
 
+class Diagnosis(Protocol):
+    """What is wrong, and what to do."""
+
+    async def diagnose(self, *, image: str, domain: str, platform: str) -> Sequence[Mapping[str, object]]:
+        """One dictionary a check; empty strings for what is not asked about."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceFacts:
     """What the manager tells of the service."""

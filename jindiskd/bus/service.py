@@ -11,7 +11,7 @@ from jindiskd.bus.jobs import JobsOnBus
 from jindiskd.bus.lib import NameFlag, RequestNameReply
 from jindiskd.bus.manager import ManagerObject
 from jindiskd.bus.polkit import Authority
-from jindiskd.bus.ports import Decisions, Guests, Images, Keys, ServiceFacts
+from jindiskd.bus.ports import Decisions, Diagnosis, Guests, Images, Keys, ServiceFacts
 from jindiskd.bus.server import Server
 from jindiskd.bus.transport import Connection
 from jindiskd.errors import Busy
@@ -31,6 +31,7 @@ class BusService:
         guests: Guests,
         keys: Keys,
         decisions: Decisions,
+        diagnosis: Diagnosis,
         jobs: JobManager,
         facts: ServiceFacts,
     ) -> None:
@@ -43,6 +44,7 @@ class BusService:
             guests=guests,
             keys=keys,
             decisions=decisions,
+            diagnosis=diagnosis,
             jobs=jobs,
             facts=facts,
             images_on_bus=self.images,

@@ -12,6 +12,7 @@ from jindiskd.cli.app import App, common, exit_status
 from jindiskd.cli.attest import attest
 from jindiskd.cli.broker import broker
 from jindiskd.cli.collateral import collateral
+from jindiskd.cli.doctor import doctor
 from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
 from jindiskd.cli.job import job
@@ -33,7 +34,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    status, image, launch, domain, job, key, audit, attest, policy, collateral, broker, daemon, system_files, completion
+    status, doctor, image, launch, domain, job, key, audit, attest, policy, collateral, broker, daemon, system_files,
+    completion,
 )  # fmt: skip
 image.add_command(measure)
 for _command in _COMMANDS:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import structlog
 
-from jindiskd.domain import adoption, console, inventory, machine, vsock
+from jindiskd.base.platform import Platform
+from jindiskd.domain import adoption, console, inventory, machine, vsock, xml
 from jindiskd.domain import connection as events
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
@@ -184,6 +185,32 @@ class DomainService:
             await known.retire()
         log.info("adopted a domain", domain=found.name, image=image_name, simulated=binding.platform.simulated)
         return self._guests.add(self._off(found.uuid, found.name, binding)).view
+
+    async def problem(self, key: str) -> str:
+        """Why a domain would not attest if it were started as it is defined now; empty if nothing is known against it.
+
+        Raises:
+            NotFound: no such domain of ours.
+            LibvirtFailed: it cannot be read.
+        """
+        guest = self._guests.find(key)
+        binding = self._bindings.get(guest.view.uuid)
+        if binding is None:
+            return "it is not bound to an image any more"
+        found = await machine.definition(self.connection, guest.view.uuid)
+        return await asyncio.to_thread(self._judge.problem, xml.parse(found.text), binding, guest.view.name)
+
+    async def host_problem(self, platform: Platform) -> str:
+        """Why libvirt, QEMU and kernel cannot start a guest of a platform; empty if they can.
+
+        Raises:
+            LibvirtFailed: libvirt cannot be asked.
+        """
+        try:
+            await self._launcher.can_start(platform)
+        except NotSupported as exc:
+            return str(exc)
+        return ""
 
     def _off(self, uuid: str, name: str, binding: Binding) -> DomainView:
         return DomainView(

@@ -182,11 +182,11 @@ libvirt_uri = "test:///none"
         )
 
     def ctl(self, *words: str, status: int = 0) -> str:
-        """Run jindiskctl; returns its standard output, or with another status than 0 its standard error."""
+        """Run jindiskctl; returns its standard output, or with another status than 0 its standard error, if any."""
         with self.spawn(*words) as process:
             out, err = process.communicate(timeout=120)
         assert process.returncode == status, f"{words}: {process.returncode}\n{out}\n{err}\n{self.log.read_text()}"
-        return out if status == 0 else err
+        return out if status == 0 or not err else err
 
     def json(self, *words: str) -> Any:
         """What jindiskctl --json prints."""

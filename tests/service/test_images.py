@@ -228,3 +228,36 @@ def test_a_damaged_image_does_not_measure(stock):
     finally:
         data[100] ^= 1
         initrd.write_bytes(data)
+
+
+def test_the_doctor_names_what_is_wrong_with_an_image(stock):
+    """A whole image has no problem of its own; a changed file, a revoked key and a simulated platform are named."""
+
+    def checks(status):
+        said = json.loads(stock.ctl("--json", "doctor", "--image", "stock", status=status))
+        assert said["problems"] == sum(check["verdict"] == "problem" for check in said["checks"])
+        return {check["id"]: check for check in said["checks"]}
+
+    first = checks(1)  # the bus of these tests has no libvirt beside it
+    assert first["host.libvirt"]["verdict"] == "problem"
+    for name in ("image.files", "image.key", "image.broker", "image.cmdline", "image.firmware"):
+        assert first[name]["verdict"] in {"ok", "note"}, first[name]
+    assert first["image.platform"]["verdict"] == "note"
+    assert not any(name.startswith("host.tdx") for name in first)
+    cmdline = stock.state / "images/stock/cmdline"
+    text = cmdline.read_text()
+    cmdline.write_text(text + " init=/bin/sh")
+    stock.ctl("image", "revoke", "stock")
+    try:
+        second = checks(1)
+        assert "init=/bin/sh" in second["image.cmdline"]["found"]
+        assert second["image.files"]["verdict"] == "problem"
+        assert "revoked" in second["image.key"]["found"]
+        shown = stock.ctl("doctor", "--image", "stock", status=1)
+        assert "PROBLEM  image.cmdline" in shown
+        assert not any(line.startswith("ok") for line in shown.splitlines())
+    finally:
+        stock.ctl("image", "reinstate", "stock")
+        cmdline.write_text(text)
+    assert "no image" in stock.ctl("doctor", "--image", "none", status=3)
+    assert "usage" in stock.ctl("doctor", "--platform", "none", status=2).lower()
