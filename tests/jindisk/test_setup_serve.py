@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from jindiskd.jindisksetup.main import main
 
 PROGRAM = Path(sys.executable).with_name("jindisksetup")
 SIZE = 16 << 20
-FLUSH, FUA = 3, 1
+FLUSH, TRIM, FUA = 3, 4, 1
 
 
 @pytest.fixture
@@ -161,6 +162,39 @@ def test_every_commit_may_be_reported(volume) -> None:
     assert measured(volume)["sequence"] == second.sequence
     volume.write_bytes(between)
     measured(volume, status=8)
+
+
+def test_a_flush_of_one_client_covers_all(volume) -> None:
+    """What another connection was told is written is durable after it, and what was trimmed is gone."""
+    with serving(volume) as (process, sock), Client(sock) as first, Client(sock) as second:
+        for client in (first, second):
+            client.go()
+        assert first.write(0, b"a" * 3 * BLOCK, flags=FUA) == 0
+        assert first.write(1 << 20, b"first") == 0
+        assert first.ask(TRIM, BLOCK, BLOCK) == 0
+        assert second.ask(FLUSH) == 0
+        process.kill()
+        process.wait(60)
+    with serving(volume, "--read-only") as (_, sock), Client(sock) as client:
+        client.go()
+        assert client.read(1 << 20, 5) == b"first"
+        assert client.read(0, 3 * BLOCK) == b"a" * BLOCK + bytes(BLOCK) + b"a" * BLOCK
+
+
+def test_the_state_is_kept_at_intervals(volume) -> None:
+    """Without anybody closing or flushing more: the anchor file follows the last commit."""
+    with serving(volume, "--interval", "1") as (process, sock), Client(sock) as client:
+        client.go()
+        begun = anchor_file.read(volume.with_name("a")).anchor.sequence
+        assert client.write(0, b"data", flags=FUA) == 0
+        deadline = time.monotonic() + 120
+        while anchor_file.read(volume.with_name("a")).anchor.sequence <= begun:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+        process.wait(60)
+    state = measured(volume)
+    assert (state["closed"], state["sequence"] > begun) == (False, True)
 
 
 def test_one_server_at_a_time(volume, tmp_path) -> None:
