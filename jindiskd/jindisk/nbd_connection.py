@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from jindiskd.jindisk import nbd_protocol as nbd
@@ -237,14 +236,14 @@ class Connection:
 
     def _change(self, request: Request) -> None:
         volume = self._volume
-        actions: dict[int, Callable[[], None]] = {
-            nbd.WRITE: lambda: volume.write(request.offset, request.data or b""),
-            nbd.TRIM: lambda: volume.discard(request.offset, request.length),
-            nbd.WRITE_ZEROES: lambda: volume.zero(request.offset, request.length),
-            nbd.FLUSH: volume.flush,
-        }
-        actions[request.kind]()
-        if request.flags & nbd.FUA and request.kind != nbd.FLUSH:
+        match request.kind:
+            case nbd.WRITE:
+                volume.write(request.offset, request.data or b"")
+            case nbd.TRIM:
+                volume.discard(request.offset, request.length)
+            case nbd.WRITE_ZEROES:
+                volume.zero(request.offset, request.length)
+        if request.kind == nbd.FLUSH or request.flags & nbd.FUA:
             volume.flush()
 
     def _failure(self, request: Request, number: int) -> bytes:

@@ -28,6 +28,11 @@ DESCRIPTION = b"JinDisk volume"
 class Gone(Exception):
     """The connection is over: the client left, broke the protocol, or took too long. Nothing more is sent."""
 
+    def __init__(self, why: str, *, left: bool = False) -> None:
+        """`left`: it only went away, which programs that look around do."""
+        super().__init__(why)
+        self.left = left
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportInfo:
@@ -71,7 +76,7 @@ class Reader:
             except OSError as exc:
                 raise Gone(f"the handshake ended: {exc.strerror or 'time limit'}") from exc
             if not part:
-                raise Gone("the client left during the handshake")
+                raise Gone("the client left during the handshake", left=True)
             data += part
         return bytes(data)
 
@@ -163,7 +168,7 @@ class Handshake:
         try:
             self._stream.sendall(data)
         except OSError as exc:
-            raise Gone("the client does not take answers") from exc
+            raise Gone("the client does not take answers", left=True) from exc
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
         self._send(nbd.OPTION_REPLY.pack(nbd.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)

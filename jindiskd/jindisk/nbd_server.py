@@ -187,7 +187,7 @@ class Server:
                 if agreed is not None:
                     Connection(stream, self._volume, agreed, threads=self._threads).run()
         except Gone as exc:
-            if not self._stopping:
+            if not self._stopping and not exc.left:
                 self._tell(str(exc))
         finally:
             with self._lock:
