@@ -18,7 +18,7 @@ import jindiskd.image.worker  # noqa: F401 (registers the errors that a build wo
 from jindiskd.attest.descriptors import choose
 from jindiskd.attest.expected import expected
 from jindiskd.attest.measure import snp_launch_digest
-from jindiskd.base import document
+from jindiskd.base import document, plugins
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.broker.relay import Relay, RelayView
@@ -170,7 +170,7 @@ class ImagesBackend:
             cpu_model=order.cpu_model or images.cpu_model,
             firmware=os.fspath(firmware),
         )
-        request = _request(order)
+        request = self._request(order)
         request.check()
         if request.platform.simulated and not self._config.broker.allow_simulated:
             raise NotSupported(
@@ -178,6 +178,17 @@ class ImagesBackend:
                 "set allow_simulated in [broker]; reports of simulated firmware prove nothing",
             )
         return order
+
+    def _request(self, order: BuildOrder) -> BuildRequest:
+        """The order as the builder takes it, with what is configured for all images."""
+        images = self._config.images
+        return replace(
+            _request(order),
+            report_source=plugins.find(plugins.REPORT_SOURCES, images.report_source).value
+            if images.report_source
+            else "",
+            key_program=os.fspath(images.key_program) if images.key_program else "",
+        )
 
     async def views(self) -> Sequence[ImageView]:
         """All images with the state of their keys."""
@@ -196,7 +207,7 @@ class ImagesBackend:
             job.progress(step.stage, step.fraction, step.done_bytes, step.total_bytes)
 
         async with asyncio.timeout(self._config.images.build_timeout_s):
-            return (await self._service.build(_request(order), base_fd, progress)).name
+            return (await self._service.build(self._request(order), base_fd, progress)).name
 
     async def remove(self, name: str) -> None:
         """Remove one and its key, unless a domain runs from it."""

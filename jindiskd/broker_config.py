@@ -69,6 +69,9 @@ class BrokerConfig:
         default=None,
         metadata={"help": "the simulated platform's certificate, ark.pem, if its reports are accepted"},
     )
+    verifiers: tuple[str, ...] = field(
+        default=(), metadata={"help": "plug-ins that judge evidence as well; what they accept is believed"}
+    )
     session_lifetime_s: int = field(
         default=60, metadata={"range": (5, 3600), "help": "seconds after which a challenge dies"}
     )

@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 import jindiskd
 from jindiskd.attest.collateral import CollateralCache
 from jindiskd.attest.collecting import Collector, genuine_verifiers
+from jindiskd.attest.plugins import plugged_in
 from jindiskd.attest.snp import SnpVerifier
 from jindiskd.attest.snp_certs import to_der
 from jindiskd.attest.snp_roots import SnpRoots
@@ -108,7 +109,8 @@ def warnings(config: Config) -> tuple[str, ...]:
 def verifiers_of(config: Config) -> list[Verifier]:
     """Verifiers for AMD's and Intel's roots, and one for the simulated root where that is allowed."""
     cache = CollateralCache(config.collateral_dir)
-    found = genuine_verifiers(Collector(cache, Vendors() if config.collateral.fetch else None))
+    collector = Collector(cache, Vendors() if config.collateral.fetch else None)
+    found = [*genuine_verifiers(collector), *plugged_in(config.broker.verifiers, collector)]
     if config.broker.allow_simulated:
         path = config.broker.simulated_root
         if path is None:

@@ -95,6 +95,14 @@ class ImagesConfig:
         default=(Path("/usr/share"), Path("/usr/lib/jindiskd")),
         metadata={"help": "where a caller may name another firmware; nothing else on the host is looked at"},
     )
+    report_source: str = field(
+        default="",
+        metadata={"help": "a plug-in by which guests of new images get their reports; the platform's own way if empty"},
+    )
+    key_program: Path | None = field(
+        default=None,
+        metadata={"help": "a program that new images ask for their key instead of the broker; for LUKS2 alone"},
+    )
     build_timeout_s: int = field(
         default=7200, metadata={"range": (60, 86400), "help": "seconds after which a build is given up"}
     )
@@ -116,6 +124,9 @@ class BrokerConfig:
     database: str = field(
         default="",
         metadata={"help": "SQLAlchemy URL of the key store; SQLite in the state directory if empty", "secret": True},
+    )
+    verifiers: tuple[str, ...] = field(
+        default=(), metadata={"help": "plug-ins that judge evidence as well; what they accept is believed"}
     )
     session_lifetime_s: int = field(
         default=60, metadata={"range": (5, 3600), "help": "seconds after which a challenge dies"}
@@ -320,6 +331,9 @@ def _value(kind: Any, raw: Any, metadata: Mapping[str, Any]) -> tuple[Any, str]:
     if typing.get_origin(kind) is types.UnionType:
         kind = next(arm for arm in typing.get_args(kind) if arm is not type(None))
     if typing.get_origin(kind) is tuple:
+        if typing.get_args(kind)[0] is str:
+            good = isinstance(raw, list) and all(isinstance(item, str) and item for item in raw)
+            return (tuple(raw), "") if good else (None, "is not a list of names")
         if isinstance(raw, list) and all(isinstance(item, str) and item.startswith("/") for item in raw):
             return tuple(Path(item) for item in raw), ""
         return None, "is not a list of absolute paths"

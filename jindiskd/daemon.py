@@ -20,6 +20,7 @@ import structlog
 import jindiskd
 from jindiskd.attest.collateral import CollateralCache
 from jindiskd.attest.collecting import Collector, genuine_verifiers
+from jindiskd.attest.plugins import plugged_in
 from jindiskd.attest.snp import SnpVerifier
 from jindiskd.attest.vendors import Vendors
 from jindiskd.backend import GuestsBackend, ImagesBackend, KeyPort, KeysBackend
@@ -227,7 +228,8 @@ class Service:
         self._stack.callback(store.close)
         identity = await asyncio.to_thread(TlsIdentity.load_or_create, state.identity)
         cache = CollateralCache(config.collateral_dir)
-        verifiers = genuine_verifiers(Collector(cache, Vendors() if config.collateral.fetch else None))
+        collector = Collector(cache, Vendors() if config.collateral.fetch else None)
+        verifiers = [*genuine_verifiers(collector), *plugged_in(config.broker.verifiers, collector)]
         if config.broker.allow_simulated:
             root = await asyncio.to_thread(SimulatedRoot.load_or_create, state.simulated_root)
             verifiers.append(SnpVerifier(roots=root.roots))

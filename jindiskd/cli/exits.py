@@ -68,6 +68,7 @@ BY_CODE: Mapping[str, int] = {
     "NotConfirmed": EXIT_USAGE,
     "NotFound": EXIT_NOT_FOUND,
     "PartitionTableDamaged": EXIT_USAGE,
+    "PluginUnusable": EXIT_USAGE,
     "RecordChanged": EXIT_BUSY,
     "ReleaseRefused": EXIT_REFUSED,
     "RootDamaged": EXIT_USAGE,

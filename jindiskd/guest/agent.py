@@ -13,7 +13,7 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
@@ -71,7 +71,7 @@ class Agent:
         device = Path(config.root.device)
         with failing_with(Code.DEVICE_MISSING):
             devices.wait_for_device(device, time.monotonic() + min(DEVICE_WAIT_S, config.timeout_s / 2))
-        broker = GuestBroker(config.broker, platform)
+        broker = self._key_source(config, platform)
         if luks2 is not None:
             node = self._open_luks(config, luks2, broker)
         elif jindisk is not None:
@@ -98,6 +98,19 @@ class Agent:
             os.close(old)
             watchdog.stop()
             switch_root.start_init(config.init)
+
+    def _key_source(self, config: GuestConfig, platform: Platform) -> GuestBroker:
+        """Where the key comes from: the broker, or a program that takes its place for volumes with a raw key."""
+        if not config.key_program:
+            return GuestBroker(config.broker, platform, config.report_source)
+        if config.root.jindisk is not None:
+            raise GuestFailure(Code.CONFIG)
+        # Only here, so that it is not part of the initrd, and of what is measured, where it is not used.
+        from jindiskd.guest import script
+
+        luks2 = config.root.luks2
+        volume = luks2.uuid if luks2 is not None else config.root.resource
+        return cast("GuestBroker", script.KeyProgram(f"/{script.PATH}", config.image_id, volume))
 
     def _open_luks(self, config: GuestConfig, expectation: Luks2Expectation, broker: GuestBroker) -> Path:
         """Check the header before anything is asked of the broker: a wrong disk never causes a release."""

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from jindiskd.base.platform import Platform
+from jindiskd.base.platform import Platform, Tee
 from jindiskd.base.secret import Secret
 from jindiskd.errors import JindiskError
 from jindiskd.guest import report
@@ -67,9 +67,9 @@ def broker_failures() -> Iterator[None]:
 class GuestBroker:
     """The one broker of the measured configuration. Works without any file, so after the change of root as well."""
 
-    def __init__(self, pin: BrokerPin, platform: Platform) -> None:
-        """`platform` decides where reports come from."""
-        self._pin, self._platform = pin, platform
+    def __init__(self, pin: BrokerPin, platform: Platform, report_source: str = "") -> None:
+        """`platform` decides where reports come from, unless the configuration names a source of its own."""
+        self._pin, self._platform, self._report_source = pin, platform, report_source
 
     def client(self, deadline_s: float) -> client.KbsClient:
         """A client that gives up at `deadline_s`, a `time.monotonic()` value."""
@@ -92,12 +92,14 @@ class GuestBroker:
 
     def _prover(self, reported: Callable[[], None]) -> Callable[[bytes], Mapping[str, object]]:
         with failing_with(Code.REPORT):
-            source = report.source_for(self._platform)
+            source = report.source_for(self._platform, self._report_source)
 
         def prove(data: bytes) -> Mapping[str, object]:
             with failing_with(Code.REPORT):
                 found = source.get(data)
                 reported()
+                if self._platform.tee is Tee.TDX:
+                    return evidence.tdx_to_json(found.report, report.event_log())
                 return evidence.snp_to_json(found.report, found.table)
 
         return prove

@@ -87,6 +87,10 @@ class GuestConfig:
     root: RootVolume
     modules: tuple[str, ...]
     """Kernel module files in the initrd in the order of loading, absolute paths."""
+    report_source: str = ""
+    """`module:attribute` of a report source in the initrd instead of the platform's own; empty for that."""
+    key_program: bool = False
+    """The key comes from the program in the initrd (`guest.script`), and no broker is asked."""
     init: str = "/sbin/init"
     timeout_s: int = 120
     """From the agent's start to the mounted root; then power off."""

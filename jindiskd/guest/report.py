@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import importlib
 import os
 import socket
 import struct
@@ -25,6 +26,7 @@ DATA_BYTES = 64
 REPORT_LIMIT = 4000  # the response buffer of SNP_GET_REPORT
 QUOTE_LIMIT = 1 << 16
 TABLE_LIMIT = 1 << 16
+EVENT_LOG, LOG_LIMIT = Path("/sys/firmware/acpi/tables/data/CCEL"), 1 << 19
 ATTEMPTS = 5
 
 
@@ -52,12 +54,19 @@ class ReportSource(Protocol):
         """A fresh report that binds `data`, 64 bytes. Raises `NoReport`."""
 
 
-def source_for(platform: Platform) -> ReportSource:
-    """The way of asking that belongs to `platform`.
+def source_for(platform: Platform, plugin: str = "") -> ReportSource:
+    """The way of asking that belongs to `platform`, or the measured configuration's own, `module:attribute`.
 
     Raises:
-        NoReport: the platform has no reports of its own.
+        NoReport: the platform has no reports of its own; the plug-in cannot be used.
     """
+    if plugin:
+        module, _, name = plugin.partition(":")
+        try:
+            made: ReportSource = getattr(importlib.import_module(module), name)(platform)
+        except Exception as exc:
+            raise NoReport(f"the report source {plugin}", f"it cannot be used ({type(exc).__name__})") from exc
+        return made
     if platform is Platform.SIMULATED_SNP:
         return SimulatedFirmware(connect_to_firmware)
     if platform is Platform.SNP:
@@ -113,6 +122,14 @@ class TsmReports:
         if not report:
             raise NoReport("configfs-tsm", "the report is empty")
         return RawReport(report=report, table=table)
+
+
+def event_log(path: Path = EVENT_LOG) -> bytes:
+    """The firmware's event log of a TDX guest (CCEL); empty where the kernel shows none. The broker replays it."""
+    try:
+        return _read_bounded(path, LOG_LIMIT)
+    except OSError:
+        return b""
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -24,7 +24,7 @@ from jindiskd.base import document
 from jindiskd.base.files import replace_file
 from jindiskd.base.process import ToolFailed
 from jindiskd.base.secret import Secret
-from jindiskd.errors import InvalidArgument, NoSpace
+from jindiskd.errors import InvalidArgument, NoSpace, NotFound
 from jindiskd.guest import config as guest
 from jindiskd.image import base, bootparts, gpt, initrd, randomness, tarroot
 from jindiskd.image import kernel as kernels
@@ -43,6 +43,7 @@ from jindiskd.image.tools import tool
 from jindiskd.image.volume import SealedVolume, placeholder, prepare_volume
 
 Report = Callable[[Progress], None]
+MAX_PROGRAM_BYTES = 32 << 20
 ROOT_DEVICE = "/dev/vda3"
 """The disk is the guest's first virtio disk, the root its third partition: a locator, no identity."""
 
@@ -261,7 +262,22 @@ class _Build:
                 jindisk1=expected if isinstance(expected, guest.Jindisk1Expectation) else None,
             ),
             modules=(),
+            report_source=self.request.report_source,
         )
+
+    def key_program(self) -> bytes | None:
+        """The program that gives the key in the guest, if one was asked for."""
+        path = self.request.key_program
+        if not path:
+            return None
+        try:
+            with Path(path).open("rb") as stream:
+                program = stream.read(MAX_PROGRAM_BYTES + 1)
+        except OSError as exc:
+            raise NotFound("key program", path) from exc
+        if not program or len(program) > MAX_PROGRAM_BYTES:
+            raise InvalidArgument("key program", path, f"it has 1 to {MAX_PROGRAM_BYTES} bytes")
+        return program
 
     def boot_files(self, root: ClearRoot, volume: SealedVolume, line: str) -> None:
         """Write initrd and command line; the latter without its NUL or a line end, as QEMU is given it."""
@@ -270,6 +286,7 @@ class _Build:
             modules_dir=self.work / root.kernel_release,
             output=self.staging / INITRD,
             source_date_epoch=0,
+            key_program=self.key_program(),
         )
         replace_file(self.staging / CMDLINE, line.encode("ascii"))
 

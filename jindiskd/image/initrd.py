@@ -43,6 +43,9 @@ WITHOUT_PCLMULQDQ = "os.environ['OPENSSL_ia32cap'] = '~0x200000000'\n"
 SHUTDOWN_ENTRY = "jindiskd.guest.shutdown"
 STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.jindisk_root")
 """For a root that a process of ours serves."""
+KEY_PROGRAM_ENTRY = "jindiskd.guest.script"
+KEY_PROGRAM = "etc/jindisk/key-program"
+"""Where `guest.script` looks for it."""
 JINDISK1_ENTRY = "jindiskd.guest.jindisk1_root"
 LATE_IMPORTS = (
     # What is imported only when it is needed, and would be missed then.
@@ -113,7 +116,14 @@ def base_interpreter() -> Path:
     return Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
 
 
-def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source_date_epoch: int = 0) -> GuestConfig:
+def build_initrd(
+    *,
+    config: GuestConfig,
+    modules_dir: Path,
+    output: Path,
+    source_date_epoch: int = 0,
+    key_program: bytes | None = None,
+) -> GuestConfig:
     """Write the initrd for one image.
 
     Args:
@@ -121,6 +131,8 @@ def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source
         modules_dir: the `lib/modules/<release>` directory of the image's kernel.
         output: the file to write; replaced if it exists.
         source_date_epoch: the time of all entries, in seconds since 1970.
+        key_program: a program that gives the key instead of the broker (`guest.script`): one that needs nothing but
+            itself, or a Python script for the interpreter in the archive.
 
     Returns:
         The configuration as it is in the archive.
@@ -138,13 +150,19 @@ def build_initrd(*, config: GuestConfig, modules_dir: Path, output: Path, source
     # Standard streams for the time before devtmpfs is mounted.
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3, 0o666)
+    names = [ENTRY, *LATE_IMPORTS]
     if config.root.jindisk is not None:
-        add_python(archive, (ENTRY, *STORAGE_ENTRIES, *LATE_IMPORTS))
+        names += STORAGE_ENTRIES
         archive.file("shutdown", shutdown_script(), 0o755)
     elif config.root.jindisk1 is not None:
-        add_python(archive, (ENTRY, JINDISK1_ENTRY, *LATE_IMPORTS))
-    else:
-        add_python(archive, (ENTRY, *LATE_IMPORTS))
+        names.append(JINDISK1_ENTRY)
+    if config.report_source:
+        names.append(config.report_source.partition(":")[0])
+    if key_program is not None:
+        names.append(KEY_PROGRAM_ENTRY)
+        archive.file(KEY_PROGRAM, key_program, 0o755)
+    config = dataclasses.replace(config, key_program=key_program is not None)
+    add_python(archive, tuple(names))
     loaded = []
     for file in wanted_modules(config, modules_dir):
         relative = file.relative_to(modules_dir)
@@ -256,7 +274,8 @@ def closure(names: tuple[str, ...]) -> tuple[Module, ...]:
         InitrdFailed: they cannot be imported, or come from elsewhere than the known places.
     """
     places = {Path(jindiskd.__file__).parent.parent}
-    for package in DATA_PACKAGES:
+    tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"jindiskd"}
+    for package in (*DATA_PACKAGES, *sorted(tops)):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise InitrdFailed(f"Python package {package} is not installed")

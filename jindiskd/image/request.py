@@ -11,6 +11,7 @@ from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.image import randomness
 from jindiskd.jindisk.v1.keys import ROOT_BYTES
 
+SOURCE = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 KEY_BYTES = 32
 MIN_ROOT_BYTES = 8 << 20
@@ -66,6 +67,10 @@ class BuildRequest:
     """Makes every random choice, keys included, follow from these bytes."""
     debug: bool = False
     """Permit command line words that open the guest to whoever has its console."""
+    report_source: str = ""
+    """`module:attribute` of a report source in the guest instead of the platform's own; empty for that."""
+    key_program: str = ""
+    """Path on this host of a program that gives the key in the guest instead of the broker; empty for the broker."""
     vouch_firmware: bool = False
     """The owner knows that a firmware of an unknown build checks the kernel against the measured hashes."""
 
@@ -92,6 +97,11 @@ class BuildRequest:
             raise InvalidArgument("size of the root file system", size, text)
         if self.seed is not None and not 1 <= len(self.seed) <= MAX_SEED_BYTES:
             raise InvalidArgument("seed length", len(self.seed), f"it has 1 to {MAX_SEED_BYTES} bytes")
+        if self.key_program and self.format is VolumeFormat.JINDISK:
+            text = "JinDisk 2 needs the broker, which remembers the volume's state: build with another format"
+            raise InvalidArgument("key program", self.key_program, text)
+        if self.report_source and not SOURCE.fullmatch(self.report_source):
+            raise InvalidArgument("report source", self.report_source, "it is module:attribute")
         if not self.firmware.startswith("/"):
             raise InvalidArgument("firmware", self.firmware, "an absolute path is needed")
 

@@ -264,3 +264,31 @@ def test_types_of_entries(built) -> None:
         assert names[name][0][0] == "d"
     assert names["init"][0] == stat.filemode(0o100755)
     assert json.loads(extract(built[0], "etc/jindisk/guest.json"))["schema"] == 1
+
+
+def test_plug_ins_of_the_guest(kernel_modules, tmp_path, monkeypatch):
+    """A key program and a report source are in the archive, with what they import, and in the configuration."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sample_source.py").write_text("import colorsys\nclass Reports:\n    pass\n")
+    monkeypatch.syspath_prepend(str(site))
+    config = dataclasses.replace(CONFIG, report_source="sample_source:Reports")
+    output = tmp_path / "initrd"
+    told = build_initrd(config=config, modules_dir=kernel_modules, output=output, key_program=b"#!program")
+    assert (told.key_program, told.report_source) == (True, "sample_source:Reports")
+    assert json.loads(extract(output, "etc/jindisk/guest.json"))["key_program"] is True
+    assert extract(output, initrd.KEY_PROGRAM) == b"#!program"
+    names = listing(output)
+    assert names[initrd.KEY_PROGRAM][0] == "-rwxr-xr-x"
+    library = f"usr/lib/{initrd.python_name()}"
+    for module in ("sample_source", "colorsys", "jindiskd/guest/script"):
+        assert f"{library}/{module}.pyc" in names
+    plain = listing(build_plain(kernel_modules, tmp_path))
+    assert f"{library}/jindiskd/guest/script.pyc" not in plain
+    assert initrd.KEY_PROGRAM not in plain
+
+
+def build_plain(kernel_modules: Path, tmp_path: Path) -> Path:
+    output = tmp_path / "plain"
+    build_initrd(config=CONFIG, modules_dir=kernel_modules, output=output)
+    return output
