@@ -46,7 +46,7 @@ def serve(folder: Path, root_dir: Path, ready: object) -> None:
             store=store,
             verifiers=[SnpVerifier(roots=root.roots, crls=[root.crl])],
             allow_simulated=True,
-            limits=BrokerLimits(sessions_per_peer=100000, sessions=100000),
+            limits=BrokerLimits(sessions_per_peer=100_000, sessions=100_000, connections_per_peer=1024),
         )
         await listen_unix(
             broker, TlsIdentity.load_or_create(folder / "identity.pem"), folder / "sock", Peer(description="bench")
