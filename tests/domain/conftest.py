@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from smallroot import idle_kernel
 
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
@@ -61,19 +62,6 @@ def make_manifest(
         broker_spki_sha256=bytes(32),
         resource="default/x/root",
     )
-
-
-def idle_kernel() -> bytes:
-    """A kernel by its header (Documentation/arch/x86/boot.rst) that halts: the machine stays on and does nothing."""
-    head = bytearray(1024)
-    head[0x1F1] = 1  # sectors of the setup part
-    head[0x1F4:0x1F8] = (0x1000 // 16).to_bytes(4, "little")
-    head[0x1FE:0x200] = b"\x55\xaa"
-    head[0x202:0x208] = b"HdrS" + (0x020C).to_bytes(2, "little")
-    head[0x211] = 1  # loaded high
-    head[0x22C:0x230] = (0x7FFFFFFF).to_bytes(4, "little")  # the initrd may lie anywhere
-    head[0x238:0x23C] = (2047).to_bytes(4, "little")
-    return bytes(head) + b"\xfa\xf4\xeb\xfd" * 1024  # cli; hlt; jmp to the hlt
 
 
 def add_image(store: ImageStore, name: str) -> Manifest:

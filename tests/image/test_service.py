@@ -62,13 +62,28 @@ def opened(path: Path):
 
 
 def processes() -> set[int]:
-    """Living processes that build: workers, and tools of theirs."""
+    """Living processes that build for these tests: by what they have open, since other tests may run beside these."""
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and b"jindiskd.image.worker" in (entry / "cmdline").read_bytes():
+            if entry.name.isdigit() and b"jindiskd.image.worker" in (entry / "cmdline").read_bytes() and _ours(entry):
                 found.add(int(entry.name))
     return found
+
+
+def _ours(entry: Path) -> bool:
+    stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+    if int(stat[1]) == os.getpid():
+        return True
+    return any(os.fspath(link.readlink()).startswith(BASE_TEMP[-1]) for link in (entry / "fd").iterdir())
+
+
+BASE_TEMP = ["/nowhere"]
+
+
+@pytest.fixture(autouse=True)
+def _base_temp(tmp_path_factory: pytest.TempPathFactory) -> None:
+    BASE_TEMP[-1] = f"{tmp_path_factory.getbasetemp()}/"
 
 
 async def gone(before: set[int]) -> None:

@@ -1,6 +1,5 @@
 """The whole service as a process on a bus of its own, and the real command line against it."""
 
-import io
 import json
 import os
 import select
@@ -9,67 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from smallroot import root_archive
 
 from jindiskd.sim.pki import SimulatedRoot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
-MODULES = (
-    "virtio_pci",
-    "virtio_blk",
-    "vmw_vsock_virtio_transport",
-    "dm-mod",
-    "dm-crypt",
-    "xts",
-    "nbd",
-    "ext4",
-)
-RELEASE = "6.1.0-13-test"
-
-
-def _root_file_system(padding_bytes: int) -> bytes:
-    """A tar archive of what a build asks of a root file system, and padding that takes time to encrypt."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-
-        def folder(name: str) -> None:
-            info = tarfile.TarInfo(name)
-            info.type, info.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(info)
-
-        def file(name: str, content: bytes) -> None:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-        base = f"usr/lib/modules/{RELEASE}"
-        for name in ("etc", "usr", "usr/bin", "usr/lib", "usr/lib/modules", "boot", "dev", base, f"{base}/kernel"):
-            folder(name)
-        link = tarfile.TarInfo("lib")
-        link.type, link.linkname = tarfile.SYMTYPE, "usr/lib"
-        tar.addfile(link)
-        file("etc/os-release", b'NAME="Test"\nPRETTY_NAME="Test Linux 1"\n')
-        file("etc/fstab", b"UUID=0b5c1f0e-7a63-4c39-9d0a-2d6a3c1f9e11 / ext4 rw 0 1\n")
-        lines = []
-        for module in MODULES:
-            file(f"{base}/kernel/{module}.ko", b"\x7fELF" + module.encode() * 50)
-            lines.append(f"kernel/{module}.ko:" + (" kernel/dm-mod.ko" if module == "dm-crypt" else ""))
-        file(f"{base}/modules.dep", ("\n".join(lines) + "\n").encode())
-        for name in ("modules.builtin", "modules.order"):
-            file(f"{base}/{name}", b"")
-        file(f"boot/vmlinuz-{RELEASE}", b"kernel" + bytes(70_000) + b"end")
-        if padding_bytes:
-            file("usr/padding", os.urandom(1 << 20) * (padding_bytes >> 20))
-    return out.getvalue()
-
-
 @pytest.fixture(scope="session")
 def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small root file system as a tar archive."""
@@ -77,7 +27,7 @@ def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(f"these programs are not installed: {', '.join(missing)}")
     path = tmp_path_factory.mktemp("base") / "root.tar"
-    path.write_bytes(_root_file_system(0))
+    path.write_bytes(root_archive(padding_bytes=0))
     return path
 
 
@@ -85,7 +35,7 @@ def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large_rootfs(rootfs: Path) -> Path:
     """One that takes seconds to build."""
     path = rootfs.with_name("large.tar")
-    path.write_bytes(_root_file_system(300 << 20))
+    path.write_bytes(root_archive(padding_bytes=300 << 20))
     return path
 
 
