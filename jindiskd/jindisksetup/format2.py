@@ -21,7 +21,7 @@ from jindiskd.jindisk.create import create_volume, wipe
 from jindiskd.jindisk.crypto import KEY_BYTES, SESSION_BYTES
 from jindiskd.jindisk.device import FileDevice, OpenFile
 from jindiskd.jindisk.export import bulk_export
-from jindiskd.jindisk.geometry import BLOCK, MIN_BLOCKS, blocks_of, default_geometry, largest_logical
+from jindiskd.jindisk.geometry import BLOCK, MIN_BLOCKS, Geometry, blocks_of, default_geometry, largest_logical
 from jindiskd.jindisk.identification import Identification
 from jindiskd.jindisk.recovery import read_identification
 from jindiskd.jindisk.served import Served, ServedSession, ServedVolume
@@ -58,6 +58,7 @@ class JinDisk2:
     def _begin(self, target: Target, new: NewVolume, size: int) -> Session:
         """Format, and begin the first session."""
         geometry = default_geometry(blocks_of(size), reserve_per_mille=new.reserve_per_mille)
+        _check_room(target, new, geometry)
         if not target.is_block and target.size_bytes < new.offset_bytes + geometry.end * BLOCK:
             os.ftruncate(target.fd, new.offset_bytes + geometry.end * BLOCK)
         device = FileDevice(target.fd, name=os.fspath(target.path), offset_bytes=new.offset_bytes)
@@ -76,6 +77,7 @@ class JinDisk2:
         if size < source_bytes:
             raise InvalidArgument("a size of", f"{size} bytes", f"the source has {source_bytes}")
         geometry = default_geometry(blocks_of(size), reserve_per_mille=new.reserve_per_mille)
+        _check_room(target, new, geometry)
         anchor = bulk_load(
             source_fd,
             target.fd,
@@ -227,6 +229,14 @@ class JinDisk2:
                 )
             session.begin()
             yield session
+
+
+def _check_room(target: Target, new: NewVolume, geometry: Geometry) -> None:
+    """Before anything is written: a file grows, a device does not."""
+    need = new.offset_bytes + geometry.end * BLOCK
+    if target.is_block and target.size_bytes < need:
+        fits = f"a volume of {geometry.size_bytes} bytes needs {need}; say a smaller --size"
+        raise InvalidArgument("a device of", f"{target.size_bytes} bytes", fits)
 
 
 def copy(source: Source, session: Session, progress: Progress) -> None:

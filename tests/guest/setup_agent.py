@@ -110,6 +110,26 @@ def work() -> None:
     FACTS["end"] = run("close", "vol")
     FACTS["bad name"] = run("open", "/dev/vda", "../x", *ACCESS)
 
+    # Block devices as targets: what is there is replaced, and what lies behind it is not touched.
+    plain = b"".join(bytes([n % 251]) * 4096 for n in range(1024)) + bytes(12 << 20)
+    Path("/run/plain").write_bytes(plain)
+    with Path("/dev/ram1").open("wb") as file:
+        file.write(b"old" * (24 << 20))
+    FACTS["ram format"] = run("format", "/dev/ram0", "--key-file", "/key", "--force")
+    FACTS["ram check"] = run("check", "/dev/ram0", *ACCESS)
+    FACTS["too large"] = run("load", "/dev/ram1", "/dev/ram0", "--key-file", "/key", "--force")
+    FACTS["ram load"] = run("load", "/run/plain", "/dev/ram0", "--key-file", "/key", "--force", "--anchor", "/run/a")
+    held = os.open("/dev/ram1", os.O_RDONLY | os.O_EXCL)
+    words = ["export", "/dev/ram0", "/dev/ram1", "--key-file", "/key", "--anchor", "/run/a"]
+    FACTS["ram held"] = run(*words, "--force")
+    os.close(held)
+    FACTS["ram export"] = run(*words, "--force")
+    with Path("/dev/ram1").open("rb") as file:
+        FACTS["ram content"] = file.read(16 << 20) == plain
+        behind = file.read(4096)
+    FACTS["ram rest"] = behind == (b"old" * 4096)[(16 << 20) % 3 :][:4096]
+    FACTS["small target"] = run(*words, "--force", "--target-offset", "60M")
+
     # The kernel's own means: without the target an error; making and removing mappings, with a target that is there.
     FACTS["no target"] = run("create", "password", "/dev/vda", "old", "--force")
     FACTS["no target, open"] = run("open", "password", "/dev/vda", "old", "--kdf", "rust")
@@ -126,6 +146,8 @@ def main() -> None:
         mounts.mount_kernel_filesystems()
         os.environ["PATH"] = "/usr/bin"
         modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
+        with Path("/brd.ko").open("rb") as module:
+            kernel.load_module(module.fileno(), "rd_nr=2 rd_size=73728")
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # be a reaper, as init is anyway
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         work()

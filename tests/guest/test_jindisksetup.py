@@ -37,6 +37,8 @@ def make_initrd(target: Path, modules_dir: Path) -> Path:
         listed.append(f"/mod/{file.name.partition('.ko')[0]}.ko")
         archive.file(listed[-1][1:], kmod.module_bytes(file))
     archive.file("modules.list", "\n".join(listed).encode())
+    (brd,) = (file for file in kmod.needed_modules(modules_dir, ["brd"]) if file.name.startswith("brd.ko"))
+    archive.file("brd.ko", kmod.module_bytes(brd))
     archive.file("key", KEY, 0o600)
     archive.file("agent/setup_agent.py", AGENT.read_bytes())
     script = "import sys; sys.path.append('/agent')\nfrom setup_agent import main\nmain()\n"
@@ -67,7 +69,8 @@ def test_open_and_close(machine, guest_kernel, tmp_path) -> None:
         "discard": True, "secret": "inside", "read": True, "after trim": True, "busy": 6, "close": 0, "gone": True,
         "close again": 3, "read-only": 0, "ro": "1", "close read-only": 0, "reopen": 0, "durable": True, "end": 0,
         "bad name": 2, "no target": 1, "no target, open": 1, "targets": ["linear"], "mapped": True,
-        "close other": 3, "removed": True,
+        "close other": 3, "removed": True, "ram format": 0, "ram check": 0, "too large": 2, "ram load": 0,
+        "ram held": 6, "ram export": 0, "ram content": True, "ram rest": True, "small target": 2,
     }, guest.console  # fmt: skip
     assert guest.console.count("everybody on this machine can see the password") == 2
     assert "--via nbd" in guest.console
