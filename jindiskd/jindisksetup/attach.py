@@ -70,7 +70,8 @@ def open_(app: App, /, words: tuple[str, ...], via: str | None, **given: Any) ->
     By the kernel's network block device it becomes /dev/jindisk/NAME; a process in the background serves it until it is
     closed. A volume of version 1 becomes /dev/mapper/NAME if the kernel has the reference's target.
 
-    With PASSWORD it is as the reference's tool has it: version 1, by the kernel's target; --kdf says whose derivation.
+    With PASSWORD it is as the reference's tool has it: version 1, by the kernel's target; --kdf says whose derivation
+    is used, and without it both are tried.
     """
     if not 2 <= len(words) <= 3:
         raise click.UsageError("give DEVICE and NAME, or PASSWORD, DEVICE and NAME")

@@ -42,7 +42,9 @@ def convert(app: App, /, source: Path, device: Path, **given: Any) -> None:
         raise InvalidArgument("the target", os.fspath(device), "it is the source itself")
     old = options.pick(app, "1")
     with contextlib.ExitStack() as stack:
-        old_key = stack.enter_context(options.obtain_key(app, old, given))
+        old_key = stack.enter_context(
+            options.obtain_key(app, old, {**given, "offset": given["source_offset"]}, volume=source)
+        )
         given.update(format_version="2", key_file=given["new_key_file"], kdf=None)
         access = Access(
             device=source,

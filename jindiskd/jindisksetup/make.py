@@ -43,7 +43,7 @@ new_volume = options.add(
     click.option("--generate-key", type=options.PATH, help="Draw the key, and keep it in this new file."),
     target_options,
     options.version,
-    options.kdf,
+    options.new_kdf,
 )
 
 

@@ -15,7 +15,9 @@ from jindiskd.base.secret import Secret
 from jindiskd.cli.app import App
 from jindiskd.cli.parameters import Size
 from jindiskd.errors import InvalidArgument
+from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.v1.keys import Kdf, derive
+from jindiskd.jindisk.v1.volume import root_from_password
 from jindiskd.jindisksetup import formats
 from jindiskd.jindisksetup.formats import Access, VolumeFormat
 from jindiskd.jindisksetup.keys import read_key, read_password
@@ -80,11 +82,19 @@ version = click.option(
 anchor = click.option(
     "--anchor", type=PATH, help="The file that keeps the volume's newest state; keep it away from the disk."
 )
-kdf = click.option(
-    "--kdf",
-    type=click.Choice([item.value for item in Kdf]),
-    help="Version 1: the key is a password, used as the reference's tool in C or in Rust does.",
-)
+AUTO = "auto"
+
+
+def _kdf(choices: list[str], more: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--kdf",
+        type=click.Choice(choices),
+        help=f"Version 1: the key is a password, used as the reference's tool in C or in Rust does{more}.",
+    )
+
+
+new_kdf = _kdf([item.value for item in Kdf], "")
+kdf = _kdf([*(item.value for item in Kdf), AUTO], ", or as either of the two does (auto)")
 access = add(
     key_file,
     anchor,
@@ -111,14 +121,27 @@ def pick(app: App, format_version: str) -> VolumeFormat:
     return found
 
 
-def obtain_key(app: App, form: VolumeFormat, given: dict[str, Any]) -> Secret:
-    """The key that `key_file` and `kdf` name."""
+def obtain_key(app: App, form: VolumeFormat, given: dict[str, Any], *, volume: Path | None = None) -> Secret:
+    """The key that `key_file` and `kdf` name; `volume`, at `offset`, is what a password is tried on."""
     if given["kdf"] is None:
         return read_key(app, given["key_file"], form.key_bytes)
     if form.anchored:
         raise InvalidArgument("--kdf", given["kdf"], "only volumes of version 1 have passwords; give the key itself")
     with read_password(given["key_file"]) as password:
-        return derive(password, Kdf(given["kdf"]))
+        return from_password(password, given["kdf"], volume, given["offset"])
+
+
+def from_password(password: Secret, kdf: str, volume: Path | None, offset_bytes: int) -> Secret:
+    """The key of a version 1 volume; with `auto` the one that opens it.
+
+    Raises:
+        VolumeUnauthentic: none does.
+    """
+    if kdf != AUTO:
+        return derive(password, Kdf(kdf))
+    assert volume is not None, "only an existing volume's tool can be found out"
+    with OpenFile(volume, writable=False, offset_bytes=offset_bytes) as device:
+        return root_from_password(device, password)[1]
 
 
 def no_anchor(form: VolumeFormat, given: dict[str, Any]) -> None:
@@ -147,7 +170,9 @@ def accessing(
     if password is not None and (given["key_file"] is not None or form.anchored):
         raise InvalidArgument("a password", "with --key-file", "give one of the two")
     with (
-        obtain_key(app, form, given) if password is None else derive(password, Kdf(given["kdf"] or Kdf.C.value))
+        obtain_key(app, form, given, volume=device)
+        if password is None
+        else from_password(password, given["kdf"] or AUTO, device, given["offset"])
     ) as key:
         yield (
             form,

@@ -137,6 +137,10 @@ def test_passwords(setup, tmp_path) -> None:
         setup("format", path, "--size", "8M", *WORDS, "--kdf", kdf, "--key-file", tmp_path / "pw")
         setup("measure", path, *WORDS, "--kdf", kdf, "--key-file", tmp_path / "pw")
         setup("measure", path, *WORDS, "--kdf", other, "--key-file", tmp_path / "pw", status=8)
+        setup("measure", path, *WORDS, "--kdf", "auto", "--key-file", tmp_path / "pw")
+    (tmp_path / "wrong").write_bytes(b"incorrect horse")
+    setup("measure", tmp_path / "c", *WORDS, "--kdf", "auto", "--key-file", tmp_path / "wrong", status=8)
+    setup("format", tmp_path / "d", "--size", "8M", *WORDS, "--kdf", "auto", "--key-file", tmp_path / "pw", status=2)
     # The C tool's, by the format document.
     (tmp_path / "raw").write_bytes(bytes.fromhex("ac053bd7569684ec0ab80398412910ba7271fac8c7b5cfe9648142c4"))
     setup("measure", tmp_path / "c", *WORDS, "--key-file", tmp_path / "raw")

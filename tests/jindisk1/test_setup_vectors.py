@@ -25,7 +25,7 @@ def test_convert(name: str, vector: Unpack, tmp_path: Path, capsys: pytest.Captu
     key = tmp_path / "key"
     if "password" in found.entry:
         key.write_bytes(found.entry["password"].encode())
-        words = ["--key-file", str(key), "--kdf", "c"]
+        words = ["--key-file", str(key), "--kdf", "auto"]
     else:
         key.write_bytes(bytes.fromhex(found.entry["key"] + found.entry["iv"]))
         words = ["--key-file", str(key)]
