@@ -27,8 +27,7 @@ def merge(session: Session, *, closing: bool) -> tuple[list[int], bytes, Journal
     Returns:
         The segments freed, the sealed superblock, and the journal of the next epoch.
     """
-    volume, slots = session.volume, session.slots
-    assert slots is not None, "collected before"
+    volume, slots = session.volume, session.room.slots
     sequence = session.sequence + 1
     writer = PageWriter(volume.device, slots, session.generator)
     updates = {kind: TreeUpdate(tree, writer, slots) for kind, tree in volume.trees.items()}

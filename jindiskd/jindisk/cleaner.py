@@ -76,7 +76,7 @@ class Cleaner:
             with volume.lock:
                 appender, live = session.appender, volume.segments.live[segment]
                 spare = len(appender.free) - KEPT_FREE - appender.segments_for(0)
-                if live > appender.room(CLEANER) + max(0, spare) * size or not session.has_slots(live):
+                if live > appender.room(CLEANER) + max(0, spare) * size or not session.room.has_slots(live):
                     break
                 if not self._move(segment):
                     self.damaged.add(segment)

@@ -27,15 +27,12 @@ from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START, Kind
 from jindiskd.jindisk.journal import UNORDERED_MAPS, EntryLog, JournalWriter
 from jindiskd.jindisk.memtable import UNMAPPED
 from jindiskd.jindisk.reporting import Reporter
+from jindiskd.jindisk.room import RESERVED_SEGMENTS, Room
 from jindiskd.jindisk.slots import Slots
-from jindiskd.jindisk.tree import page_name, ref_raw
 from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
 
-RESERVED_SEGMENTS = 4
-"""The last free segments are for the cleaner and for checkpoints."""
 FREE_TARGET = 8
 MEMTABLE_AT_FLUSH = 131_072
-MEMTABLE_LIMIT = 262_144
 PENDING_BLOCKS = 1024
 TICK_S = 1.0
 Planned = tuple[int, bytes | None, bool]
@@ -84,13 +81,13 @@ class Session:
         )
         self._commits = threading.RLock()
         self.appender = Appender(volume, self.generator, ordered=ordered_placement)
+        self.room = Room(volume, self.appender)
         self.cleaner = Cleaner(self)
         self.journal: JournalWriter | None = None
         self.epoch = volume.superblock.epoch
         self.sequence = volume.state.sequence
         self.durable: State = volume.state
         """The last durable state."""
-        self.slots: Slots | None = None
         self.closed = False
         self._begun = self._close_told = False
         self._changes = self._durable_changes = 0
@@ -113,7 +110,7 @@ class Session:
 
     def begin_new(self, journal: JournalWriter, slots: Slots) -> None:
         """Instead of `begin`, for a volume that this process has just formatted: there is nothing to adopt."""
-        self.journal, self.slots, self._begun = journal, slots, True
+        self.journal, self.room.slots, self._begun = journal, slots, True
 
     # Requests
 
@@ -352,7 +349,7 @@ class Session:
         self._check()
         if len(self.volume.pending) >= self._pending_limit():
             self.appender.seal_pending()
-        return self._has_room(blocks)
+        return self.room.suffices(blocks)
 
     def _accepted(self) -> None:
         self._changes += 1
@@ -364,37 +361,12 @@ class Session:
 
     # Room
 
-    def _has_room(self, blocks: int) -> bool:
-        need = self.appender.segments_for(blocks)
-        if need and len(self.appender.free) - need < RESERVED_SEGMENTS:
-            return False
-        memtable = self.volume.memtable
-        if not len(memtable):
-            return True
-        return len(memtable) + len(self.volume.pending) + blocks <= MEMTABLE_LIMIT and self.has_slots(blocks)
-
-    def has_slots(self, blocks: int) -> bool:
-        """Whether the page slots suffice for a checkpoint after a change of so many blocks more."""
-        return self.slots is None or self._page_estimate(blocks) <= self.slots.free
-
-    def _page_estimate(self, extra: int) -> int:
-        """At most so many pages will the next checkpoint write (format document, section 14.4)."""
-        geometry, memtable = self.volume.geometry, self.volume.memtable
-        more = len(self.volume.pending) + extra
-        per_segment = max(1, -(-geometry.segment_blocks // 512)) + 1
-        counts = {
-            Kind.F: len(memtable.touched) + more,
-            Kind.R: (len(self.volume.segments.taken) + self.appender.segments_for(extra) + len(STREAMS)) * per_segment,
-            Kind.S: len(memtable.entries) + 170 * len(memtable.cleared) + more + len(STREAMS),
-        }
-        return sum(min(count, pages) for kind, count in counts.items() for pages in geometry.levels[kind])
-
     def _make_room(self, blocks: int) -> bool:
         """Checkpoint, then clean until a change of so many blocks has room; whether it has."""
         with self._commits:
             with self.volume.lock:
                 self._check()
-                if self._has_room(blocks):
+                if self.room.suffices(blocks):
                     return True
             self.checkpoint()
             need, free = self.appender.segments_for(blocks), len(self.appender.free)
@@ -402,7 +374,7 @@ class Session:
             if need <= FREE_TARGET - RESERVED_SEGMENTS and free - need < RESERVED_SEGMENTS + len(STREAMS):
                 self.cleaner.clean(FREE_TARGET)
             with self.volume.lock:
-                return self._has_room(blocks)
+                return self.room.suffices(blocks)
 
     # Commits
 
@@ -429,10 +401,9 @@ class Session:
 
     def _checkpoint_due(self) -> bool:
         assert self.journal is not None, "the session has begun"
-        assert self.slots is not None, "the session has begun"
         full = self.journal.index + self.appender.log.block_bound() > self.volume.geometry.journal_blocks
         large = len(self.volume.memtable) > MEMTABLE_AT_FLUSH
-        return full or large or self._page_estimate(0) > self.slots.free * 4 // 5
+        return full or large or self.room.pages_scarce()
 
     def _write_commit(self, log: EntryLog) -> None:
         assert self.journal is not None, "the session has begun"
@@ -459,27 +430,16 @@ class Session:
                 self.appender.seal_pending()  # if the store refuses, the data are kept and nothing was begun
                 with self._fencing("a checkpoint"):
                     covered = self._changes
-                    self._collect_slots()
+                    self.room.collect_slots()
                     freed, superblock, journal = checkpoint.merge(self, closing=closing)
             with self._fencing("a checkpoint"):
                 checkpoint.commit(self, superblock)
             with self.volume.lock:
                 self.journal = journal
                 self._durable_changes = covered
-                assert self.slots is not None, "collected above"
-                self.slots.release_retired()
+                self.room.slots.release_retired()
                 self.appender.free.add(freed)
                 self.volume.reuse += 1
-
-    def _collect_slots(self) -> None:
-        """Find the used page slots, once."""
-        if self.slots is not None:
-            return
-        slots = Slots(self.volume.geometry)
-        for kind, tree in self.volume.trees.items():
-            for level, index, ref in tree.interior_refs():
-                slots.mark(ref_raw(ref), page_name(kind, level, index, ref_raw(ref)))
-        self.slots = slots
 
 
 def _blocks(offset: int, length: int) -> int:

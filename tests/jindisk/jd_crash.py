@@ -195,7 +195,7 @@ class Run:
 
         Not while another request waits for room: the order of the two would be open.
         """
-        if self.waiting or self.random.random() < 0.8 or not session._has_room(2):
+        if self.waiting or self.random.random() < 0.8 or not session.room.suffices(2):
             return
         lba = self.random.randrange(self.span - 2)
         data = self.fresh(now, lba, 2)

@@ -1,0 +1,77 @@
+"""Whether there is room for a change: free segments, memory, page slots (format document, sections 14 and 17).
+
+The caller holds the volume's lock around every call.
+"""
+
+from __future__ import annotations
+
+from jindiskd.jindisk.appender import STREAMS, Appender
+from jindiskd.jindisk.geometry import PER_LEAF, Kind
+from jindiskd.jindisk.slots import Slots
+from jindiskd.jindisk.tree import page_name, ref_raw
+from jindiskd.jindisk.volume import Volume
+
+RESERVED_SEGMENTS = 4
+"""The last free segments are for the cleaner and for checkpoints."""
+MEMTABLE_LIMIT = 262_144
+_F_LEAF, _R_LEAF = PER_LEAF[Kind.F], PER_LEAF[Kind.R]
+
+
+class Room:
+    """What a session has left of everything that can run out."""
+
+    def __init__(self, volume: Volume, appender: Appender) -> None:
+        """Page slots are unknown until `collect_slots`, or until whoever made the volume sets them."""
+        self._volume, self._appender = volume, appender
+        self._slots: Slots | None = None
+
+    @property
+    def slots(self) -> Slots:
+        """The page slots. Only once they are known."""
+        assert self._slots is not None, "the session has begun"
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: Slots) -> None:
+        self._slots = slots
+
+    def collect_slots(self) -> None:
+        """Find the used page slots, once. Reads interior pages; raises `VolumeError`."""
+        if self._slots is not None:
+            return
+        slots = Slots(self._volume.geometry)
+        for kind, tree in self._volume.trees.items():
+            for level, index, ref in tree.interior_refs():
+                slots.mark(ref_raw(ref), page_name(kind, level, index, ref_raw(ref)))
+        self._slots = slots
+
+    def suffices(self, blocks: int) -> bool:
+        """Whether a change of so many blocks may be accepted now."""
+        need = self._appender.segments_for(blocks)
+        if need and len(self._appender.free) - need < RESERVED_SEGMENTS:
+            return False
+        memtable = self._volume.memtable
+        if not len(memtable):
+            return True
+        return len(memtable) + len(self._volume.pending) + blocks <= MEMTABLE_LIMIT and self.has_slots(blocks)
+
+    def has_slots(self, blocks: int) -> bool:
+        """Whether the page slots suffice for a checkpoint after a change of so many blocks more."""
+        return self._slots is None or self._page_estimate(blocks) <= self._slots.free
+
+    def pages_scarce(self) -> bool:
+        """Whether the next checkpoint may need four fifths of the free page slots."""
+        return self._page_estimate(0) > self.slots.free * 4 // 5
+
+    def _page_estimate(self, extra: int) -> int:
+        """At most so many pages will the next checkpoint write, after `extra` blocks more."""
+        geometry, memtable = self._volume.geometry, self._volume.memtable
+        more = len(self._volume.pending) + extra
+        per_segment = -(-geometry.segment_blocks // _R_LEAF) + 1
+        taken = len(self._volume.segments.taken) + self._appender.segments_for(extra) + len(STREAMS)
+        counts = {
+            Kind.F: len(memtable.touched) + more,
+            Kind.R: taken * per_segment,
+            Kind.S: len(memtable.entries) + _F_LEAF * len(memtable.cleared) + more + len(STREAMS),
+        }
+        return sum(min(count, pages) for kind, count in counts.items() for pages in geometry.levels[kind])
