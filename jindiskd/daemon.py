@@ -12,13 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import structlog
 
 import jindiskd
-from jindiskd.attest.collateral import CollateralCache
+from jindiskd.attest.collateral import CollateralCache, warnings_of
 from jindiskd.attest.collecting import Collector, genuine_verifiers
 from jindiskd.attest.plugins import plugged_in
 from jindiskd.attest.snp import SnpVerifier
@@ -123,6 +124,9 @@ def warnings(config: Config, state: StateFiles) -> tuple[str, ...]:
         )
     if config.broker.allow_simulated:
         found.append("reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing")
+    if not relayed:
+        entries = CollateralCache(config.collateral_dir).entries()
+        found += [f"collateral: {line}" for line in warnings_of(entries, datetime.now(UTC))]
     if os.geteuid() == 0:
         found.append("the service runs as root: nothing it does needs that; use its unit")
     return tuple(found)

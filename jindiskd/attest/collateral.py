@@ -18,7 +18,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -274,9 +274,13 @@ def products_of(report: SnpReport) -> Iterator[Product]:
         yield from (Product.MILAN, Product.GENOA)
 
 
-def counts(entries: list[Entry], now: datetime) -> Mapping[str, int]:
-    """How many entries are in each state."""
-    found: dict[str, int] = {}
+def warnings_of(entries: Sequence[Entry], now: datetime) -> list[str]:
+    """What somebody should do about the cache, a sentence each."""
+    found = []
     for entry in entries:
-        found[entry.state(now)] = found.get(entry.state(now), 0) + 1
+        state = entry.state(now)
+        if state != "ok":
+            found.append(f"{entry.what} {state}: {entry.problem or 'fetch or import it again'}")
+    if not any(entry.name.endswith(".crl") for entry in entries):
+        found.append("there is no revocation list of AMD's: by default genuine SEV-SNP guests are refused without one")
     return found

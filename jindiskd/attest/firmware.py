@@ -113,6 +113,15 @@ class FirmwareInfo:
     sections: tuple[Section, ...]
 
 
+def enforcement_problem(sha256: bytes) -> str:
+    """Why a firmware makes the measurement of a kernel worthless, as the end of a sentence; empty where it is not known
+    to. `sha256` is of the image, 32 bytes."""
+    known = KNOWN.get(sha256.hex())
+    if known is None or known.enforces_kernel_hashes:
+        return ""
+    return f"({known.name}) does not check kernels against the measured hashes"
+
+
 def read_table(data: bytes, path: Path) -> dict[str, bytes]:
     """The GUID table that ends 32 bytes before the image's end: GUID to content; empty where there is none.
 

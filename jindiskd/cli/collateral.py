@@ -61,25 +61,23 @@ def collateral() -> None:
 @pass_app
 def status(app: App, directory: Path | None, at: datetime | None) -> None:
     """List what there is, and say what expires within 14 days, has expired, or is missing."""
+    from jindiskd.attest.collateral import warnings_of
+
     cache, now = _cache(directory), at.replace(tzinfo=UTC) if at else datetime.now(UTC)
     entries = cache.entries()
-    rows, found, warnings = [], [], []
+    rows, found = [], []
     for entry in entries:
         state = entry.state(now)
         expires = entry.expires.strftime("%Y-%m-%d") if entry.expires else "-"
         rows.append((entry.what, expires, state, entry.name))
         when = entry.expires.isoformat() if entry.expires else None
         found.append({"name": entry.name, "what": entry.what, "expires": when, "state": state})
-        if state != "ok":
-            warnings.append(f"{entry.what} {state}: {clean(entry.problem) or 'fetch or import it again'}")
-    names = {entry.name for entry in entries}
-    if not any(name.endswith(".crl") for name in names):
-        warnings.append("there is no revocation list of AMD's: by default SEV-SNP guests are refused without one")
+    warnings = warnings_of(entries, now)
     document = {"directory": str(cache.root), "entries": found, "warnings": warnings}
 
     def text() -> str:
         shown = table(("WHAT", "EXPIRES", "STATE", "FILE"), rows, legend=app.legend)
-        return "\n".join([shown, *(f"warning: {line}" for line in warnings)])
+        return "\n".join([shown, *(f"warning: {clean(line)}" for line in warnings)])
 
     app.show(document, text)
 

@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 
+from jindiskd.attest.firmware import enforcement_problem
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.domain import capabilities, check, xml
 from jindiskd.domain.binding import Binding
@@ -74,6 +75,9 @@ class Judge:
             return f"what it boots cannot be read ({exc}): {again}"
         if changed:
             return f"{changed} is not what image {binding.image!r} was measured with: {again}, or build the image again"
+        unchecked = "" if manifest.platform.simulated else enforcement_problem(manifest.shape.firmware_sha256)
+        if unchecked:
+            return f"its firmware {unchecked}: build image {binding.image!r} again with one that does"
         faults = [str(fault) for fault in check.faults(root, simulated=manifest.platform.simulated)]
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

@@ -20,6 +20,7 @@ from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
 from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
 from jindiskd.image.manifest import Manifest
+from jindiskd.image.measurement import require_launch_firmware
 from jindiskd.image.store import ImageStore
 
 log = structlog.get_logger(__name__)
@@ -86,6 +87,7 @@ class Launcher:
         """Make libvirt's definition what is to be started; returns its XML."""
         view = guest.view
         await self.can_start(manifest.platform)
+        await asyncio.to_thread(require_launch_firmware, manifest)
         binding = self._bindings.get(view.uuid)
         if binding is not None and binding.adopted:
             text = await self._adopted(view, binding)

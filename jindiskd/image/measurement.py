@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, inspect_firmware
+from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, enforcement_problem, inspect_firmware
 from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
+from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import BuildRequest
 from jindiskd.image.store import StoredImage
 
@@ -23,11 +24,31 @@ def suitable_firmware(request: BuildRequest) -> FirmwareInfo:
     info = inspect_firmware(path)
     if request.platform.simulated:
         return info
-    if info.enforces_kernel_hashes is False:
-        raise FirmwareUnsuitable(path, "does not check kernels against the measured hashes")
+    problem = enforcement_problem(info.sha256)
+    if problem:
+        raise FirmwareUnsuitable(path, problem)
     if info.enforces_kernel_hashes is None and not request.vouch_firmware:
         raise FirmwareUnsuitable(path, "is of an unknown build: vouch for it if it checks kernel hashes; otherwise")
     return info
+
+
+def require_launch_firmware(manifest: Manifest) -> None:
+    """Refuse to start a guest on a real platform whose firmware is not the one measured, or checks no kernel.
+
+    An image may be older than what is known of its firmware, or come from another store. Reads the file: call it off
+    the event loop.
+
+    Raises:
+        FirmwareUnsuitable, NotFound: with the reason.
+    """
+    if manifest.platform.simulated:
+        return
+    path = Path(manifest.shape.firmware)
+    problem = enforcement_problem(manifest.shape.firmware_sha256)
+    if not problem and inspect_firmware(path).sha256 != manifest.shape.firmware_sha256:
+        problem = "is another than the image was measured with: put that back, or build the image again; otherwise"
+    if problem:
+        raise FirmwareUnsuitable(path, problem)
 
 
 def launch_digest(request: BuildRequest, directory: Path, cmdline: str) -> bytes:
