@@ -18,6 +18,7 @@ class KekSource(enum.StrEnum):
     AUTO = "auto"
     CREDENTIAL = "credential"
     FILE = "file"
+    TPM2 = "tpm2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,16 @@ class KeysConfig:
         metadata={"help": "where the key-encryption key is; `auto`: the unit's credential, else a file"},
     )
     kek_file: Path | None = field(default=None, metadata={"help": "the file; `kek` in the state directory if unset"})
+    tpm2_dir: Path | None = field(
+        default=None, metadata={"help": "for `tpm2`: the directory of what is sealed; `tpm2` in the state directory"}
+    )
+    tpm2_pcrs: str = field(
+        default="sha256:7",
+        metadata={"help": "for `tpm2`: registers whose state the key is sealed to (7: Secure Boot); none if empty"},
+    )
+    tpm2_tcti: str = field(
+        default="device:/dev/tpmrm0", metadata={"help": "for `tpm2`: how the TPM is reached, as for tpm2-tools"}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +141,11 @@ class Config:
     def kek_file(self) -> Path:
         """The file of the key-encryption key."""
         return self.keys.kek_file or self.service.state_dir / "kek"
+
+    @property
+    def tpm2_dir(self) -> Path:
+        """The directory of the sealed key-encryption key."""
+        return self.keys.tpm2_dir or self.service.state_dir / "tpm2"
 
     @property
     def admin_socket(self) -> Path:

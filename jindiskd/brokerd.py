@@ -55,6 +55,7 @@ from jindiskd.errors import InvalidArgument, JindiskError, NotFound
 from jindiskd.keys import handover
 from jindiskd.keys.database import KekWrong
 from jindiskd.keys.store import Store
+from jindiskd.keys.tpm import Tpm
 from jindiskd.keys.wrap import CREDENTIAL, KEK_BYTES, KekMissing, KekUnusable, load_kek
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
 
@@ -65,11 +66,18 @@ IDENTITY = "broker.pem"
 def kek_of(config: Config, *, create: bool) -> Secret:
     """The key-encryption key from where the configuration says; drawn there where it may be and none is yet."""
     credentials = credentials_directory()
+    if config.keys.kek is KekSource.TPM2:
+        return tpm_of(config).unseal()
     if config.keys.kek is KekSource.CREDENTIAL:
         if credentials is None or not (credentials / CREDENTIAL).exists():
             raise KekMissing(f"the unit's credential {CREDENTIAL}")
         create = False
     return load_kek(config.kek_file, None if config.keys.kek is KekSource.FILE else credentials, create=create)
+
+
+def tpm_of(config: Config) -> Tpm:
+    """The TPM that the configuration names."""
+    return Tpm(config.tpm2_dir, config.keys.tpm2_tcti, config.keys.tpm2_pcrs)
 
 
 def open_store(config: Config) -> Store:
@@ -253,6 +261,20 @@ def _health(store: Store) -> Callable[[], asyncio.Future[bool]]:
     return lambda: asyncio.ensure_future(asyncio.to_thread(probe))
 
 
+def seal_kek(config: Config) -> int:
+    """Seal the key-encryption key in the file to the TPM, drawing one if there is none; says what to do next."""
+    config.service.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    database = config.service.state_dir / "keys.db"
+    fresh = not config.keys.database and (not database.exists() or database.stat().st_size == 0)
+    with load_kek(config.kek_file, None, create=fresh) as kek:
+        tpm_of(config).seal(kek)
+    click.echo(
+        f'Sealed in {config.tpm2_dir}. Now set kek = "tpm2" in [keys], keep a copy of {config.kek_file} offline, and '
+        "delete that file."
+    )
+    return 0
+
+
 def change_kek(config: Config, file: Path) -> int:
     """Wrap everything anew by the key in `file`; says what to do next."""
     mode = file.stat().st_mode
@@ -288,7 +310,9 @@ async def serve(config: Config, path: Path) -> int:
             log.info("stopped")
 
 
-def run(path: Path | None, check_config: bool, show_config: bool, rotate_kek: Path | None = None) -> int:
+def run(
+    path: Path | None, check_config: bool, show_config: bool, seal: bool = False, rotate_kek: Path | None = None
+) -> int:
     """What the command line asks for; returns the exit status."""
     if path is not None and not path.exists():
         raise NotFound("configuration file", str(path))
@@ -303,6 +327,8 @@ def run(path: Path | None, check_config: bool, show_config: bool, rotate_kek: Pa
         return 0
     keep_memory_private()
     logs.setup(config.service.log_level.value)
+    if seal:
+        return seal_kek(config)
     if rotate_kek is not None:
         return change_kek(config, rotate_kek)
     return asyncio.run(serve(config, path or DEFAULT_FILE))

@@ -50,6 +50,7 @@ BY_CODE: Mapping[str, int] = {
     "ImageFormatRefused": EXIT_USAGE,
     "InvalidArgument": EXIT_USAGE,
     "KekMissing": EXIT_INTEGRITY,
+    "KekNotUnsealed": EXIT_INTEGRITY,
     "KekUnusable": EXIT_INTEGRITY,
     "KekWrong": EXIT_INTEGRITY,
     "KeyUnreadable": EXIT_INTEGRITY,

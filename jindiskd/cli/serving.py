@@ -17,10 +17,15 @@ def daemon_command(run: Callable[..., int]) -> click.Command:
 
 
 def broker_command(run: Callable[..., int]) -> click.Command:
-    """The command of jindisk-broker; `run` also gets `rotate_kek`."""
+    """The command of jindisk-broker; `run` also gets `seal` and `rotate_kek`."""
     text = "Release the keys of encrypted images to guests that attest, on the machine of their owner."
     command = _command("jindisk-broker", broker_config.DEFAULT_FILE, text, run)
     command.params += [
+        click.Option(
+            ["--seal-kek", "seal"],
+            is_flag=True,
+            help="Only seal the key-encryption key in its file to this machine's TPM, drawing one if there is none.",
+        ),
         click.Option(
             ["--rotate-kek"],
             type=click.Path(path_type=Path, exists=True, dir_okay=False),

@@ -1,0 +1,148 @@
+"""The key-encryption key in a TPM: a software TPM with the real tools, and the broker's program with both."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jindiskd.base.secret import Secret
+from jindiskd.errors import AlreadyExists, InvalidArgument
+from jindiskd.keys.tpm import KekNotUnsealed, Tpm
+from jindiskd.keys.wrap import KekMissing
+
+PROGRAM = Path(sys.executable).with_name("jindisk-broker")
+
+
+class Software:
+    """A TPM in software: its state stays when it is switched off, and its registers begin anew."""
+
+    def __init__(self, folder: Path) -> None:
+        for program in ("swtpm", "tpm2_unseal"):
+            if shutil.which(program) is None:
+                pytest.skip(f"{program} is not installed: scripts/setup installs it")
+        self.folder, self.process = folder, None  # type: Path, subprocess.Popen[bytes] | None
+        self.tcti = f"swtpm:path={folder}/sock"
+
+    def on(self) -> "Software":
+        words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.folder}"]
+        words += ["--flags", "not-need-init,startup-clear"]
+        words += ["--server", f"type=unixio,path={self.folder}/sock", "--ctrl", f"type=unixio,path={self.folder}/sock.ctrl"]
+        self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(3000):
+            if (self.folder / "sock").exists():
+                return self
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.01)
+                break
+        raise AssertionError("swtpm did not start")
+
+    def off(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        for name in ("sock", "sock.ctrl"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def extend(self, register: int) -> None:
+        words = ["tpm2_pcrextend", "-T", self.tcti, f"{register}:sha256={'11' * 32}"]
+        subprocess.run(words, check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def software() -> Iterator[Software]:
+    with tempfile.TemporaryDirectory() as name:
+        made = Software(Path(name))
+        try:
+            yield made.on()
+        finally:
+            made.off()
+
+
+def test_it_unseals_in_the_state_it_was_sealed_in_alone(software: Software, tmp_path: Path) -> None:
+    """After the machine was off too; with a changed register it does not; nothing on the disk is the key."""
+    kek = Secret.random(32)
+    plain = bytes(kek.reveal())
+    tpm = Tpm(tmp_path / "tpm2", software.tcti, "sha256:7,8")
+    with pytest.raises(KekMissing):
+        tpm.unseal()
+    tpm.seal(kek)
+    assert tpm.unseal() == kek
+    with pytest.raises(AlreadyExists):
+        tpm.seal(Secret.random(32))
+    for path in [*(tmp_path / "tpm2").iterdir(), *software.folder.iterdir()]:
+        assert not path.is_file() or plain not in path.read_bytes()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "tpm2").iterdir()} == {0o600}
+    software.off()
+    software.on()
+    assert tpm.unseal() == kek
+    software.extend(8)
+    with pytest.raises(KekNotUnsealed, match="seal it again"):
+        tpm.unseal()
+    software.extend(9)
+    software.off()
+    software.on()
+    assert tpm.unseal() == kek
+
+
+def test_another_tpm_gives_nothing(software: Software, tmp_path: Path) -> None:
+    """What is sealed to one is of no use to another, or when it was altered; without registers the TPM suffices."""
+    kek = Secret.random(32)
+    Tpm(tmp_path / "tpm2", software.tcti, "").seal(kek)
+    software.extend(7)
+    assert Tpm(tmp_path / "tpm2", software.tcti, "").unseal() == kek
+    with tempfile.TemporaryDirectory() as name:
+        other = Software(Path(name)).on()
+        with pytest.raises(KekNotUnsealed):
+            Tpm(tmp_path / "tpm2", other.tcti, "").unseal()
+        other.off()
+    private = tmp_path / "tpm2/kek.priv"
+    data = bytearray(private.read_bytes())
+    data[-1] ^= 1
+    private.write_bytes(data)
+    with pytest.raises(KekNotUnsealed):
+        Tpm(tmp_path / "tpm2", software.tcti, "").unseal()
+
+
+@pytest.mark.parametrize(("tcti", "pcrs"), [("device:/dev/tpmrm0", "7"), ("device:/x", "sha256:7;x"), ("--help", "")])
+def test_settings_are_read_strictly(tcti: str, pcrs: str) -> None:
+    """They become arguments of programs."""
+    with pytest.raises(InvalidArgument):
+        Tpm(Path("/nowhere"), tcti, pcrs)
+
+
+def test_the_broker_starts_from_a_sealed_key(software: Software, tmp_path: Path) -> None:
+    """Sealed by the program, the file deleted, started; with the register changed it ends with 8 and says why."""
+    configuration = tmp_path / "broker.toml"
+    listen = '[listen]\nguests = ""\n'
+    service = f'[service]\nstate_dir = "{tmp_path}/state"\nruntime_dir = "{tmp_path}/run"\n'
+    keys = f'[keys]\ntpm2_tcti = "{software.tcti}"\ntpm2_pcrs = "sha256:7"\n'
+    configuration.write_text(service + listen + keys)
+    words = [str(PROGRAM), "--config", str(configuration)]
+    done = subprocess.run([*words, "--seal-kek"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "delete that file" in done.stdout
+    (tmp_path / "state/kek").unlink()
+    configuration.write_text(service + listen + keys.replace("[keys]", '[keys]\nkek = "tpm2"'))
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={"PATH": os.environ["PATH"]})
+
+    with start() as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "ready" in line:
+                break
+        process.terminate()
+        assert process.wait(60) == 0
+    software.extend(7)
+    with start() as process:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 8
+        assert "does not unseal" in said
