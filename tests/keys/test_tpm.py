@@ -32,7 +32,8 @@ class Software:
     def on(self) -> "Software":
         words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.folder}"]
         words += ["--flags", "not-need-init,startup-clear"]
-        words += ["--server", f"type=unixio,path={self.folder}/sock", "--ctrl", f"type=unixio,path={self.folder}/sock.ctrl"]
+        for option, name in (("--server", "sock"), ("--ctrl", "sock.ctrl")):
+            words += [option, f"type=unixio,path={self.folder}/{name}"]
         self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(3000):
             if (self.folder / "sock").exists():
