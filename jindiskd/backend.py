@@ -17,7 +17,7 @@ from typing import Protocol
 import jindiskd.image.worker  # noqa: F401 (registers the errors that a build worker can name)
 from jindiskd.attest.descriptors import choose
 from jindiskd.attest.expected import expected
-from jindiskd.attest.measure import snp_launch_digest
+from jindiskd.attest.measure import launch_digest
 from jindiskd.base import document, plugins
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
@@ -226,7 +226,7 @@ class ImagesBackend:
 
         def compute() -> bytes:
             verify(image)
-            return snp_launch_digest(inputs_of(image))
+            return launch_digest(manifest.platform.tee, inputs_of(image))
 
         digest = await asyncio.to_thread(compute)
         if digest != manifest.launch_digest:

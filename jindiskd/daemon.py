@@ -31,6 +31,7 @@ from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import listen_unix
 from jindiskd.broker.relay import Relay, RelayLimits
 from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
+from jindiskd.broker.sev import SevOwner
 from jindiskd.bus.lib import BusType
 from jindiskd.bus.ports import Decisions, Keys, ServiceFacts
 from jindiskd.bus.service import BusService
@@ -53,6 +54,7 @@ from jindiskd.keys.store import KeyState, Store
 from jindiskd.keys.wrap import CREDENTIAL, load_kek
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
 from jindiskd.sim.pki import SimulatedRoot
+from jindiskd.sim.sev_platform import SevPlatformKeys
 
 log = structlog.get_logger(__name__)
 
@@ -68,6 +70,8 @@ class StateFiles:
         broker.pem         the key that guests pin, mode 0600
         handover/          instead of the three: keys sealed for the owner's broker, where the deployment is a relay
         simulated-root/    the root of the simulated platform, where that is allowed
+        simulated-sev.json the simulated SEV platform, once it was needed
+        sev/               AMD's certificates of this host's processor, for SEV and SEV-ES (`broker.sev`)
         console/           what guests write on their consoles
         collateral/        certificates and revocation lists of the processors' makers
         images/            the image store, unless configured elsewhere
@@ -144,6 +148,8 @@ class Side:
     spki_sha256: bytes
     """Of the broker: what new images pin."""
     relay: Relay | None = None
+    sev: SevOwner | None = None
+    """The owner's side of SEV launches; with a relay it is elsewhere, and cannot be asked."""
     domains: list[DomainService] = field(default_factory=list)
     """The domains once they are made, which the broker tells what it decided."""
 
@@ -251,11 +257,19 @@ class Service:
             peer = Peer(description=f"domain {domain_uuid}", domain_uuid=domain_uuid, image_id=image_id)
             return await listen_unix(broker, identity, path, peer)
 
+        simulated = state.root / "simulated-sev.json"
+        sev = SevOwner(
+            store,
+            certificates=state.root / "sev",
+            simulated=(lambda: SevPlatformKeys.load_or_create(simulated)) if config.broker.allow_simulated else None,
+            on_event=lambda event: tell_domains(side.domains[0], event),
+        )
         side = Side(
             images=KeyPort(store),
             keys=KeysBackend(store),
             decisions=lambda images: DecisionsBackend(images, store, config),
             open_broker=open_broker,
+            sev=sev,
             key_problem=lambda image_id: key_problem(store, image_id),
             spki_sha256=identity.spki_sha256,
         )
@@ -301,6 +315,7 @@ class Service:
             images=images,
             open_broker=side.open_broker,
             key_problem=side.key_problem,
+            sev=side.sev,
             settings=DomainSettings(
                 runtime_dir=config.service.runtime_dir,
                 console_dir=state.console,

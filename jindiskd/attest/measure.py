@@ -25,7 +25,8 @@ from sevsnpmeasure.vmm_types import VMMType
 from sevsnpmeasure.vmsa import VMSA
 
 from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, inspect_firmware
-from jindiskd.errors import EXIT_USAGE, InvalidArgument, JindiskError, NotFound
+from jindiskd.base.platform import Tee
+from jindiskd.errors import EXIT_USAGE, InvalidArgument, JindiskError, NotFound, NotSupported
 
 GUEST_FEATURES_SNP = 0x1
 GUEST_FEATURES_DEBUG_SWAP = 0x21
@@ -186,6 +187,20 @@ def sev_launch_digest(inputs: LaunchInputs, *, encrypted_state: bool) -> bytes:
 def kernel_hashes_table(kernel: Path, initrd: Path, cmdline: str) -> bytes:
     """The table that QEMU puts into guest memory: 168 bytes padded to 176 (attestation notes section 3.4)."""
     return bytes(SevHashes(os.fspath(kernel), os.fspath(initrd), cmdline).construct_table())
+
+
+def launch_digest(tee: Tee, inputs: LaunchInputs) -> bytes:
+    """The launch digest of a guest of this kind with kernel hashes: 48 bytes for SNP, 32 for SEV and SEV-ES.
+
+    Raises:
+        NotSupported: TDX has registers instead.
+        FirmwareUnsuitable, UnknownCpuModel, NotFound, InvalidArgument: as the functions above.
+    """
+    if tee is Tee.SNP:
+        return snp_launch_digest(inputs)
+    if tee is Tee.TDX:
+        raise NotSupported("a launch digest for TDX", "its registers are measured while the guest boots")
+    return sev_launch_digest(inputs, encrypted_state=tee is Tee.SEV_ES)
 
 
 def _check(inputs: LaunchInputs) -> None:

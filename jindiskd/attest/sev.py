@@ -93,7 +93,8 @@ def transport_keys(shared: bytes, nonce: bytes) -> tuple[bytes, bytes]:
     return derive(master, b"sev-kek", b"", 128), derive(master, b"sev-kik", b"", 128)
 
 
-def _counter_mode(key: bytes, iv: bytes, data: bytes) -> bytes:
+def counter_mode(key: bytes, iv: bytes, data: bytes) -> bytes:
+    """AES-128 in counter mode, which encrypts and decrypts alike."""
     encryptor = Cipher(algorithms.AES(key), modes.CTR(iv)).encryptor()
     return encryptor.update(data) + encryptor.finalize()
 
@@ -103,7 +104,7 @@ def session_blob(
 ) -> bytes:
     """libvirt's `session`, 128 bytes: nonce 16, wrapped keys 32, IV 16, MAC of these keys 32, MAC of the policy 32."""
     kek, kik = transport_keys(shared, nonce)
-    wrapped = _counter_mode(kek, iv, encryption_key + integrity_key)
+    wrapped = counter_mode(kek, iv, encryption_key + integrity_key)
     policy_mac = hmac.digest(integrity_key, policy.to_bytes(4, "little"), "sha256")
     return nonce + wrapped + iv + hmac.digest(kik, wrapped, "sha256") + policy_mac
 
@@ -143,7 +144,7 @@ def seal(
     iv: bytes,
 ) -> SealedSecret:
     """Encrypt a secret table (a multiple of 16 bytes) for one measured launch; `mac` is its measurement's 32 bytes."""
-    payload = _counter_mode(bytes(encryption_key), iv, bytes(table))
+    payload = counter_mode(bytes(encryption_key), iv, bytes(table))
     flags, length = bytes(4), len(payload).to_bytes(4, "little")
     message = LAUNCH_SECRET + flags + iv + length + length + payload + mac
     return SealedSecret(header=flags + iv + hmac.digest(bytes(integrity_key), message, "sha256"), payload=payload)

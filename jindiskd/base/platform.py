@@ -22,11 +22,18 @@ class Platform(enum.StrEnum):
     SEV_ES = "sev-es"
     SEV = "sev"
     SIMULATED_SNP = "simulated-snp"
+    SIMULATED_SEV_ES = "simulated-sev-es"
+    SIMULATED_SEV = "simulated-sev"
 
     @property
     def simulated(self) -> bool:
         """True where reports come from the simulated firmware and its generated root."""
         return self.value.startswith("simulated-")
+
+    @property
+    def measured_before(self) -> bool:
+        """True where the guest is measured and given its key before it runs (SEV, SEV-ES), not from inside."""
+        return self.tee in {Tee.SEV, Tee.SEV_ES}
 
     @property
     def tee(self) -> Tee:

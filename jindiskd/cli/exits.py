@@ -65,6 +65,7 @@ BY_CODE: Mapping[str, int] = {
     "NoPartitionTable": EXIT_USAGE,
     "NoReport": EXIT_REFUSED,
     "NoRootPartition": EXIT_USAGE,
+    "NoSecret": EXIT_REFUSED,
     "NotAuthorized": EXIT_NOT_AUTHORIZED,
     "NotConfirmed": EXIT_USAGE,
     "NotFound": EXIT_NOT_FOUND,

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
+from jindiskd.broker.sev import SevTurn
 from jindiskd.domain import vsock
 from jindiskd.domain.firmware import FirmwareProcess
 from jindiskd.domain.progress import ProgressListener
@@ -39,6 +40,8 @@ class Guest:
         """Whether its machine was to be switched off, and libvirt has not said yet that it is."""
         self.by_others = False
         """Whether libvirt started this machine at somebody else's word; see `domain.starts`."""
+        self.turn: SevTurn | None = None
+        """The owner's side of a launch that is measured before it runs."""
         self._lock = asyncio.Lock()
         self._retired = False
         self._broker: Closing | None = None
@@ -62,7 +65,7 @@ class Guest:
         Raises:
             LaunchFailed: simulation is off, or the files cannot be measured.
         """
-        if not self.view.simulated:
+        if not self.view.simulated or self.view.platform.measured_before:
             return
         if simulated_root is None:
             raise LaunchFailed(self.view.name, "its platform is simulated, and broker.allow_simulated is off")
@@ -92,6 +95,9 @@ class Guest:
                 vsock.clear(self.home)  # a few files in memory, and no gap in which a new machine could come up
 
     async def _close(self) -> None:
+        if self.turn is not None:
+            self.turn.close()
+            self.turn = None
         # Forgotten only once closed: whoever calls again after a cancellation finishes the work.
         if self._broker is not None:
             await self._broker.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base.platform import Platform
+from jindiskd.domain.binding import Binding
 from jindiskd.domain.guest import Guest
 from jindiskd.domain.state import ACTIVE, NEXT, DomainState, DomainView
 from jindiskd.errors import Busy, NotFound
@@ -127,6 +128,21 @@ class Guests:
         guest = self._guests[view.uuid] = Guest(view, self._settings.vsock_dir / view.uuid)
         self._tell(guest)
         return guest
+
+    def off(self, uuid: str, name: str, binding: Binding) -> DomainView:
+        """The view of a bound domain that is off and was not started by us since."""
+        return DomainView(
+            uuid=uuid,
+            name=name,
+            image=binding.image,
+            image_id=binding.image_id,
+            platform=binding.platform,
+            state=DomainState.DEFINED,
+            reason="",
+            since=datetime.now(UTC),
+            cid=0,
+            console=str(self._settings.console(uuid)),
+        )
 
     def remove(self, guest: Guest) -> None:
         """Take it out, unless another has taken its place; nobody is told yet."""

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import structlog
 
-from jindiskd.base.platform import Platform, Tee
+from jindiskd.attest.model import EvidenceRefused
+from jindiskd.base.platform import Platform
+from jindiskd.broker.peer import Peer
+from jindiskd.broker.sev import HostPlatform, SevOwner, SevTurn
 from jindiskd.domain import capabilities, check, machine, vsock, xml
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
 from jindiskd.domain.judge import Judge
+from jindiskd.domain.security import Sev, default_security, with_session
 from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
 from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
@@ -39,11 +43,13 @@ class Launcher:
         open_broker: OpenBroker,
         settings: DomainSettings,
         judge: Judge,
+        sev: SevOwner | None,
         heard: Callable[[Guest, str], None],
     ) -> None:
         """`heard` is told each progress word of a guest."""
         self._connection, self._images, self._guests, self._bindings = connection, images, guests, bindings
         self._open_broker, self._settings, self._judge, self._heard = open_broker, settings, judge, heard
+        self._sev = sev
 
     async def launch(
         self,
@@ -88,17 +94,51 @@ class Launcher:
         view = guest.view
         await self.can_start(manifest.platform)
         await asyncio.to_thread(require_launch_firmware, manifest)
+        turn = await self._turn(guest)
         binding = self._bindings.get(view.uuid)
         if binding is not None and binding.adopted:
             text = await self._adopted(view, binding)
         else:
             text = self._made(view, directory, manifest, memory_mib)
+        if turn is not None:
+            text = with_session(text, turn.dh_certificate, turn.session)
         await guest.start_device(self._settings.vhost_device_vsock)
         await guest.listen(self._open_broker, lambda word: self._heard(guest, word))
         if binding is None or not binding.adopted:
             self._bindings.put(view.uuid, Binding(image=view.image, image_id=view.image_id, platform=view.platform))
+        if turn is not None or binding is None or not binding.adopted:
             compare(view.name, text, await machine.define(self._connection, view.name, text))
         return text
+
+    async def _turn(self, guest: Guest) -> SevTurn | None:
+        """For a platform that is measured before it runs, the owner's session; the guest closes it."""
+        view = guest.view
+        if not view.platform.measured_before:
+            return None
+        if self._sev is None:
+            raise NotSupported(f"launching a guest of platform {view.platform}", "this service has no SEV owner's side")
+        policy = default_security(view.platform)
+        assert isinstance(policy, Sev)
+        host = HostPlatform.read(await machine.sev_platform(self._connection))
+        peer = Peer(description=f"domain {view.uuid}", domain_uuid=view.uuid, image_id=view.image_id)
+        try:
+            guest.turn = await self._sev.begin(peer, policy.policy, host)
+        except EvidenceRefused as exc:
+            raise LaunchRefused(view.name, "; ".join(finding.text for finding in exc.findings)) from exc
+        return guest.turn
+
+    async def _approved(self, guest: Guest, turn: SevTurn) -> None:
+        """Have the paused machine measured, judged and given its secret."""
+        view = guest.view
+        report = await machine.sev_measurement(self._connection, view.name, view.uuid)
+        try:
+            sealed = await turn.approve(report)
+        except EvidenceRefused as exc:
+            reason = "; ".join(finding.text for finding in exc.findings)
+            if guest.view.state is DomainState.STARTING:  # unless the broker's event was faster
+                self._guests.set(guest, DomainState.REFUSED, reason)
+            raise LaunchRefused(view.name, reason) from exc
+        await machine.inject(self._connection, view.name, view.uuid, sealed)
 
     def _made(self, view: DomainView, directory: Path, manifest: Manifest, memory_mib: int) -> str:
         """The definition of a domain that is ours alone."""
@@ -127,12 +167,10 @@ class Launcher:
         """Refuse a platform that this host cannot start, before anything is made."""
         if platform is Platform.SIMULATED_SNP:
             return  # an ordinary domain to libvirt
-        self._judge.host = await machine.host(self._connection, "kvm")
-        capabilities.require(self._judge.host, platform)
-        if platform.tee in {Tee.SEV, Tee.SEV_ES}:
-            raise NotSupported(
-                f"launching a guest of platform {platform}", "its owner's session is not made by this release"
-            )
+        host = await machine.host(self._connection, "qemu" if platform.simulated else "kvm")
+        if not platform.simulated:
+            self._judge.host = host
+        capabilities.require(host, platform)
 
     async def _power_on(self, guest: Guest, text: str) -> None:
         """Start the machine paused, measure what libvirt really has, then let it run."""
@@ -140,8 +178,14 @@ class Launcher:
         live = await machine.start_paused(self._connection, view.name, view.uuid)
         compare(view.name, text, live)
         await guest.start_firmware(xml.boot_inputs(xml.parse(live)), self._settings.simulated_root)
+        turn = guest.turn
+        if turn is not None:
+            await self._approved(guest, turn)
         await machine.resume(self._connection, view.name, view.uuid)
         self._guests.set(guest, DomainState.STARTED)
+        if turn is not None:  # decided before it ran
+            self._guests.set(guest, DomainState.ATTESTED)
+            self._guests.set(guest, DomainState.RELEASED)
 
     @staticmethod
     async def _follow(guest: Guest) -> None:

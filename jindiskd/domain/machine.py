@@ -5,10 +5,15 @@ Everything here is called in the event loop and runs in the libvirt thread.
 
 from __future__ import annotations
 
+import base64
+import binascii
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import libvirt
 
+from jindiskd.attest.model import MalformedEvidence
+from jindiskd.attest.sev import LaunchReport, SealedSecret
 from jindiskd.domain import capabilities
 from jindiskd.domain.binding import UUID
 from jindiskd.domain.capabilities import Host
@@ -77,6 +82,57 @@ async def start_paused(connection: Connection, name: str, uuid: str) -> str:
         return str(dom.XMLDesc())
 
     return await connection.call(f"starting domain {name!r}", call)
+
+
+async def sev_platform(connection: Connection) -> Mapping[str, object]:
+    """What the host shows of its SEV platform: `pdh`, `cert-chain`, `cpu0-id` in base64, and numbers.
+
+    Raises:
+        NotSupported: the host's default emulator has no SEV.
+    """
+
+    def call(conn: libvirt.virConnect) -> Mapping[str, object]:
+        try:
+            return dict(conn.getSEVInfo())
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+                raise
+            raise NotSupported("SEV", "libvirt's default emulator has none (`virsh domcapabilities`)") from exc
+
+    return await connection.call("asking for the SEV platform", call)
+
+
+async def sev_measurement(connection: Connection, name: str, uuid: str) -> LaunchReport:
+    """The measurement of a paused machine.
+
+    Raises:
+        MalformedEvidence: libvirt's answer is none.
+    """
+    info = await connection.call(
+        f"measuring domain {name!r}", lambda conn: dict(conn.lookupByUUIDString(uuid).launchSecurityInfo())
+    )
+    try:
+        return LaunchReport(
+            measurement=base64.b64decode(str(info["sev-measurement"]), validate=True),
+            api_major=int(info["sev-api-major"]),
+            api_minor=int(info["sev-api-minor"]),
+            build=int(info["sev-build-id"]),
+            policy=int(info["sev-policy"]),
+        )
+    except (LookupError, ValueError, binascii.Error) as exc:
+        raise MalformedEvidence("SEV measurement", "libvirt's answer has not all its parts") from exc
+
+
+async def inject(connection: Connection, name: str, uuid: str, sealed: SealedSecret) -> None:
+    """Give a paused machine its sealed secret; the firmware's table says where it goes."""
+    state = {
+        "sev-secret-header": base64.b64encode(sealed.header).decode(),
+        "sev-secret": base64.b64encode(sealed.payload).decode(),
+    }
+    await connection.call(
+        f"injecting the secret of domain {name!r}",
+        lambda conn: conn.lookupByUUIDString(uuid).setLaunchSecurityState(state),
+    )
 
 
 async def resume(connection: Connection, name: str, uuid: str) -> None:

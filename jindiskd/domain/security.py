@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from jindiskd.base.platform import Platform, Tee
 
-SEV_POLICY = 0x3
-"""No debugging, no key sharing. Bits: AMD 55766 chapter 3."""
+SEV_POLICY = 0xB
+"""No debugging, no key sharing, no sending elsewhere: what `attest.sev` demands. Bits: AMD 55766 chapter 3."""
 SEV_POLICY_ES = 0x4
 SNP_POLICY = 0x30000
 """Bit 17 must be one; bit 16 permits simultaneous multithreading; no debugging, no migration. AMD 56860 section 4.3."""
@@ -112,6 +112,18 @@ def element(security: Security) -> ET.Element:
         if security.quote_socket:
             ET.SubElement(found, "quoteGenerationService", path=security.quote_socket)
     return found
+
+
+def with_session(text: str, dh_certificate: bytes, session: bytes) -> str:
+    """A domain's XML with the owner's session of one launch in its `<launchSecurity>`, in the place of an older one."""
+    root = ET.fromstring(text)  # noqa: S314 (our own, or libvirt's after `xml.parse`)
+    found = root.find("launchSecurity")
+    assert found is not None  # a SEV domain
+    for old in [child for child in found if child.tag in {"dhCert", "session"}]:
+        found.remove(old)
+    _bytes(found, "dhCert", dh_certificate)
+    _bytes(found, "session", session)
+    return ET.tostring(root, encoding="unicode")
 
 
 def _yes(value: bool) -> str:

@@ -16,16 +16,17 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base.platform import Platform
-from jindiskd.domain import adoption, console, inventory, machine, vsock, xml
+from jindiskd.broker.sev import SevOwner
 from jindiskd.domain import connection as events
+from jindiskd.domain import console, inventory, machine, vsock, xml
+from jindiskd.domain.adopter import Adopter
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Closing, Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
 from jindiskd.domain.hook import HookListener
 from jindiskd.domain.judge import Judge, KeyProblem
-from jindiskd.domain.launch import Launcher, compare
-from jindiskd.domain.spec import from_manifest
+from jindiskd.domain.launch import Launcher
 from jindiskd.domain.starts import Starts
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView
 from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
@@ -55,9 +56,12 @@ class DomainService:
         open_broker: OpenBroker,
         settings: DomainSettings,
         key_problem: KeyProblem = lambda _image_id: "",
+        sev: SevOwner | None = None,
     ) -> None:
-        """Nothing is connected or opened before `start`. `key_problem` tells why a key would not be released."""
-        self._images, self._open_broker, self._settings = images, open_broker, settings
+        """Nothing is connected or opened before `start`. `key_problem` tells why a key would not be released, `sev`
+        judges platforms that are measured before they run.
+        """
+        self._open_broker, self._settings = open_broker, settings
         self._bindings = Bindings(settings.bindings)
         self._guests = Guests(settings)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,7 +89,16 @@ class DomainService:
             open_broker=open_broker,
             settings=settings,
             judge=self._judge,
+            sev=sev,
             heard=self._on_word,
+        )
+        self._adopter = Adopter(
+            connection=self.connection,
+            images=images,
+            guests=self._guests,
+            bindings=self._bindings,
+            settings=settings,
+            launcher=self._launcher,
         )
 
     async def start(self) -> None:
@@ -152,39 +165,7 @@ class DomainService:
             Busy: the domain runs.
             DomainRefused, NotSupported: it cannot become a guest of this image.
         """
-        stored = await asyncio.to_thread(self._images.get, image_name)
-        found = await machine.definition(self.connection, key)
-        known = self._guests.get(found.uuid)
-        if found.active or (known is not None and known.view.state in ACTIVE):
-            raise Busy(f"domain {found.name!r}", "it is running; stop it first")
-        await self._launcher.can_start(stored.manifest.platform)
-        spec = from_manifest(
-            stored.manifest,
-            stored.path,
-            name=found.name,
-            uuid=found.uuid,
-            memory_mib=self._settings.memory_mib,
-            console_log=self._settings.console(found.uuid),
-            vsock=vsock.device_path(self._settings.vsock_dir / found.uuid),
-        )
-        text = adoption.adopt(found.text, spec)
-        before = self._bindings.get(found.uuid)
-        binding = replace(spec.binding, adopted=before.adopted if before else True)
-        self._bindings.put(found.uuid, binding)  # first: a binding without metadata starts nothing
-        try:
-            compare(found.name, text, await machine.define(self.connection, found.name, text))
-        except BaseException:
-            if before is None:
-                self._bindings.drop(found.uuid)
-            else:
-                self._bindings.put(found.uuid, before)
-            with contextlib.suppress(JindiskError):
-                await asyncio.shield(machine.define(self.connection, found.name, found.text))
-            raise
-        if known is not None:
-            await known.retire()
-        log.info("adopted a domain", domain=found.name, image=image_name, simulated=binding.platform.simulated)
-        return self._guests.add(self._off(found.uuid, found.name, binding)).view
+        return await self._adopter.adopt(key, image_name)
 
     async def problem(self, key: str) -> str:
         """Why a domain would not attest if it were started as it is defined now; empty if nothing is known against it.
@@ -211,20 +192,6 @@ class DomainService:
         except NotSupported as exc:
             return str(exc)
         return ""
-
-    def _off(self, uuid: str, name: str, binding: Binding) -> DomainView:
-        return DomainView(
-            uuid=uuid,
-            name=name,
-            image=binding.image,
-            image_id=binding.image_id,
-            platform=binding.platform,
-            state=DomainState.DEFINED,
-            reason="",
-            since=datetime.now(UTC),
-            cid=0,
-            console=str(self._settings.console(uuid)),
-        )
 
     async def stop_domain(self, key: str, *, force: bool) -> None:
         """Shut a guest down and wait for it; `force` switches it off.
@@ -278,6 +245,8 @@ class DomainService:
 
     def _on_word(self, guest: Guest, word: str) -> None:
         state = guest.view.state
+        if word == "boot" and guest.view.platform.measured_before:
+            return  # it was attested before that, and is never reset in place
         if word == "boot" and state is not DomainState.STARTED:
             self._guests.advance(guest.view.uuid, DomainState.STARTED)  # the guest was reset: it attests again
         elif word == "attested" and self._settings.relayed:
@@ -412,7 +381,7 @@ class DomainService:
         if interrupted:
             state, reason = DomainState.FAILED, UNFINISHED
         cid = record.cid if record and not interrupted else 0
-        view = replace(self._off(item.uuid, item.name, binding), state=state, reason=reason, cid=cid)
+        view = replace(self._guests.off(item.uuid, item.name, binding), state=state, reason=reason, cid=cid)
         guest = self._guests.add(view)
         log.info("found a domain", domain=item.name, state=state.value, simulated=view.simulated)
         try:

@@ -18,10 +18,16 @@ from typing import NoReturn, cast
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.guest import config as guest_config
-from jindiskd.guest import devices, kernel, modules, mounts, power, switch_root
+from jindiskd.guest import devices, kernel, modules, mounts, power, secret, switch_root
 from jindiskd.guest.broker import GuestBroker, failing_with
 from jindiskd.guest.codes import Code, GuestFailure
-from jindiskd.guest.config import GuestConfig, Jindisk1Expectation, JindiskExpectation, Luks2Expectation
+from jindiskd.guest.config import (
+    GuestConfig,
+    Jindisk1Expectation,
+    JindiskExpectation,
+    Luks2Expectation,
+    SecretArea,
+)
 from jindiskd.guest.luks_root import LuksRoot
 from jindiskd.guest.progress import Progress, Stage
 
@@ -72,7 +78,11 @@ class Agent:
         with failing_with(Code.DEVICE_MISSING):
             devices.wait_for_device(device, time.monotonic() + min(DEVICE_WAIT_S, config.timeout_s / 2))
         broker = self._key_source(config, platform)
-        if luks2 is not None:
+        if platform.measured_before:
+            if luks2 is None:
+                raise GuestFailure(Code.CONFIG)  # a JinDisk volume's anchor comes from the broker
+            node = self._open_by_secret(config, luks2)
+        elif luks2 is not None:
             node = self._open_luks(config, luks2, broker)
         elif jindisk is not None:
             node = self._open_jindisk(config, jindisk, broker)
@@ -117,6 +127,22 @@ class Agent:
         with failing_with(Code.HEADER):
             volume = LuksRoot(Path(config.root.device), expectation)
         with broker.fetch(config.root.resource, self._broker_deadline_s(config), self._reported) as key:
+            self._released()
+            with failing_with(Code.KEY):
+                volume_key = volume.unlock(key)
+        with volume_key, failing_with(Code.ACTIVATION):
+            return volume.activate(volume_key, config.root.mapping)
+
+    def _open_by_secret(self, config: GuestConfig, expectation: Luks2Expectation) -> Path:
+        """The guest was judged before it ran, and has its key."""
+        with failing_with(Code.HEADER):
+            volume = LuksRoot(Path(config.root.device), expectation)
+        with contextlib.suppress(OSError):  # a kernel without securityfs has no efi_secret either
+            mounts.mount_securityfs()
+        area = config.secret or SecretArea(address=0, size_bytes=0)
+        with failing_with(Code.SECRET):
+            key = secret.disk_key(area.address, area.size_bytes)
+        with key:
             self._released()
             with failing_with(Code.KEY):
                 volume_key = volume.unlock(key)

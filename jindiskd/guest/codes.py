@@ -17,6 +17,7 @@ class Code(enum.StrEnum):
     CONFIG = "E11"
     MODULES = "E12"
     REPORT = "E20"
+    SECRET = "E21"  # noqa: S105 (a code)
     BROKER_UNREACHABLE = "E30"
     BROKER_NOT_TRUSTED = "E31"
     EVIDENCE_REFUSED = "E32"
@@ -52,6 +53,8 @@ SENTENCES = {
     " kernel and modules may not belong together, build the image again",
     Code.REPORT: "the platform gave the guest no attestation report;"
     " check that the domain runs with the launch security that the image was built for",
+    Code.SECRET: "no disk key was injected into the guest before it ran;"
+    " start it by its owner's service, and check that the firmware is the one that the image was built with",
     Code.BROKER_UNREACHABLE: "the guest could not reach its key broker over vsock; check that the broker runs"
     " and that the domain has a vsock device",
     Code.BROKER_NOT_TRUSTED: "what answered the guest is not the broker its image is pinned to;"

@@ -76,6 +76,15 @@ class RootVolume:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SecretArea:
+    """Where the firmware keeps the secret that is injected before the guest runs (SEV, SEV-ES)."""
+
+    address: int
+    """Guest physical, of the firmware's own table."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GuestConfig:
     """All that the agent knows when it starts."""
 
@@ -94,3 +103,5 @@ class GuestConfig:
     init: str = "/sbin/init"
     timeout_s: int = 120
     """From the agent's start to the mounted root; then power off."""
+    secret: SecretArea | None = None
+    """For platforms whose guests are measured before they run; their key is never asked for."""

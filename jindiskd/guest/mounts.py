@@ -18,6 +18,7 @@ KERNEL_MOUNTS: Sequence[tuple[str, str, int, str]] = (
     ("tmpfs", "/run", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0755"),
 )
 CONFIGFS = Path("/sys/kernel/config")
+SECURITYFS = Path("/sys/kernel/security")
 
 FLAGS = {
     "ro": kernel.MS_RDONLY,
@@ -45,6 +46,11 @@ def mount_kernel_filesystems() -> None:
 def mount_configfs() -> None:
     """Mount configfs, for which its module must be loaded."""
     kernel.mount("configfs", CONFIGFS, "configfs", SAFE)
+
+
+def mount_securityfs() -> None:
+    """Mount securityfs, where efi_secret shows what was injected."""
+    kernel.mount("securityfs", SECURITYFS, "securityfs", SAFE)
 
 
 def split_options(options: str) -> tuple[int, str]:

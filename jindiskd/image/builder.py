@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from jindiskd.attest.firmware import FirmwareInfo
 from jindiskd.base import document
 from jindiskd.base.files import replace_file
 from jindiskd.base.process import ToolFailed
@@ -103,9 +104,10 @@ class _Build:
         self.staging = Path(task.staging)
         self.work = self.staging / "work"
         self.identities = task.request.stream("identities")
+        self.firmware: FirmwareInfo | None = None
 
     def run(self, base_fd: int) -> Manifest:
-        firmware = suitable_firmware(self.request)
+        firmware = self.firmware = suitable_firmware(self.request)
         line = command_line(self.request.format, self.request.cmdline, debug=self.request.debug)
         self.work.mkdir()
         root = self.clear_root(base_fd)
@@ -249,6 +251,10 @@ class _Build:
     def guest_config(self, volume: SealedVolume | None) -> guest.GuestConfig:
         """What the guest is told; without a volume yet, enough to know which modules it will need."""
         expected = volume.expected if volume else placeholder(self.request.format)
+        secret = None
+        if self.request.platform.measured_before and self.firmware is not None:
+            address, size_bytes = self.firmware.secret_address or 0, self.firmware.secret_bytes
+            secret = guest.SecretArea(address=address, size_bytes=size_bytes)
         return guest.GuestConfig(
             schema=guest.SCHEMA,
             image_id=self.task.image_id,
@@ -263,6 +269,7 @@ class _Build:
             ),
             modules=(),
             report_source=self.request.report_source,
+            secret=secret,
         )
 
     def key_program(self) -> bytes | None:

@@ -70,6 +70,7 @@ JINDISK1_MODULES = ("dm_mod", "dm_jindisk")
 """Debian's kernels lack the second: it comes from the reference."""
 TEE_MODULES = {Tee.SNP: ("sev_guest",), Tee.TDX: ("tdx_guest",)}
 """Without these a guest on the real platform gets no report; Debian 12's kernels lack both."""
+SECRET_OPTIONAL = ("efi_secret",)
 TEE_OPTIONAL = ("configfs", "tsm", "tsm_report")
 
 # Prints the modules that an import set needs: name to file, for those that come from a file.
@@ -228,6 +229,8 @@ def wanted_modules(config: GuestConfig, modules_dir: Path) -> tuple[Path, ...]:
         must += JINDISK1_MODULES
     must.append(config.root.filesystem)
     platform = Platform(config.platform)
+    if platform.measured_before:
+        may += SECRET_OPTIONAL
     if not platform.simulated:
         must += TEE_MODULES.get(platform.tee, ())
         may += TEE_OPTIONAL

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jindiskd.attest import measure
 from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, enforcement_problem, inspect_firmware
-from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import BuildRequest
 from jindiskd.image.store import StoredImage
@@ -22,6 +22,8 @@ def suitable_firmware(request: BuildRequest) -> FirmwareInfo:
     """
     path = Path(request.firmware)
     info = inspect_firmware(path)
+    if request.platform.measured_before and not (info.has_hash_table and info.secret_address):
+        raise FirmwareUnsuitable(path, "has no place for kernel hashes and a secret")
     if request.platform.simulated:
         return info
     problem = enforcement_problem(info.sha256)
@@ -52,9 +54,10 @@ def require_launch_firmware(manifest: Manifest) -> None:
 
 
 def launch_digest(request: BuildRequest, directory: Path, cmdline: str) -> bytes:
-    """The launch digest, 48 bytes, of the image whose boot files lie in `directory`."""
-    return snp_launch_digest(
-        LaunchInputs(
+    """The launch digest of the image whose boot files lie in `directory`: 48 bytes, for SEV and SEV-ES 32."""
+    return measure.launch_digest(
+        request.platform.tee,
+        measure.LaunchInputs(
             firmware=Path(request.firmware),
             kernel=directory / "vmlinuz",
             initrd=directory / "initrd",
@@ -62,14 +65,14 @@ def launch_digest(request: BuildRequest, directory: Path, cmdline: str) -> bytes
             vcpus=request.vcpus,
             cpu_model=request.cpu_model,
             guest_features=request.guest_features,
-        )
+        ),
     )
 
 
-def inputs_of(image: StoredImage) -> LaunchInputs:
+def inputs_of(image: StoredImage) -> measure.LaunchInputs:
     """What enters the launch digest of an image in the store."""
     manifest = image.manifest
-    return LaunchInputs(
+    return measure.LaunchInputs(
         firmware=Path(manifest.shape.firmware),
         kernel=image.path / manifest.kernel.file,
         initrd=image.path / manifest.initrd.file,

@@ -89,8 +89,11 @@ class BuildRequest:
             NotSupported: the platform cannot be built for yet.
         """
         check_name(self.name)
-        if self.platform.tee is not Tee.SNP:
+        if self.platform.tee is Tee.TDX:
             raise NotSupported(f"building for {self.platform}", f"build for {Platform.SNP} or {Platform.SIMULATED_SNP}")
+        if self.platform.measured_before and self.format is not VolumeFormat.LUKS2:
+            text = f"choose format {VolumeFormat.LUKS2}: a broker tells a JinDisk volume's state while the guest boots"
+            raise NotSupported(f"a root of format {self.format} on {self.platform}", text)
         size = self.size_bytes
         if size is not None and (not MIN_ROOT_BYTES <= size <= MAX_ROOT_BYTES or size % GRANULE_BYTES):
             text = f"it is a multiple of {GRANULE_BYTES} between {MIN_ROOT_BYTES} and {MAX_ROOT_BYTES} bytes"

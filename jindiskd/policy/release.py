@@ -40,7 +40,7 @@ def decide(
     if record.platform.simulated != verified.simulated:
         kind = "simulated" if verified.simulated else "genuine"
         findings.append(Finding("platform.simulation", f"the image is for {record.platform}, the report is {kind}"))
-    findings += _window(record.rules, now)
+    findings += window(record.rules, now)
     simulated = allow_simulated and record.platform.simulated and record.rules.allow_simulated is not False
     return findings + appraise(verified, record.rules, record.launch_digests, allow_simulated=simulated, now=now)
 
@@ -54,7 +54,8 @@ def appraise(
     return appraise_tdx(verified, tdx_expectations(rules, digests, allow_simulated=allow_simulated), now=now)
 
 
-def _window(rules: ReleaseRules, now: datetime) -> list[Finding]:
+def window(rules: ReleaseRules, now: datetime) -> list[Finding]:
+    """What the times in an image's rules say against a release now."""
     begin, end = time_of(rules.not_before), time_of(rules.not_after)
     if begin is not None and now < begin:
         return [Finding("policy.too_early", f"the policy releases the key from {rules.not_before} on")]

@@ -16,6 +16,7 @@ from smallroot import idle_kernel
 
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
+from jindiskd.broker.sev import SevOwner
 from jindiskd.domain.service import DomainService, DomainSettings
 from jindiskd.domain.state import DomainView
 from jindiskd.image.manifest import SCHEMA, BootFile, Manifest, Shape, Volume
@@ -126,6 +127,7 @@ class Bench:
             launch_timeout_s=120,
         )
         self.services: list[DomainService] = []
+        self.sev: SevOwner | None = None
         self.writers: list[asyncio.StreamWriter] = []
 
     def add_image(self, name: str) -> Manifest:
@@ -147,6 +149,7 @@ class Bench:
             images=self.images,
             open_broker=self.open_broker,
             settings=replace(self.settings, **changes),  # type: ignore[arg-type]  # whatever the test changes
+            sev=self.sev,
         )
         self.services.append(service)
         await service.start()

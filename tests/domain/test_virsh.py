@@ -365,3 +365,18 @@ async def test_undefined_by_virsh(here: Bench) -> None:
     assert (await virsh_("undefine", "theirs")).ok
     await here.until(lambda: service.list() == [])
     assert Bindings(here.settings.bindings).get(view.uuid) is None
+
+
+async def test_a_domain_that_launch_made_is_started_by_virsh_too(here: Bench) -> None:
+    """And while it runs, another domain of the same image is told who has it."""
+    service = await here.service()
+    view = await here.launch(service)
+    await service.stop_domain("demo", force=True)
+    await service.adopt("theirs", "demo")
+    started = await virsh_("start", "demo")
+    assert started.ok, started.err
+    await come_up(here, service, view.uuid)
+    done = await virsh_("start", "theirs")
+    assert not done.ok
+    assert "image 'demo' is busy: domain 'demo' uses it" in done.err
+    await service.stop_domain("demo", force=True)

@@ -24,6 +24,7 @@ def test_codes_do_not_change() -> None:
     """Codes are seen by people and tools; a number never gets another meaning."""
     assert {code.name: code.value for code in Code} == {
         "TIMEOUT": "E01", "MOUNTS": "E10", "CONFIG": "E11", "MODULES": "E12", "REPORT": "E20",
+        "SECRET": "E21",
         "BROKER_UNREACHABLE": "E30", "BROKER_NOT_TRUSTED": "E31", "EVIDENCE_REFUSED": "E32", "POLICY_DENIED": "E33",
         "BROKER_MISBEHAVED": "E34", "BROKER_TROUBLE": "E35", "DEVICE_MISSING": "E40", "HEADER": "E41", "KEY": "E42",
         "ACTIVATION": "E43", "ROOT_MOUNT": "E44", "INIT_MISSING": "E45", "SWITCH_ROOT": "E46", "VOLUME": "E50",

@@ -1,0 +1,75 @@
+"""Taking a domain that somebody else made into our records: definition, binding and view, or none of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+import structlog
+
+from jindiskd.domain import adoption, machine, vsock
+from jindiskd.domain.binding import Bindings
+from jindiskd.domain.connection import Connection
+from jindiskd.domain.guests import DomainSettings, Guests
+from jindiskd.domain.launch import Launcher, compare
+from jindiskd.domain.spec import from_manifest
+from jindiskd.domain.state import ACTIVE, DomainView
+from jindiskd.errors import Busy, JindiskError
+from jindiskd.image.store import ImageStore
+
+log = structlog.get_logger(__name__)
+
+
+class Adopter:
+    """Adopts domains; one adoption is one call of `adopt`."""
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        images: ImageStore,
+        guests: Guests,
+        bindings: Bindings,
+        settings: DomainSettings,
+        launcher: Launcher,
+    ) -> None:
+        """`launcher` tells what this host can start."""
+        self._connection, self._images, self._guests, self._bindings = connection, images, guests, bindings
+        self._settings, self._launcher = settings, launcher
+
+    async def adopt(self, key: str, image_name: str) -> DomainView:
+        """Bind a domain, by name or UUID, to an image; see `DomainService.adopt`."""
+        stored = await asyncio.to_thread(self._images.get, image_name)
+        found = await machine.definition(self._connection, key)
+        known = self._guests.get(found.uuid)
+        if found.active or (known is not None and known.view.state in ACTIVE):
+            raise Busy(f"domain {found.name!r}", "it is running; stop it first")
+        await self._launcher.can_start(stored.manifest.platform)
+        spec = from_manifest(
+            stored.manifest,
+            stored.path,
+            name=found.name,
+            uuid=found.uuid,
+            memory_mib=self._settings.memory_mib,
+            console_log=self._settings.console(found.uuid),
+            vsock=vsock.device_path(self._settings.vsock_dir / found.uuid),
+        )
+        text = adoption.adopt(found.text, spec)
+        before = self._bindings.get(found.uuid)
+        binding = replace(spec.binding, adopted=before.adopted if before else True)
+        self._bindings.put(found.uuid, binding)  # first: a binding without metadata starts nothing
+        try:
+            compare(found.name, text, await machine.define(self._connection, found.name, text))
+        except BaseException:
+            if before is None:
+                self._bindings.drop(found.uuid)
+            else:
+                self._bindings.put(found.uuid, before)
+            with contextlib.suppress(JindiskError):
+                await asyncio.shield(machine.define(self._connection, found.name, found.text))
+            raise
+        if known is not None:
+            await known.retire()
+        log.info("adopted a domain", domain=found.name, image=image_name, simulated=binding.platform.simulated)
+        return self._guests.add(self._guests.off(found.uuid, found.name, binding)).view

@@ -1,0 +1,184 @@
+"""The broker's side of SEV launches, against the simulated secure processor: who gets a sealed key, and who not."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
+from jindiskd.attest.sev import LaunchReport
+from jindiskd.base.platform import Platform
+from jindiskd.base.secret import Secret
+from jindiskd.broker.peer import BrokerEvent, Peer
+from jindiskd.broker.sev import HostPlatform, SevOwner
+from jindiskd.errors import NotFound
+from jindiskd.guest.secret import DISK_KEY, entries
+from jindiskd.keys.store import Store
+from jindiskd.policy.rules import ReleaseRules
+from jindiskd.sim.sev_firmware import SevLaunch, SevRefused
+from jindiskd.sim.sev_platform import API, BUILD, CPU_ID, SevPlatformKeys
+
+IMAGE = "11111111-1111-4111-8111-111111111111"
+KEY = bytes(range(32))
+DIGEST = b"\x5a" * 32
+PEER = Peer(description="domain d", domain_uuid="d", image_id=IMAGE)
+
+
+@pytest.fixture(scope="module")
+def keys() -> SevPlatformKeys:
+    return SevPlatformKeys.generate()
+
+
+class Owner:
+    """A store with one image, and its owner's side."""
+
+    def __init__(self, path: Path, keys: SevPlatformKeys, platform: Platform, *, simulation: bool = True) -> None:
+        self.store = Store.open(f"sqlite:///{path}/keys.db", Secret.random(32))
+        self.store.add_image(IMAGE, "web", platform, f"default/{IMAGE}/root", Secret(KEY))
+        self.store.activate(IMAGE, [DIGEST])
+        self.events: list[BrokerEvent] = []
+        self.side = SevOwner(
+            self.store,
+            certificates=path / "sev",
+            simulated=(lambda: keys) if simulation else None,
+            on_event=self.events.append,
+        )
+
+    def last(self) -> tuple[str, list[str]]:
+        row = self.store.audit_rows()[-1]
+        return row["kind"], [found["id"] for found in row["detail"].get("findings", [])]
+
+
+def shown(keys: SevPlatformKeys) -> HostPlatform:
+    return HostPlatform(pdh=keys.pdh, chain=keys.chain, cpu_id=CPU_ID)
+
+
+def report(policy: int, measurement: bytes) -> LaunchReport:
+    return LaunchReport(measurement=measurement, api_major=API[0], api_minor=API[1], build=BUILD, policy=policy)
+
+
+@pytest.mark.parametrize(("platform", "policy"), [(Platform.SIMULATED_SEV, 0xB), (Platform.SIMULATED_SEV_ES, 0xF)])
+async def test_a_good_launch_gets_the_sealed_key(
+    tmp_path: Path, keys: SevPlatformKeys, platform: Platform, policy: int
+) -> None:
+    """It opens in that launch alone; the audit row says simulated, and was there first."""
+    owner = Owner(tmp_path, keys, platform)
+    turn = await owner.side.begin(PEER, policy, shown(keys))
+    launch = SevLaunch(keys, policy=policy, dh_certificate=turn.dh_certificate, session=turn.session)
+    sealed = await turn.approve(report(policy, launch.measure(DIGEST)))
+    turn.close()
+    assert bytes(entries(launch.open_secret(sealed.header, sealed.payload))[DISK_KEY]) == KEY
+    assert KEY not in sealed.header + sealed.payload
+    row = owner.store.audit_rows()[-1]
+    assert (row["kind"], row["simulated"], row["measurement"]) == ("released", True, DIGEST.hex())
+    assert [event.kind for event in owner.events] == ["challenged", "attested", "released"]
+    again = await owner.side.begin(PEER, policy, shown(keys))
+    other = SevLaunch(keys, policy=policy, dh_certificate=again.dh_certificate, session=again.session)
+    other.measure(DIGEST)
+    with pytest.raises(SevRefused):
+        other.open_secret(sealed.header, sealed.payload)
+    assert turn.session != again.session
+    again.close()
+
+
+async def test_another_measurement_gets_nothing(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """A changed kernel; a changed policy; a measurement of another launch; one that is none."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    turn = await owner.side.begin(PEER, 0xB, shown(keys))
+    launch = SevLaunch(keys, policy=0xB, dh_certificate=turn.dh_certificate, session=turn.session)
+    wrong = launch.measure(bytes(32))
+    with pytest.raises(EvidenceRefused):
+        await turn.approve(report(0xB, wrong))
+    assert owner.last() == ("refused", ["sev.measurement"])
+    with pytest.raises(EvidenceRefused):
+        await turn.approve(report(0xF, wrong))
+    assert owner.last() == ("refused", ["sev.measurement", "sev.policy.mismatch"])
+    with pytest.raises(MalformedEvidence):
+        await turn.approve(report(0xB, wrong[:-1]))
+    turn.close()
+    assert all(row["kind"] != "released" for row in owner.store.audit_rows())
+    assert [event.kind for event in owner.events] == ["challenged", "refused", "refused"]
+
+
+async def test_a_key_that_is_withheld_between_the_two_steps(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """Revoked while the machine was made: the store has the last word, in the transaction of the release."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    turn = await owner.side.begin(PEER, 0xB, shown(keys))
+    launch = SevLaunch(keys, policy=0xB, dh_certificate=turn.dh_certificate, session=turn.session)
+    owner.store.revoke(IMAGE)
+    with pytest.raises(EvidenceRefused, match="revoked"):
+        await turn.approve(report(0xB, launch.measure(DIGEST)))
+    turn.close()
+    assert owner.last() == ("refused", ["key.state"])
+
+
+@pytest.mark.parametrize(
+    ("platform", "policy", "simulation", "finding"),
+    [
+        (Platform.SIMULATED_SEV, 0xB, False, "platform.simulation"),
+        (Platform.SIMULATED_SNP, 0xB, True, "platform.kind"),
+        (Platform.SIMULATED_SEV_ES, 0xB, True, "platform.kind"),
+        (Platform.SIMULATED_SEV, 0x3, True, "sev.policy.send"),
+        (Platform.SIMULATED_SEV, 0xA, True, "sev.policy.debug"),
+    ],
+)
+async def test_what_is_refused_before_a_session(
+    tmp_path: Path, keys: SevPlatformKeys, platform: Platform, policy: int, simulation: bool, finding: str
+) -> None:
+    """Simulation that is off, the wrong kind of image, a policy that allows too much: all in the audit log."""
+    owner = Owner(tmp_path, keys, platform, simulation=simulation)
+    with pytest.raises(EvidenceRefused):
+        await owner.side.begin(PEER, policy, shown(keys))
+    assert owner.last() == ("refused", [finding])
+
+
+async def test_the_images_rules_count(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """An image that is not released any more."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    owner.store.set_rules(IMAGE, replace(ReleaseRules(), not_after="2001-01-01T00:00:00Z"))
+    with pytest.raises(EvidenceRefused):
+        await owner.side.begin(PEER, 0xB, shown(keys))
+    assert owner.last() == ("refused", ["policy.too_late"])
+
+
+async def test_a_platform_that_is_not_the_one(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """A host that shows a key of its own; and a real image on the simulated platform, for which certificates lack."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    stranger = SevPlatformKeys.generate()
+    with pytest.raises(EvidenceRefused):
+        await owner.side.begin(PEER, 0xB, replace(shown(keys), pdh=stranger.pdh))
+    assert owner.last() == ("refused", ["sev.chain.pdh"])
+    real = tmp_path / "real"
+    real.mkdir()
+    owner = Owner(real, keys, Platform.SEV)
+    with pytest.raises(NotFound, match=r"ask\.cert"):
+        await owner.side.begin(PEER, 0xB, shown(keys))
+    (real / "sev").mkdir()
+    for name, data in (("ask", keys.ask), ("ark", keys.ark), (f"cek-{CPU_ID.hex()[:16]}", keys.cek)):
+        (real / "sev" / f"{name}.cert").write_bytes(data)
+    with pytest.raises(EvidenceRefused, match="none of AMD's"):
+        await owner.side.begin(PEER, 0xB, shown(keys))
+    assert owner.last() == ("refused", ["sev.chain.root"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pdh": None}, {"pdh": "?"}, {"pdh": "AAAA"}, {"cert-chain": "AAAA"}, {"cpu0-id": ""}, {"cpu0-id": "A" * 1000}],
+    ids=["missing", "not base64", "short", "chain", "no id", "long id"],
+)
+def test_what_a_host_may_show(keys: SevPlatformKeys, change: Mapping[str, str | None]) -> None:
+    """Each part has its length."""
+    good = {"pdh": keys.pdh, "cert-chain": keys.chain, "cpu0-id": CPU_ID}
+    info: dict[str, object] = {name: base64.b64encode(data).decode() for name, data in good.items()}
+    assert HostPlatform.read(info) == shown(keys)
+    for name, value in change.items():
+        if value is None:
+            del info[name]
+        else:
+            info[name] = value
+    with pytest.raises(MalformedEvidence):
+        HostPlatform.read(info)
