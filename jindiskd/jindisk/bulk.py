@@ -214,6 +214,18 @@ class _Worker:
         return b"".join(tags)
 
 
+def _enter(page: bytearray, entry: int, raw: int, tags: bytes) -> None:
+    """Entries of F from `entry` on: consecutive raw blocks from `raw` on, with these tags."""
+    count = len(tags) // TAG_BYTES
+    places = memoryview(struct.pack(f"<{count}Q", *range(raw, raw + count))).cast("Q")
+    halves = memoryview(tags).cast("Q")
+    # An entry is three words. Words are only copied here, so the machine's byte order does not matter.
+    with memoryview(page) as whole, whole.cast("Q") as words:
+        part = words[entry * _F_ENTRY // 8 : (entry + count) * _F_ENTRY // 8]
+        part[0::3], part[1::3], part[2::3] = places, halves[0::2], halves[1::2]
+        part.release()
+
+
 class _Loader:
     """What the parent does: keys, placement, pages, superblock."""
 
@@ -296,11 +308,7 @@ class _Loader:
                     self._end_leaf()
                     self._leaf, self._leaf_page = leaf, bytearray(BLOCK)
                 part = min(count, _F_LEAF - entry)
-                entries = b"".join(
-                    (raw + n).to_bytes(8, "little") + tags[(at + n) * TAG_BYTES : (at + n + 1) * TAG_BYTES]
-                    for n in range(part)
-                )
-                self._leaf_page[entry * _F_ENTRY : (entry + part) * _F_ENTRY] = entries
+                _enter(self._leaf_page, entry, raw, tags[at * TAG_BYTES : (at + part) * TAG_BYTES])
                 lba, raw, at, count = lba + part, raw + part, at + part, count - part
 
     def _end_leaf(self) -> None:

@@ -66,7 +66,7 @@ class _Checker:
         """F against R and S, and the journal's entries against both; returns the mapped blocks."""
         geometry, segments, memtable = self.geometry, self.volume.segments, self.volume.memtable
         live = array("I", bytes(4 * geometry.segments))
-        seen = bytearray(geometry.segments << geometry.segment_bits)
+        seen = bytearray(-(-(geometry.segments << geometry.segment_bits) // 8))
         count = 0
         for lba, raw in self._mapped_in_f():
             what = data_name(lba, raw)
@@ -94,10 +94,10 @@ class _Checker:
         return count
 
     def _once(self, seen: bytearray, lba: int, raw: int) -> None:
-        at = raw - self.geometry.data_start
-        if seen[at]:
+        at, bit = divmod(raw - self.geometry.data_start, 8)
+        if seen[at] >> bit & 1:
             self.fault(VolumeInconsistent(data_name(lba, raw), "another logical block has the same raw block"))
-        seen[at] = 1
+        seen[at] |= 1 << bit
 
     def _mapped_in_f(self) -> Iterator[tuple[int, int]]:
         """LBA and raw block of every mapping in tree F; pages that do not open were named by `trees`."""

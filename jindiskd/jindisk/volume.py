@@ -5,6 +5,8 @@ Any thread may call `read`; the lock covers looking things up, not reading and o
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from uuid import UUID
@@ -198,7 +200,7 @@ class Volume:
         A page that cannot be read is given to `damaged`, if there is one; only the journal's entries below it come.
         """
         tree, changed = self.trees[Kind.F], dict(self.memtable.by_leaf())
-        for index in sorted({*changed, *tree.leaves(damaged)}):
+        for index, _ in itertools.groupby(heapq.merge(sorted(changed), tree.leaves(damaged))):
             try:
                 page = None if index in self.memtable.cleared else tree.page(0, index)
             except VolumeError as exc:

@@ -1,22 +1,26 @@
 """Loading and exporting whole images."""
 
+import errno
 import os
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from jd import KEY, UUID1
 
 from jindiskd.base.secret import Secret
-from jindiskd.errors import InvalidArgument
+from jindiskd.errors import InvalidArgument, NoSpace
 from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.check import check_volume
+from jindiskd.jindisk.crypto import Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
-from jindiskd.jindisk.errors import VolumeUnauthentic
+from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic, VolumeUnrecognised
 from jindiskd.jindisk.export import bulk_export
 from jindiskd.jindisk.geometry import BLOCK, largest_logical, required_bytes
+from jindiskd.jindisk.pool import Pool, WorkerFailed
 from jindiskd.jindisk.volume import Volume, open_volume
 
 SIZE = 72 << 20
@@ -130,3 +134,57 @@ def test_ranges_alone_count(image: Path, tmp_path: Path) -> None:
     for wrong in ([(BLOCK, BLOCK), (0, BLOCK)], [(0, 100)], [(SIZE, BLOCK)], [(0, 0)]):
         with pytest.raises(InvalidArgument, match="whole blocks, in order"):
             load(image, tmp_path / "other", 1, ranges=wrong)
+
+
+def test_a_key_that_was_handed_over_seals_no_more() -> None:
+    """K1 in a load: parent and worker never seal with the same key."""
+    key = Generator(Secret(KEY), bytes(32), os.urandom).sealing_key()
+    key.seal(bytes(12), b"", b"")
+    material = key.hand_over()
+    with pytest.raises(VolumeFenced, match="another process"):
+        key.seal(bytes(12), b"", b"")
+    with pytest.raises(VolumeFenced):
+        key.seal_run(0, [(0, bytes(BLOCK))], memoryview(bytearray(BLOCK + 16)))
+    SealingKey.take_over(material).seal(bytes(12), b"", b"")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_store_ends_a_load(
+    image: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, left_processes: Callable[[], set[int]]
+) -> None:
+    """With the error that says so, no process left, and no volume that opens."""
+    write = FileDevice.pwrite
+
+    def full(self: FileDevice, offset: int, data: bytes) -> None:
+        if offset > 20 << 20:
+            raise OSError(errno.ENOSPC, "no space left")
+        write(self, offset, data)
+
+    monkeypatch.setattr(FileDevice, "pwrite", full)
+    with pytest.raises(NoSpace):
+        load(image, tmp_path / "volume", workers, ordered_placement=True)
+    assert not left_processes()
+    with pytest.raises(VolumeUnrecognised):
+        next(iter(opened(tmp_path / "volume", Anchor(open=False, session=bytes(32), sequence=1, root=bytes(32)))))
+
+
+def test_a_worker_that_is_killed_ends_the_work(left_processes: Callable[[], set[int]]) -> None:
+    """The parent says so instead of waiting, and ends the others."""
+
+    def work(task: bytes) -> bytes:
+        if task == b"3":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task * 2
+
+    def run() -> None:
+        with Pool(work, 2) as pool:
+            for number in range(8):
+                while pool.full:
+                    assert pool.next()
+                pool.give(b"%d" % number)
+            while pool.waiting:
+                pool.next()
+
+    with pytest.raises(WorkerFailed, match="-9"):
+        run()
+    assert not left_processes()
