@@ -113,7 +113,7 @@ class JinDisk1:
             damage = check_catalogue(device, read_layout(device, access.key))
             if damage:  # it cannot even be opened
                 return {"format": self.name, "faults": [f"{finding.id}: {finding.text}" for finding in damage]}
-            volume = open_volume(device, key=access.key, size_bytes=access.size_bytes)
+            volume = open_volume(device, key=access.key, size_bytes=access.size_bytes, strict=False)
             report = check_volume(volume, data=data, progress=progress)
         return {
             "format": self.name,

@@ -15,18 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jindiskd.base.secret import Secret
-from jindiskd.errors import Busy, NotFound, NotSupported
+from jindiskd.errors import Busy, InvalidArgument, NotFound, NotSupported
 from jindiskd.guest import dm
-from jindiskd.jindisk.v1.keys import KEY_BYTES, check_root
+from jindiskd.jindisk.v1.keys import check_root
 
 TARGET = "jindisk"
 LINKS = Path("/dev/mapper")
 DM_DEV_STATUS = 0xC138FD07
 DM_TABLE_STATUS = 0xC138FD0C
-DM_LIST_VERSIONS = 0xC138FD0D
 DM_STATUS_TABLE_FLAG = 1 << 4
-LIST_BYTES = 16384
-_VERSION = struct.Struct("<I3I")  # the head of struct dm_target_versions: where the next begins, and the version
 _DATA_START = struct.Struct("<I")
 _DATA_START_AT = 16  # of struct dm_ioctl
 
@@ -49,18 +46,9 @@ def _call(fd: int, request: int, name: str, *, size: int = dm.BUFFER_BYTES, flag
 def kernel_targets(control: Path = dm.CONTROL) -> set[str]:
     """The names of the device-mapper targets that the kernel has loaded; empty if it has no device mapper."""
     try:
-        with _control(control) as fd:
-            buffer = _call(fd, DM_LIST_VERSIONS, "", size=LIST_BYTES)
+        return set(dm.targets(control=control))
     except OSError:
         return set()
-    found, (at,) = set(), _DATA_START.unpack_from(buffer, _DATA_START_AT)
-    while at + _VERSION.size < len(buffer):
-        following, *_ = _VERSION.unpack_from(buffer, at)
-        found.add(bytes(buffer[at + _VERSION.size :]).partition(b"\0")[0].decode(errors="replace"))
-        if not following:
-            break
-        at += following
-    return found
 
 
 def require_target() -> None:
@@ -73,22 +61,16 @@ def require_target() -> None:
 
 
 def parameters(key: Secret, device: Path, *, create: bool) -> bytearray:
-    """What stands behind the target's name in the table; holds the key, so the caller wipes it."""
-    tail = f" {device} {int(create)}".encode()
-    hexadecimal = bytearray(2 * len(check_root(key)) + 1)
-    digits = b"0123456789abcdef"
-    at = 0
-    for number, value in enumerate(key.reveal()):
-        if number == KEY_BYTES:
-            hexadecimal[at : at + 1] = b" "
-            at += 1
-        hexadecimal[at], hexadecimal[at + 1] = digits[value >> 4], digits[value & 15]
-        at += 2
-    found = bytearray(len(hexadecimal) + len(tail))
-    found[: len(hexadecimal)] = hexadecimal
-    found[len(hexadecimal) :] = tail
-    hexadecimal[:] = bytes(len(hexadecimal))
-    return found
+    """What stands behind the target's name in the table; holds the key, so the caller wipes it.
+
+    Raises:
+        InvalidArgument: the key's length, or spaces in the path, which part the words of a table.
+    """
+    material = check_root(key).reveal()
+    try:
+        return dm.jindisk_parameters(material, os.fspath(device), make=create)
+    except ValueError as exc:
+        raise InvalidArgument("device", os.fspath(device), "a path with spaces cannot stand in a table") from exc
 
 
 def activate(name: str, *, sectors: int, table: bytearray, kind: str = TARGET) -> Path:
