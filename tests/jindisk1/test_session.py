@@ -11,7 +11,7 @@ from second_reader import SecondReader
 
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeFenced, VolumeUnsupported
-from jindiskd.jindisk.v1 import index_file, session
+from jindiskd.jindisk.v1 import index_file, session, survey
 from jindiskd.jindisk.v1.layout import Layout
 from jindiskd.jindisk.v1.load import create_empty
 from jindiskd.jindisk.v1.session import Session, open_session
@@ -50,6 +50,7 @@ def in_memory(path: Path) -> SparseDevice:
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits so small that every mechanism runs: several files of level 1, commits of their own accord, merges."""
     monkeypatch.setattr(session, "PENDING_BLOCKS", 16)
+    monkeypatch.setattr(survey, "WINDOW_BLOCKS", 50 * 1024)
     monkeypatch.setattr(session, "FRESH_LIMIT", 96)
     monkeypatch.setattr(session, "FOLD_AT", 160)
     monkeypatch.setattr(index_file, "FILE_RECORDS", 600)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import lt
 
 from jindiskd.jindisk.v1.keys import TAG_BYTES
 from jindiskd.jindisk.v1.layout import INNER_BYTES, INNER_CHILDREN, LEAF_BYTES, LEAF_RECORDS, NONE
@@ -87,11 +89,11 @@ def parse_leaf(plain: bytes, data_blocks: int) -> Leaf:
         for position in positions:
             if data_blocks <= position < NONE:
                 raise BadNode(f"it points to data block {position}, of {data_blocks}")
-    for at in range(count - 1):
-        if keys[at] >= keys[at + 1]:
-            pair = keys[at] == keys[at + 1] and positions[at] != NONE and positions[at + 1] == NONE
-            if not pair:
-                raise BadNode(f"key {keys[at + 1]} follows key {keys[at]}")
+    if not all(map(lt, keys, keys[1:])):
+        for at, (before, after) in enumerate(pairwise(keys)):
+            pair = before == after and positions[at] != NONE and positions[at + 1] == NONE
+            if before >= after and not pair:
+                raise BadNode(f"key {after} follows key {before}")
     records = plain[_RECORDS_AT : _RECORDS_AT + RECORD_BYTES * count]
     return Leaf(keys, positions, records, _NEXT.unpack_from(plain, _NEXT_AT)[0], marks)
 

@@ -21,12 +21,14 @@ from jindiskd.jindisk.v1.space import Space
 from jindiskd.jindisk.v1.tables import FULL_BITMAP
 from jindiskd.jindisk.v1.volume import Volume, block_name
 
-WINDOW_BLOCKS = 1 << 24
-"""Blocks whose owners are in memory at a time: 64 MiB of memory for 64 GiB of data."""
+WINDOW_BLOCKS = 20 << 20
+"""Blocks whose owners are in memory at a time: 80 MiB of memory, and one pass for a volume of 64 GiB."""
 _QUADS = struct.Struct(f"<{RIT_PER_BLOCK}Q")
 _POSITION = struct.Struct("<Q")
 Window: TypeAlias = "array[int]"
-"""By block: the LBA that owns it and one, or 0."""
+"""By block: the LBA that owns it, or `NOBODY`."""
+NOBODY = 0xFFFFFFFF
+_NOBODY_BYTES = b"\xff" * 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class _Surveyor:
 
     def window(self, start: int, end: int) -> Window:
         """Owners of blocks from `start` to before `end`."""
-        owners: Window = array("I", bytes(4 * (end - start)))
+        owners: Window = array("I", [NOBODY]) * (end - start)
         covered: list[tuple[int, int]] = []
         for file in self.volume.levels.level1:
             before = -1
@@ -72,8 +74,8 @@ class _Surveyor:
                 self._own(owners, position - start, key, position)
         for key, position in covered:
             # The module gives such a block back when it merges, if RIT still has this owner.
-            if not owners[position - start]:
-                owners[position - start] = key + 1
+            if owners[position - start] == NOBODY:
+                owners[position - start] = key
             else:
                 self.fold = True
         return owners
@@ -81,14 +83,18 @@ class _Surveyor:
     def _own_run(self, owners: Window, leaf: Leaf, start: int) -> bool:
         """Enter a leaf whose blocks lie one after the other, all at once; False if it is not such a leaf."""
         count, at = len(leaf.keys), leaf.positions[0] - start
-        if leaf.marks or at < 0 or at + count > len(owners) or any(owners[at : at + count]):
+        if not leaf.marks and (max(leaf.positions) < start or min(leaf.positions) >= start + len(owners)):
+            return True  # another window's
+        if leaf.marks or at < 0 or at + count > len(owners):
+            return False
+        if owners[at : at + count].tobytes() != _NOBODY_BYTES * count:
             return False
         if leaf.positions != tuple(range(leaf.positions[0], leaf.positions[0] + count)):
             return False
         near = bisect_left(self._order, leaf.keys[0])
         if near < len(self._order) and self._order[near] <= leaf.keys[-1]:
             return False
-        owners[at : at + count] = array("I", [key + 1 for key in leaf.keys])
+        owners[at : at + count] = array("I", leaf.keys)
         return True
 
     def _own_each(self, owners: Window, leaf: Leaf, start: int, *, before: int, covered: list[tuple[int, int]]) -> None:
@@ -101,21 +107,21 @@ class _Surveyor:
             before = key
 
     def _own(self, owners: Window, at: int, key: int, position: int) -> None:
-        if owners[at]:
+        if owners[at] != NOBODY:
             what = block_name(key, self.layout.data_start + position)
-            raise VolumeInconsistent(what, f"logical block {owners[at] - 1} has the same raw block")
-        owners[at] = key + 1
+            raise VolumeInconsistent(what, f"logical block {owners[at]} has the same raw block")
+        owners[at] = key
 
     def enter(self, space: Space, owners: Window, start: int) -> None:
         """Fill in the bitmaps of a window's segments."""
         for at in range(0, len(owners), SEGMENT_BLOCKS):
             part = owners[at : at + SEGMENT_BLOCKS]
-            free = part.count(0)
+            free = part.count(NOBODY)
             if free == SEGMENT_BLOCKS:
                 continue
             bitmap = FULL_BITMAP
             if free:
-                digits = "".join("1" if owner else "0" for owner in reversed(part))
+                digits = "".join("0" if owner == NOBODY else "1" for owner in reversed(part))
                 bitmap = int(digits, 2).to_bytes(SEGMENT_BLOCKS // 8, "little")
             space.enter((start + at) // SEGMENT_BLOCKS, bitmap)
 
@@ -124,12 +130,15 @@ class _Surveyor:
         device = self.volume.device
         for at in range(0, len(owners), RIT_PER_BLOCK):
             part = owners[at : at + RIT_PER_BLOCK]
-            if part.count(0) == RIT_PER_BLOCK:
+            if part.tobytes() == _NOBODY_BYTES * RIT_PER_BLOCK:
                 continue
             where = (self.layout.rit_start + (start + at) // RIT_PER_BLOCK) * BLOCK
-            found = _QUADS.unpack(device.pread(where, BLOCK))
-            if any(owner and owner - 1 != value for owner, value in zip(part, found, strict=True)):
-                wanted = [owner - 1 if owner else value for owner, value in zip(part, found, strict=True)]
+            block = device.pread(where, BLOCK)
+            if block == array("Q", part).tobytes():
+                continue  # all in use, and all right
+            found = _QUADS.unpack(block)
+            wanted = [value if owner == NOBODY else owner for owner, value in zip(part, found, strict=True)]
+            if wanted != list(found):
                 device.pwrite(where, _QUADS.pack(*wanted))
                 self.repaired += 1
 
