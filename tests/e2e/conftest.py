@@ -88,6 +88,13 @@ class Host:
             assert time.monotonic() < end, f"the guest did not say {text!r} {times} times:\n{said[-3000:]}"
             time.sleep(0.5)
 
+    def wait_off(self, name: str, within_s: float = 900) -> None:
+        """Wait until a domain has stopped."""
+        end = time.monotonic() + within_s
+        while self.json("domain", "show", name)["domain"]["State"] != "stopped":
+            assert time.monotonic() < end, f"domain {name} did not stop:\n{self.log.read_text()[-3000:]}"
+            time.sleep(2)
+
     def refusal(self) -> list[str]:
         """The findings of the last refusal in the audit log."""
         row = self.rows()[-1]

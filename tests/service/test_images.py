@@ -43,6 +43,18 @@ def test_an_image_from_build_to_removal(daemon, rootfs):
     assert image["LaunchDigest"] in daemon.ctl("image", "measure", "demo")
     assert "proves nothing" in daemon.ctl("image", "show", "demo")
     assert daemon.json("key", "list")["keys"][0]["launch-digests"] == [image["LaunchDigest"]]
+    key = daemon.json("key", "show", "demo")["key"]
+    assert (key["name"], key["volume-state"], key["volume-sequence"]) == ("demo", "closed", 1)
+    assert len(key["volume-root"]) == 64
+    assert "takes state 1 alone" in daemon.ctl("key", "show", image["ImageId"])
+    assert "1, closed" in daemon.ctl("key", "list")
+    assert "--yes" in daemon.ctl("key", "accept-rollback", "demo", status=2)
+    assert "one line" in daemon.ctl("key", "accept-rollback", "demo", "--reason", "a\nb", "--yes", status=2)
+    daemon.ctl("key", "accept-rollback", "nothing", "--yes", status=3)
+    daemon.ctl("key", "show", "nothing", status=3)
+    daemon.ctl("key", "accept-rollback", "demo", "--reason", "a backup", "--yes")
+    assert daemon.json("key", "show", "demo")["key"]["volume-rollback-accepted"] is True
+    assert "any, once" in daemon.ctl("key", "list")
     daemon.ctl("image", "revoke", "demo")
     assert daemon.json("image", "list")["images"][0]["State"] == "revoked"
     daemon.ctl("image", "reinstate", image["ImageId"])
@@ -53,7 +65,7 @@ def test_an_image_from_build_to_removal(daemon, rootfs):
     assert daemon.json("key", "list")["keys"] == []
     assert left_behind(daemon) == []
     kinds = [row["kind"] for row in daemon.json("audit", "list")["rows"]]
-    assert kinds == ["activated", "volume added", "revoked", "reinstated", "forgotten"]
+    assert kinds == ["activated", "volume added", "rollback accepted", "revoked", "reinstated", "forgotten"]
     assert daemon.json("audit", "verify")["rows"] == len(kinds)
     assert daemon.ctl("status").count("0 images") == 1
 
