@@ -307,6 +307,33 @@ def test_a_copy_becomes_a_volume_of_its_own(audit: Audit) -> None:
     assert here.open().read(0, 2 * BLOCK) == content(1) + ZERO
 
 
+@pytest.mark.parametrize("poor", ["the system's", "the broker's"])
+def test_one_good_source_of_randomness_is_enough(poor: str, audit: Audit) -> None:
+    """The host starts ten guests on one disk and replays the random source, or the session id: no key comes twice."""
+    here = world()
+    session = here.create()
+    session.write(0, content(1))
+    session.close()
+    for number in range(10):
+        copied = here.fork()
+        anchor = copied.broker.anchor
+        assert anchor is not None
+        audit.new_process()
+        volume = open_volume(copied.device, key=here.key, uuid=UUID1, anchor=anchor)
+        again = Session(
+            volume,
+            session_id=bytes([number]) * 32 if poor == "the system's" else bytes(32),
+            entropy=bytes if poor == "the system's" else os.urandom,
+            ordered_placement=True,
+        )
+        again.begin()
+        again.write(0, content(100 + number))
+        again.flush()
+        again.close()
+    # `audit` has looked at every sealing; the same places and numbers were sealed in all ten.
+    assert audit.count > 40
+
+
 def test_zeroing_and_trimming_are_exact() -> None:
     """Parts of blocks, single blocks, whole leaves of the map; in one commit; what is not within stays."""
     here, rng = world(), random.Random(3)
