@@ -23,6 +23,7 @@ from jindiskd.jindisk.identification import MAGIC
 
 PROBE_S = 60.0
 BLKZEROOUT = 0x127F  # linux/fs.h
+ZERO_BYTES = 256 << 20
 _RANGE = struct.Struct("=QQ")
 
 
@@ -132,7 +133,8 @@ def signature(path: Path, fd: int, offset_bytes: int) -> str | None:
 def make_zero(target: Target, offset: int, length: int) -> None:
     """Make a range read as zeros: by truncating a file, by the device's own means otherwise. Raises `OSError`."""
     if target.is_block:
-        fcntl.ioctl(target.fd, BLKZEROOUT, _RANGE.pack(offset, length))
+        for at in range(offset, offset + length, ZERO_BYTES):  # in pieces, so that it can be interrupted
+            fcntl.ioctl(target.fd, BLKZEROOUT, _RANGE.pack(at, min(ZERO_BYTES, offset + length - at)))
     else:
         os.ftruncate(target.fd, offset)
         os.ftruncate(target.fd, max(target.size_bytes, offset + length))
