@@ -89,10 +89,14 @@ def open_(app: App, /, words: tuple[str, ...], via: str | None, **given: Any) ->
         form, access = stack.enter_context(options.accessing(app, device, given, password=password))
         registry.take(name)
         load_module("nbd")
-        server_process.daemonize(
-            lambda ready: _attach(form, access, serving_of(given), name, ready, server_process.to_syslog),
-            name="jindisksetup",
-        )
+        try:
+            server_process.daemonize(
+                lambda ready: _attach(form, access, serving_of(given), name, ready, server_process.to_syslog),
+                name="jindisksetup",
+            )
+        except BaseException:
+            registry.remove(name)
+            raise
     record = registry.find(name)
     document = {"name": name, "device": os.fspath(record.node), "link": os.fspath(record.link), "pid": record.process}
     app.show({"device": document}, lambda: f"{record.link} is {record.node}.")

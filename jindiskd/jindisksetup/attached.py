@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jindiskd.base import document
-from jindiskd.base.files import replace_file
+from jindiskd.base.files import rename_new, replace_file
 from jindiskd.errors import AlreadyExists, Busy, InvalidArgument, JindiskError, NotFound, NotSupported, TimedOut
 from jindiskd.jindisk import nbd_kernel
 from jindiskd.jindisk.geometry import BLOCK
@@ -81,6 +81,12 @@ def started(process: int) -> int | None:
     return int(text.rpartition(")")[2].split()[19])  # starttime, field 22 of proc(5)
 
 
+def own_record(name: str) -> Record:
+    """A record of this process, which has no device yet."""
+    process = os.getpid()
+    return Record(name=name, process=process, started=started(process) or 0, index=-1, fault="")
+
+
 class Registry:
     """The records of attached volumes."""
 
@@ -118,7 +124,7 @@ class Registry:
         self._path(name).unlink(missing_ok=True)
 
     def take(self, name: str) -> None:
-        """Make sure that the name is free: forget what a killed server left.
+        """Take a name that is free, in this process's name until `put`; forget what a killed server left of it.
 
         Raises:
             AlreadyExists: it is in use.
@@ -130,6 +136,14 @@ class Registry:
                 raise AlreadyExists("an attached volume", name)
             release(found)
             self.remove(name)
+        path = self._path(name)
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        replace_file(staged, document.dump(own_record(name)), 0o600)
+        try:
+            rename_new(staged, path)
+        except FileExistsError as exc:
+            staged.unlink(missing_ok=True)
+            raise AlreadyExists("an attached volume", name) from exc
 
 
 def release(record: Record) -> None:
@@ -160,8 +174,7 @@ def attach(volume: Served, name: str, registry: Registry) -> Iterator[Server]:
         NotSupported: the kernel has no nbd.
         OSError: it refuses.
     """
-    process = os.getpid()
-    record = Record(name=name, process=process, started=started(process) or 0, index=-1, fault="")
+    record = own_record(name)
     registry.put(record)
     server = Server(None, volume)
     try:
