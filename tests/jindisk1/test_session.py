@@ -317,6 +317,26 @@ def test_a_failing_device_ends_the_session_without_harm() -> None:
     assert pattern(0, 2) == reader.block(0)
 
 
+@pytest.mark.usefixtures("small_limits")
+def test_a_failing_device_does_not_fill_the_memory() -> None:
+    """What waits to be written is bounded however long somebody tries; it is all written once the device works."""
+    plain = new_device()
+    device = Failing(plain.size_bytes)
+    device.blocks = plain.blocks
+    writer = open_session(device, key=key())
+    device.fails = True
+    failures = 0
+    for lba in range(200):
+        try:
+            writer.write(lba * BLOCK, pattern(lba, 1))
+        except VolumeDeviceFailed:
+            failures += 1
+    assert failures == 200 - 16 == 200 - len(writer.pending)
+    device.fails = False
+    writer.close()
+    assert list(range(16)) == sorted(second(device).map)
+
+
 def test_ranges_and_sessions_that_ended_are_refused() -> None:
     writer = open_session(new_device(), key=key())
     for offset, length in ((-1, 1), (0, SEGMENT + 1), (SEGMENT, 1)):

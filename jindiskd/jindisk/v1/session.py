@@ -123,12 +123,12 @@ class Session:
                 data = b"".join((before, data, after))
             self._changed = True
             for lba in range(first, end):
-                at = (lba - first) * BLOCK
-                self.pending[lba] = bytes(data[at : at + BLOCK])
-                if len(self.pending) >= PENDING_BLOCKS:
+                if len(self.pending) >= PENDING_BLOCKS:  # before more is taken, so that a failing device bounds it
                     self._seal_pending()
                     if len(self._fresh) >= FRESH_LIMIT:
                         self._commit()
+                at = (lba - first) * BLOCK
+                self.pending[lba] = bytes(data[at : at + BLOCK])
 
     def zero(self, offset: int, length: int) -> None:
         """Write zeros. They take room: an unmapped block reads as stale memory in the module. Errors as `write`."""
