@@ -439,6 +439,7 @@ class Session:
                 self._durable_changes = covered
                 self.room.slots.release_retired()
                 self.appender.free.add(freed)
+                self.cleaner.damaged.difference_update(freed)
                 self.volume.reuse += 1
 
 

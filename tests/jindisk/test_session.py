@@ -405,6 +405,22 @@ def test_damaged_blocks_stay_in_their_place_and_salvage_gives_them_up() -> None:
     assert not check_volume(here.open(), data=True).faults
 
 
+def test_a_damaged_segment_that_became_free_is_as_good_as_any() -> None:
+    """What was damaged goes when it is trimmed or overwritten; the next use of its place is cleaned like others."""
+    here = world()
+    session = full_session(here)
+    segment = session.volume.geometry.segment_of(damage(here, session, 5))
+    session.discard(6 * BLOCK, BLOCK)  # a segment without garbage is no victim
+    session.discard(100 * BLOCK, 3900 * BLOCK)
+    session.checkpoint()
+    session.cleaner.clean(session.volume.geometry.segments)  # goes on until nothing is gained
+    assert session.cleaner.damaged == {segment}
+    session.write(0, b"".join(content(5000 + n) for n in range(64)))
+    session.checkpoint()
+    assert not session.cleaner.damaged
+    assert session.read(0, 100 * BLOCK) == b"".join(content(5000 + n if n < 64 else n) for n in range(100))
+
+
 def test_a_volume_crowded_by_damage_says_so_and_can_be_trimmed() -> None:
     """Where every segment has a damaged block nothing can be cleaned: writing fails with ENOSPC, trimming works."""
     here = world()

@@ -5,6 +5,7 @@ import random
 import pytest
 from jd import World, content, world
 
+from jindiskd.jindisk import cleaner
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.geometry import BLOCK, default_geometry
 from jindiskd.jindisk.session import Session
@@ -79,3 +80,26 @@ def test_trimming_makes_writing_cheap_again() -> None:
         session.write((BLOCKS // 2 + rng.randrange(BLOCKS // 2)) * BLOCK, content(number))
     assert (session.appender.written_blocks - before) / (BLOCKS * 2) < 1.4
     session.close()
+
+
+def test_cleaning_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It frees segments while few are free and some are mostly dead; then it has nothing to do. Nothing is lost."""
+    here, rng = world(default_geometry(BLOCKS)), random.Random(5)
+    session = filled(here)
+    assert not session.idle()  # enough is free for a volume of this size
+    kept = {lba for lba in range(BLOCKS) if rng.random() < 0.4}
+    for lba in set(range(BLOCKS)) - kept:
+        session.discard(lba * BLOCK, BLOCK)
+    session.checkpoint()
+    monkeypatch.setattr(cleaner, "BACKGROUND_SHARE", 2)  # "few" is below 38 segments, instead of 2
+    free = len(session.appender.free)
+    assert session.idle()
+    assert len(session.appender.free) > free
+    while session.idle():
+        pass
+    assert len(session.appender.free) >= 38
+    session.close()
+    assert here.open().read(0, BLOCKS * BLOCK) == b"".join(
+        content(lba) if lba in kept else bytes(BLOCK) for lba in range(BLOCKS)
+    )
+    assert not check_volume(here.open(), data=True).faults
