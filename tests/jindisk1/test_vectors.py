@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,23 @@ def test_pattern_blocks_are_where_they_were_written(vector: Unpack) -> None:
         volume = open_volume(device, key=found.key())
         for lba, (seed, generation) in latest.items():
             assert recorded_pattern(seed, lba, generation) == volume.read(lba * BLOCK, BLOCK)
+
+
+def test_the_file_system_in_a_volume_is_sound(vector: Unpack, tmp_path: Path) -> None:
+    """As the kernel left it, with the files that were put there."""
+    found = vector("04-ext4")
+    image = tmp_path / "ext4"
+    with found.device() as device, image.open("w+b") as out:
+        bulk_export(open_volume(device, key=found.key()), out.fileno(), workers=1)
+    environment = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    subprocess.run(["e2fsck", "-fn", image], check=True, capture_output=True, env=environment)
+    assert found.entry["files_sha256"]
+    for name, digest in found.entry["files_sha256"].items():
+        subprocess.run(
+            ["debugfs", "-R", f"dump /{name} {tmp_path}/file", image], check=True, capture_output=True, env=environment
+        )
+        assert digest == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest(), name
+        (tmp_path / "file").unlink()
 
 
 def test_a_password_opens_the_volume_of_the_tool_that_made_it(vector: Unpack) -> None:
