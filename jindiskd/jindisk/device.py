@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +60,20 @@ class FileDevice:
         while done < len(data):
             with memoryview(data) as view:
                 done += os.pwrite(self._fd, view[done:], self._offset + offset + done)
+
+    def preadv(self, offset: int, parts: list[memoryview]) -> None:
+        """Fill parts, at most 1024, with what follows `offset`. Raises `OSError`."""
+        done = os.preadv(self._fd, parts, self._offset + offset)
+        if done < sum(map(len, parts)):  # part by part, which knows what to do
+            for part in parts:
+                part[:] = self.pread(offset, len(part))
+                offset += len(part)
+
+    def pwritev(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        """Write parts, at most 1024, one after the other. Raises `OSError`."""
+        done = os.pwritev(self._fd, parts, self._offset + offset)
+        if done < sum(map(len, parts)):
+            self.pwrite(offset + done, b"".join(parts)[done:])
 
     def flush(self) -> None:
         """`fdatasync`. Raises `OSError`."""

@@ -9,9 +9,10 @@ from jindiskd.jindisk.bulk import lengthen
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeUnauthentic
 from jindiskd.jindisk.pool import Pool, default_workers
+from jindiskd.jindisk.v1.keys import TAG_BYTES
 from jindiskd.jindisk.v1.layout import BLOCK
 from jindiskd.jindisk.v1.nodes import RECORD_BYTES
-from jindiskd.jindisk.v1.volume import Volume, block_name, open_block
+from jindiskd.jindisk.v1.volume import Volume, block_name, open_in_place
 
 BATCH_BLOCKS = 1024
 SMALL_BLOCKS = 8192
@@ -101,6 +102,9 @@ class _Worker:
     def __init__(self, volume: Volume, target_fd: int, offset: int) -> None:
         self._device, self._layout, self._size = volume.device, volume.layout, volume.size_bytes
         self._target = FileDevice(target_fd, name="the target", offset_bytes=offset)
+        room, stride = memoryview(bytearray(BATCH_BLOCKS * (BLOCK + TAG_BYTES))), BLOCK + TAG_BYTES
+        self._sealed = [room[at : at + stride] for at in range(0, len(room), stride)]
+        self._parts = [sealed[:BLOCK] for sealed in self._sealed]
 
     def work(self, task: bytes) -> bytes:
         """Read, open and write some blocks; how many bytes, or which block is not authentic."""
@@ -115,16 +119,26 @@ class _Worker:
             lba, position = keys[done], positions[done]
             while done + run < count and (keys[done + run], positions[done + run]) == (lba + run, position + run):
                 run += 1
-            data = memoryview(self._device.pread((self._layout.data_start + position) * BLOCK, run * BLOCK))
-            plain = []
+            self._read(position, run)
+            plain: list[bytes | memoryview] = []
             for number in range(run):
-                opened = open_block(data[number * BLOCK : (number + 1) * BLOCK], records[done + number])
+                opened = open_in_place(self._sealed[number], records[done + number])
                 if opened is None:
                     return _RESULT.pack(BAD, lba + number, position + number)
                 plain.append(opened)
-            # The last block can reach beyond a size that is no multiple of 4096.
-            out = b"".join(plain)[: self._size - lba * BLOCK]
-            self._target.pwrite(lba * BLOCK, out)
-            written += len(out)
+            if (lba + run) * BLOCK > self._size:  # the last block of a size that is no multiple of 4096
+                plain[-1] = plain[-1][: self._size - (lba + run - 1) * BLOCK]
+            self._target.pwritev(lba * BLOCK, plain)
+            written += sum(map(len, plain))
             done += run
         return _RESULT.pack(GOOD, written, 0)
+
+    def _read(self, position: int, run: int) -> None:
+        """Read blocks to where there is room for their tags behind each."""
+        at = (self._layout.data_start + position) * BLOCK
+        if isinstance(self._device, FileDevice):
+            self._device.preadv(at, self._parts[:run])
+            return
+        data = memoryview(self._device.pread(at, run * BLOCK))
+        for number in range(run):
+            self._parts[number][:] = data[number * BLOCK : (number + 1) * BLOCK]

@@ -76,7 +76,7 @@ def seal(key: bytes, plain: bytes | memoryview, aad: bytes = NODE_AAD) -> bytes:
     return AESGCM(key).encrypt(ZERO_NONCE, plain, aad)
 
 
-def unseal(key: bytes, sealed: bytes, aad: bytes = NODE_AAD) -> bytes | None:
+def unseal(key: bytes, sealed: bytes | memoryview, aad: bytes = NODE_AAD) -> bytes | None:
     """The plaintext; None if the tag does not verify."""
     try:
         return AESGCM(key).decrypt(ZERO_NONCE, sealed, aad)

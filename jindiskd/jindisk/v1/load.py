@@ -215,10 +215,10 @@ class _Worker:
             data = memoryview(self._source.read(lba, length))
             for start in range(0, len(data), BLOCK):
                 block = seal(task[at : at + KEY_BYTES], data[start : start + BLOCK], data_aad(position))
-                sealed.append(block[:BLOCK])
+                sealed.append(memoryview(block)[:BLOCK])
                 tags.append(block[BLOCK:])
                 position, at = position + 1, at + KEY_BYTES
-        self._target.pwrite(raw * BLOCK, b"".join(sealed))
+        self._target.pwritev(raw * BLOCK, sealed)
         return b"".join(tags)
 
 
