@@ -1,15 +1,20 @@
 """The whole service on a throw-away host: real bus, real libvirtd, real guests by emulation."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from played import Played
+from smallroot import idle_kernel, root_archive
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ROOT / "build/tools/usr"
@@ -49,17 +54,23 @@ class Host:
             self.daemon = subprocess.Popen(
                 [ROOT / ".venv/bin/jindiskd", "--config", str(self.state / "jindiskd.toml")], stdout=log, stderr=log
             )
-        for _ in range(100):
-            if self.ctl("status", check=False).returncode == 0:
-                return
+        end = time.monotonic() + 120
+        while self.ctl("status", check=False).returncode:
+            assert self.daemon.poll() is None, f"the service ended:\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < end, f"the service did not come up:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.1)
-        raise AssertionError(f"the service did not come up:\n{self.log.read_text()[-3000:]}")
 
     def stop(self) -> None:
         if self.daemon is not None:
             self.daemon.terminate()
-            assert self.daemon.wait(30) == 0
+            assert self.daemon.wait(120) == 0
             self.daemon = None
+
+    def kill(self) -> None:
+        assert self.daemon is not None
+        self.daemon.send_signal(signal.SIGKILL)
+        self.daemon.wait()
+        self.daemon = None
 
     def ctl(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -95,6 +106,65 @@ class Host:
             assert time.monotonic() < end, f"domain {name} did not stop:\n{self.log.read_text()[-3000:]}"
             time.sleep(2)
 
+    def spawn(self, *words: str) -> subprocess.Popen[str]:
+        """Start jindiskctl."""
+        return subprocess.Popen(
+            [ROOT / ".venv/bin/jindiskctl", *words],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def until(self, condition: Callable[[], Any], what: str, within_s: float = 120) -> None:
+        """Wait for a condition."""
+        end = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < end, f"{what} did not come:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.05)
+
+    def domain(self, name: str) -> dict[str, Any]:
+        """What the service tells of a domain; nothing where it knows none."""
+        found = [item for item in self.json("domain", "list")["domains"] if item["Name"] == name]
+        return found[0] if found else {"State": ""}
+
+    def play(self, name: str, launch: subprocess.Popen[str]) -> Played:
+        """The guest of a domain, once its machine runs."""
+
+        def there() -> bool:
+            assert launch.poll() is None, f"the launch ended: {launch.communicate()}"
+            return bool(self.domain(name)["State"] == "started")
+
+        self.until(there, f"domain {name}")
+        pin = bytes.fromhex(self.json("status")["service"]["BrokerSpkiSha256"])
+        return Played(Path("/run/jindiskd/vsock") / self.domain(name)["Uuid"], pin)
+
+    def resource(self, name: str) -> str:
+        """Where the broker has the key of an image."""
+        return str(json.loads((self.image(name) / "manifest.json").read_text())["resource"])
+
+    def build_idle(self, name: str) -> None:
+        """An image whose machine does nothing: its guest is played by the test."""
+        archive = self.state / "root.tar"
+        archive.write_bytes(root_archive(kernel=idle_kernel()))
+        self.ctl("image", "build", name, "--rootfs", str(archive), "--format", "luks2")
+
+    def strays(self) -> list[str]:
+        """Processes that belong to machines of ours."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                except OSError:
+                    continue
+                if "vhost-device-vsock --vm" in line or "jindiskd.sim.process" in line or "qemu-system" in line[:40]:
+                    found.append(line[:200])
+        return found
+
+    def clear(self) -> None:
+        """Remove all domains, whatever state they are in."""
+        for domain in self.json("domain", "list")["domains"]:
+            self.ctl("domain", "stop", domain["Name"], "--force", "--yes", check=False)
+            self.ctl("domain", "undefine", domain["Name"], "--yes", check=False)
+
     def refusal(self) -> list[str]:
         """The findings of the last refusal in the audit log."""
         row = self.rows()[-1]
@@ -104,28 +174,61 @@ class Host:
     def rows(self, image: str | None = None) -> list[dict[str, Any]]:
         """The audit log, of one image if it is named."""
         words = ["--image", self.json("image", "show", image)["image"]["ImageId"]] if image else []
-        rows = self.json("audit", "list", *words)
-        return rows if isinstance(rows, list) else next(value for value in rows.values() if isinstance(value, list))
+        return list(self.json("audit", "list", "--limit", "1000", *words)["rows"])
 
     def key(self, image: str) -> dict[str, Any]:
         """What is known of an image's key and volume."""
         return dict(self.json("key", "show", image)["key"])
 
 
-@pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
+def started(state: Path) -> Host:
+    """A service of one's own, or a skipped test."""
     if os.environ.get("JD_TESTENV") != "1":
         pytest.skip("this needs a throw-away host: run it by scripts/testenv")
     for needed in (TOOLS / "bin/vhost-device-vsock", BASE):
         if not needed.exists():
             pytest.skip(f"{needed.name} is not there: scripts/setup and scripts/make-base-image make it")
-    made = Host(Path("/var/lib/jindiskd-e2e"))
+    made = Host(state)
     made.start()
-    made.ctl("image", "build", "web", "--base", str(BASE))
+    return made
+
+
+@contextlib.contextmanager
+def cleared(made: Host) -> Iterator[Host]:
+    """No domain is left behind, and the service is stopped, however the tests ended."""
     try:
         yield made
     finally:
-        for domain in made.json("domain", "list")["domains"]:
-            made.ctl("domain", "stop", domain["Name"], "--force", "--yes", check=False)
-            made.ctl("domain", "undefine", domain["Name"], "--yes", check=False)
-        made.stop()
+        try:
+            if made.daemon is None:
+                made.start()
+            made.clear()
+        finally:
+            made.stop()
+            for name in virsh("list", "--all", "--name").split():
+                virsh("destroy", name, check=False)
+                virsh("undefine", name, "--nvram", check=False)
+
+
+def virsh(*words: str, check: bool = True) -> str:
+    command = ["virsh", "-q", "-c", "qemu:///system", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 or not check, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    """A service with a Debian image, `web`."""
+    with cleared(started(Path("/var/lib/jindiskd-e2e"))) as made:
+        made.ctl("image", "build", "web", "--base", str(BASE))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Host]:
+    """A service with two images, `one` and `two`, whose guests are played by the tests."""
+    with cleared(started(Path(tempfile.mkdtemp(prefix="jindiskd-played-", dir="/var/lib")))) as made:
+        made.build_idle("one")
+        made.build_idle("two")
+        yield made

@@ -1,0 +1,276 @@
+"""The service killed, libvirtd restarted, and secrets looked for, in every state of a launch; the guest is played."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import libvirtd
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from jindiskd.base.secret import Secret
+from jindiskd.kbs import jwe
+from jindiskd.keys.store import Store
+
+from .conftest import Host, virsh
+
+pytestmark = [pytest.mark.host, pytest.mark.slow]
+STATES = ("started", "attested", "released", "unlocked", "running")
+
+
+class Walk:
+    """A launch that is led through its states one by one."""
+
+    def __init__(self, host: Host, name: str = "one") -> None:
+        self.host, self.name = host, name
+        self.launch = host.spawn("launch", name)
+        self.guest = host.play(name, self.launch)
+        self.private = ec.generate_private_key(ec.SECP256R1())
+        self.key = b""
+        self._cookie = ""
+
+    def to(self, state: str) -> None:
+        """Lead it as far as this."""
+        for step in STATES[: STATES.index(state) + 1]:
+            getattr(self, f"_{step}")()
+        self.host.until(lambda: self.host.domain(self.name)["State"] == state, f"state {state}")
+
+    def _started(self) -> None:
+        """It is."""
+
+    def _attested(self) -> None:
+        self._cookie, nonce = self.guest.session()
+        status, answer = self.guest.attest(self.guest.attestation(nonce, self.private), self._cookie)
+        assert status == 200, answer
+
+    def _released(self) -> None:
+        where = f"/kbs/v0/resource/{self.host.resource(self.name)}"
+        status, _, answer = self.guest.ask("GET", where, cookie=self._cookie)
+        assert status == 200, answer
+        with jwe.open_(answer, self.private) as key:
+            self.key = bytes(key.reveal())
+
+    def _unlocked(self) -> None:
+        self.guest.say("unlocked")
+
+    def _running(self) -> None:
+        self.guest.say("running")
+        assert self.launch.wait(120) == 0
+
+    def close(self) -> None:
+        self.guest.close()
+        if self.launch.poll() is None:
+            self.launch.terminate()
+        self.launch.communicate(timeout=120)
+
+
+@pytest.fixture
+def walk(bare: Host) -> Iterator[Callable[..., Walk]]:
+    """Begins launches; afterwards nothing is left of them."""
+    made: list[Walk] = []
+
+    def begin(name: str = "one") -> Walk:
+        made.append(Walk(bare, name))
+        return made[-1]
+
+    yield begin
+    for item in made:
+        item.close()
+    bare.clear()
+    bare.until(lambda: not bare.strays(), "the end of all machines")
+    assert virsh("list", "--all", "--name").split() == []
+    assert list(Path("/run/jindiskd/vsock").iterdir()) == []
+    bare.ctl("audit", "verify")
+
+
+def some(*ordinary: str) -> list[object]:
+    """All states; those that are like another are for long runs."""
+    return [state if state in ordinary else pytest.param(state, marks=pytest.mark.long) for state in STATES]
+
+
+@pytest.mark.parametrize("state", some("released", "running"))
+def test_the_service_is_killed(bare: Host, walk: Callable[..., Walk], state: str) -> None:
+    """A guest that ran runs on and is served; any other is ended and can be launched again; no row, no key is lost."""
+    first = walk()
+    first.to(state)
+    rows = bare.rows()
+    bare.kill()
+    first.launch.wait(120)
+    bare.start()
+    bare.until(lambda: bare.json("status")["service"]["LibvirtConnected"], "libvirt")
+    bare.until(lambda: bare.domain("one")["State"], "the domain")
+    assert bare.rows()[: len(rows)] == rows
+    released = [row for row in rows if row["kind"] == "released"]
+    assert bool(first.key) == (state in STATES[2:])
+    if first.key:
+        assert released  # the row of a key that left was there before it
+    if state == "running":
+        assert bare.domain("one")["State"] == "running"
+        # The guest asks again, as one does that was reset: broker and firmware are there for it.
+        assert first.guest.fetch(bare.resource("one")) == first.key
+        return
+    assert bare.domain("one")["State"] == "failed"
+    assert "launch it again" in bare.domain("one")["Reason"]
+    bare.until(lambda: not bare.strays(), "the end of the machine")
+    again = walk()
+    again.to("running")
+    assert len(again.key) == 32
+    if first.key:
+        assert again.key == first.key
+
+
+@pytest.mark.parametrize("state", some("started"))
+def test_libvirtd_is_restarted(bare: Host, walk: Callable[..., Walk], state: str) -> None:
+    """The launch goes on where it was; afterwards everything can be done as before."""
+    launched = walk()
+    launched.to(state)
+    libvirtd.stop()
+    bare.until(lambda: not bare.json("status")["service"]["LibvirtConnected"], "the loss of libvirt")
+    refused = bare.ctl("domain", "stop", "one", "--force", "--yes", check=False)
+    assert refused.returncode == 69
+    assert "libvirtd" in refused.stderr
+    libvirtd.start()
+    bare.until(lambda: bare.json("status")["service"]["LibvirtConnected"], "libvirt")
+    for step in STATES[STATES.index(state) + 1 :]:
+        getattr(launched, f"_{step}")()
+    bare.until(lambda: bare.domain("one")["State"] == "running", "the running guest")
+    bare.ctl("domain", "stop", "one", "--force", "--yes")
+    assert bare.domain("one")["State"] == "stopped"
+
+
+def test_two_launches_of_one_image_at_once(bare: Host, walk: Callable[..., Walk]) -> None:
+    """Both are asked for in the same moment: one goes on, the other is busy and disturbs nothing."""
+    first = walk()
+    other = bare.ctl("launch", "one", "--name", "other", check=False)
+    same = bare.ctl("launch", "one", check=False)
+    assert (other.returncode, same.returncode) == (6, 6)
+    first.to("running")
+    assert virsh("list", "--name").split() == ["one"]
+
+
+def test_a_name_that_somebody_else_uses(bare: Host) -> None:
+    """A domain of that name which is not ours stays as it is."""
+    text = "<domain type='qemu'><name>one</name><memory>1024</memory><os><type>hvm</type></os></domain>"
+    path = bare.state / "foreign.xml"
+    path.write_text(text)
+    virsh("define", str(path))
+    before = virsh("dumpxml", "one")
+    try:
+        done = bare.ctl("launch", "one", check=False)
+        assert done.returncode == 6
+        assert "one" in done.stderr
+        assert virsh("dumpxml", "one") == before
+    finally:
+        virsh("undefine", "one")
+        bare.clear()
+
+
+class Watcher:
+    """Sees every command line and environment of the machine while it is open."""
+
+    def __init__(self) -> None:
+        self.seen: set[bytes] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(0.01):
+            for entry in Path("/proc").iterdir():
+                if entry.name.isdigit():
+                    for name in ("cmdline", "environ"):
+                        with contextlib.suppress(OSError):
+                            self.seen.add((entry / name).read_bytes())
+
+
+def forms(secret: bytes) -> list[bytes]:
+    """A secret as it might be written: raw, in hexadecimal, in both kinds of base64, as a list of numbers."""
+    encoded = [base64.b64encode(secret), base64.urlsafe_b64encode(secret)]
+    numbers = ", ".join(str(octet) for octet in secret).encode()
+    # The last characters of base64 depend on what follows.
+    return [secret, secret.hex().encode(), secret.hex().upper().encode(), numbers, *(item[:-4] for item in encoded)]
+
+
+def clear_parts(disk: Path) -> bytes:
+    """All of a disk but the data of its root partition."""
+    table = subprocess.run(["sfdisk", "--dump", disk], check=True, capture_output=True, text=True).stdout
+    root = next(line for line in table.splitlines() if "jindisk-rootfs" in line)
+    found = re.search(r"start=\s*(\d+), size=\s*(\d+)", root)
+    assert found is not None
+    start, end = int(found[1]) * 512, (int(found[1]) + int(found[2])) * 512
+    data = disk.read_bytes()
+    return data[: start + (16 << 20)] + data[end:]
+
+
+def test_no_key_is_where_others_can_read(bare: Host, walk: Callable[..., Walk]) -> None:
+    """
+    The volume's key, the key-encryption key, the broker's private key and the guest's own one are looked for, in five
+    notations, in all traffic of the bus, every command line and environment, logs, consoles, XML, libvirt's files, the
+    clear parts of the disk, and the state directory but for the two files that hold keys.
+    """
+    address = "unix:path=/run/dbus/system_bus_socket"
+    words = ["dbus-monitor", "--pcap", "--address", address]
+    monitor = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    traffic: list[bytes] = []
+    assert monitor.stdout is not None
+    stream = monitor.stdout
+    traffic.append(os.read(stream.fileno(), 1 << 16))  # it watches from here on
+    reader = threading.Thread(target=lambda: traffic.append(stream.read()))
+    reader.start()
+    with Watcher() as watcher:
+        bare.build_idle("sought")
+        launched = walk("sought")
+        launched.to("running")
+        for command in (["key", "list"], ["audit", "list"], ["daemon", "config"], ["status"], ["image", "list"]):
+            bare.ctl(*command, "--json")
+        bare.ctl("domain", "console", "sought")
+        xml = virsh("dumpxml", "sought", "--security-info").encode()
+        bare.ctl("domain", "stop", "sought", "--force", "--yes")
+    monitor.terminate()
+    reader.join()
+    stream.close()
+    monitor.wait()
+    bus = b"".join(traffic)
+    assert b"BuildImage" in bus
+    assert b"Launch" in bus
+    assert any(b"jindiskd.image.worker" in line for line in watcher.seen)
+    assert any(b"qemu-system" in line for line in watcher.seen)
+    kek = (bare.state / "kek").read_bytes()
+    broker = serialization.load_pem_private_key((bare.state / "broker.pem").read_bytes(), None)
+    assert isinstance(broker, ec.EllipticCurvePrivateKey)
+    store = Store.open(f"sqlite:///{bare.state}/keys.db", Secret(kek))
+    record = next(item for item in store.images() if item.name == "sought")
+    with store.release(record.image_id, peer="test", measurement=b"", simulated=True) as key:
+        assert bytes(key.reveal()) == launched.key  # what is looked for is what the guest got
+    store.close()
+    numbers = [key.private_numbers().private_value for key in (broker, launched.private)]
+    secrets = [launched.key, kek, *(number.to_bytes((number.bit_length() + 7) // 8, "big") for number in numbers)]
+    places = {"bus": bus, "xml": xml, "disk": clear_parts(bare.image("sought") / "disk.img")}
+    places |= {f"process {number}": line for number, line in enumerate(watcher.seen)}
+    for directory in (bare.state, "/run/jindiskd", "/run/libvirt", "/var/log", "/var/lib/libvirt"):
+        for path in Path(directory).rglob("*"):
+            if path.is_file() and path.suffix not in {".img", ".fd"} and path.name not in {"kek", "broker.pem"}:
+                places[str(path)] = path.read_bytes()
+    assert any("libvirt/qemu" in name for name in places)
+    assert any("jindiskd.log" in name for name in places)
+    assert any("keys.db" in name for name in places)
+    found = [(name, number) for name, data in places.items() for number, secret in enumerate(secrets)
+             for form in forms(secret) if form in data]  # fmt: skip
+    assert found == []
+    assert any(form in (bare.state / "kek").read_bytes() for form in forms(kek))  # the search finds what is there
