@@ -7,18 +7,19 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import libvirt
 import structlog
 
+from jindiskd.domain.thread import CallThread
 from jindiskd.errors import AlreadyExists, JindiskError, NotFound, ServiceUnavailable
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 DEFINED, UNDEFINED, STARTED, STOPPED, CRASHED = 0, 1, 2, 5, 8  # virDomainEventType
 RETRY_S = 2.0
+CLOSE_S = 5.0
 MAX_SENTENCE, MAX_LINES = 600, 3
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ")
 UNREACHABLE = frozenset({libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_NO_CONNECT})
@@ -68,7 +69,7 @@ class Connection:
     def __init__(self, uri: str, *, on_event: Callable[[str, int], None], on_connected: Callable[[], None]) -> None:
         """Connect nothing yet."""
         self._uri, self._on_event, self._on_connected = uri, on_event, on_connected
-        self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="libvirt")
+        self._calls = CallThread("libvirt")
         self._conn: libvirt.virConnect | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -87,16 +88,19 @@ class Connection:
         self._task = self._loop.create_task(self._keep())
 
     async def stop(self) -> None:
-        """Close the connection."""
+        """Close the connection; a libvirtd that does not answer is left to itself."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._loop = None  # what libvirt's thread still has to say goes nowhere
         if self._conn is not None:
-            conn, self._conn = self._conn, None
-            await asyncio.get_running_loop().run_in_executor(self._calls, self._close, conn)
-        self._calls.shutdown(wait=False)
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await self._give_back()
+            except TimeoutError:
+                log.warning("libvirt does not answer: its connection is given up", uri=self._uri)
+        self._calls.close()
 
     async def call(self, what: str, function: Callable[[libvirt.virConnect], T]) -> T:
         """Run `function` with the connection in the libvirt thread; `what` names the thing in errors."""
@@ -110,15 +114,14 @@ class Connection:
             except libvirt.libvirtError as exc:
                 raise translate(exc, what, alive=_stands(conn)) from exc
 
-        return await asyncio.get_running_loop().run_in_executor(self._calls, run)
+        return await self._calls.run(run)
 
     async def _keep(self) -> None:
         warned = False
         while True:
             self._lost.clear()
             try:
-                loop = asyncio.get_running_loop()
-                self._conn = await loop.run_in_executor(self._calls, self._open)
+                self._conn = await self._calls.run(self._open)
             except libvirt.libvirtError as exc:
                 if not warned:
                     log.warning("libvirt is not reachable", uri=self._uri, problem=str(exc))
@@ -129,9 +132,8 @@ class Connection:
             log.info("connected to libvirt", uri=self._uri)
             self._on_connected()
             await self._lost.wait()
-            lost, self._conn = self._conn, None
             log.warning("the connection to libvirt was lost", uri=self._uri)
-            await loop.run_in_executor(self._calls, self._close, lost)
+            await self._give_back()
 
     def _open(self) -> libvirt.virConnect:
         conn = libvirt.open(self._uri)
@@ -141,6 +143,11 @@ class Connection:
             None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None
         )
         return conn
+
+    async def _give_back(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            await self._calls.run(lambda: self._close(conn))
 
     def _close(self, conn: libvirt.virConnect) -> None:
         # Registered callbacks hold the connection, so that closing alone would not end it.

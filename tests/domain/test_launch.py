@@ -378,3 +378,20 @@ async def test_events_do_not_leak_with_connections(bench, impatient) -> None:
         await asyncio.to_thread(libvirtd.start)
         await bench.until(lambda: service.connection.connected)
     await bench.until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before)
+
+
+async def test_a_libvirtd_that_hangs_does_not_keep_the_service(bench, impatient, monkeypatch) -> None:
+    """Calls are given up when the connection is; and whatever libvirt does, the service ends."""
+    monkeypatch.setattr(connection, "CLOSE_S", 0.5)
+    service = await bench.service()
+    found = libvirtd.pid()
+    assert found is not None
+    os.kill(found, signal.SIGSTOP)
+    try:
+        waiting = asyncio.create_task(service.connection.call("asking", lambda conn: conn.listAllDomains()))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            await service.stop()
+        waiting.cancel()
+    finally:
+        os.kill(found, signal.SIGCONT)
