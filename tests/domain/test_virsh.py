@@ -41,7 +41,7 @@ def hook(host: None) -> Iterator[Path]:
     found = libvirtd.pid()
     assert found is not None
     os.kill(found, signal.SIGHUP)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while "refused" not in probe():  # until libvirtd has found it
         assert time.monotonic() < end, "libvirtd does not call the hook"
         time.sleep(0.1)
@@ -55,7 +55,7 @@ def probe() -> str:
     <jd:domain xmlns:jd='https://jindisk.org/xmlns/libvirt/domain/1'/></metadata><os><type>hvm</type></os></domain>"""
     done = subprocess.run(
         ["virsh", "-c", "qemu:///system", "create", "/dev/stdin", "--paused"],
-        input=text, capture_output=True, text=True, check=False, timeout=60,
+        input=text, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     if done.returncode == 0:
         virsh("destroy", "probe")
@@ -65,7 +65,7 @@ def probe() -> str:
 
 def virsh(*words: str) -> SimpleNamespace:
     done = subprocess.run(
-        ["virsh", "-c", "qemu:///system", *words], capture_output=True, text=True, check=False, timeout=90
+        ["virsh", "-c", "qemu:///system", *words], capture_output=True, text=True, check=False, timeout=300
     )
     return SimpleNamespace(ok=done.returncode == 0, out=done.stdout, err=done.stderr.strip())
 
@@ -110,7 +110,7 @@ def foreign(bench: Bench, name: str, *extra: str) -> None:
     text = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
     subprocess.run(
         ["virsh", "-c", "qemu:///system", "define", "/dev/stdin"], input=text, check=True, text=True,
-        capture_output=True, timeout=60,
+        capture_output=True, timeout=300,
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def define(text: str) -> bool:
     """Define a domain; a replaced one keeps its UUID."""
     done = subprocess.run(
         ["virsh", "-c", "qemu:///system", "define", "/dev/stdin"], input=text, check=False, text=True,
-        capture_output=True, timeout=60,
+        capture_output=True, timeout=300,
     )  # fmt: skip
     return done.returncode == 0
 

@@ -130,7 +130,7 @@ class Machine:
             link = self.directory / "vhost"
             options = f"guest-cid={self.cid},socket={link},uds-path={self.directory / 'vsock'}"
             self._spawn([os.fspath(device), "--vm", options], "vsock.log")
-            limit = time.monotonic() + 10
+            limit = time.monotonic() + 120
             while not link.exists():
                 assert time.monotonic() < limit, self.directory.joinpath("vsock.log").read_text()
                 time.sleep(0.02)

@@ -58,7 +58,7 @@ class SmallBroker:
         self.answers[step] = (401, json.dumps({"type": ERROR + kind, "detail": ""}).encode())
 
     def serve(self, raw: socket.socket) -> None:
-        raw.settimeout(30)
+        raw.settimeout(300)
         try:
             with self.context.wrap_socket(raw, server_side=True) as stream, stream.makefile("rwb") as file:
                 while line := file.readline():

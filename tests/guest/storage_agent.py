@@ -44,7 +44,7 @@ def main(device: str, init: str) -> None:
     try:
         mounts.mount_kernel_filesystems()
         modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
-        devices.wait_for_device(Path(device), time.monotonic() + 20)
+        devices.wait_for_device(Path(device), time.monotonic() + 200)
         storage.start(lambda: Plain(device), lambda exc: type(exc).__name__.encode(), timeout_s=20)
         mounts.mount_root(os.fspath(storage.NODE), agent.SYSROOT, "ext4", "ro")
         switch_root.keep_initrd()

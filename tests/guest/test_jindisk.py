@@ -16,7 +16,7 @@ from jindiskd.image.initrd import build_initrd
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
-LIMIT_S = 90
+LIMIT_S = 400
 
 # An init that stays: says how many boots it finds, adds a file of its own, makes it durable.
 STAYING = """#!/usr/bin/{python} -ISB

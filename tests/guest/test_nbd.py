@@ -104,7 +104,7 @@ class Kernel:
 def served(tmp_path):
     """A storage loop in a thread: (kernel, volume, control path, thread)."""
     ours, theirs = socket.socketpair()
-    theirs.settimeout(5)
+    theirs.settimeout(60)
     volume = Memory()
     path = tmp_path / "control/socket"
     control = storage.listen(path)

@@ -81,7 +81,7 @@ def test_wait_for_device(tmp_path) -> None:
     began = time.monotonic()
     with pytest.raises(TimedOut):
         devices.wait_for_device(file, began + 0.1)
-    assert 0.1 <= time.monotonic() - began < 2
+    assert 0.1 <= time.monotonic() - began < 60
 
 
 def test_read_head(tmp_path) -> None:
@@ -120,7 +120,7 @@ def test_progress_is_bounded() -> None:
         began = time.monotonic()
         for _ in range(5):
             progress.stage(Stage.BOOT)
-        assert time.monotonic() - began < BUDGET_S + 1
+        assert time.monotonic() - began < BUDGET_S + 60
 
 
 def test_progress_without_host() -> None:

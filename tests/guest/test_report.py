@@ -23,7 +23,7 @@ def firmware(answer: bytes) -> tuple[SimulatedFirmware, list[bytes]]:
 
     def connect() -> socket.socket:
         ours, theirs = socket.socketpair()
-        ours.settimeout(5)
+        ours.settimeout(60)
 
         def serve() -> None:
             with theirs:

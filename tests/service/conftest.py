@@ -97,7 +97,7 @@ libvirt_uri = "test:///none"
         if wait:
             self.told("READY=1")
 
-    def told(self, line: str, seconds: float = 20) -> None:
+    def told(self, line: str, seconds: float = 120) -> None:
         """Wait until the service manager would have been told something."""
         while True:
             readable, _, _ = select.select([self.notifications], [], [], seconds)
@@ -109,7 +109,7 @@ libvirt_uri = "test:///none"
         """End it; returns its exit status."""
         assert self.process is not None
         self.process.send_signal(number)
-        status = self.process.wait(timeout=20)
+        status = self.process.wait(timeout=120)
         self.process = None
         return status
 
@@ -134,7 +134,7 @@ libvirt_uri = "test:///none"
     def ctl(self, *words: str, status: int = 0) -> str:
         """Run jindiskctl; returns its standard output, or with another status than 0 its standard error, if any."""
         with self.spawn(*words) as process:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=300)
         assert process.returncode == status, f"{words}: {process.returncode}\n{out}\n{err}\n{self.log.read_text()}"
         return out if status == 0 or not err else err
 

@@ -56,7 +56,7 @@ def polkit(unstarted, private_bus) -> Iterator[Rules]:
         words = ["unshare", "--mount", "sh", "-c", START.format(folder=folder, polkitd=POLKITD)]
         process = subprocess.Popen(words, env=unstarted.environment, stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 120
         while (
             b"org.freedesktop.PolicyKit1"
             not in subprocess.run(
@@ -88,7 +88,7 @@ def ctl(service, *words: str) -> tuple[int, str]:
     user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     out = subprocess.run(
         [*user, program, *words], env=service.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=60, cwd="/",
+        timeout=300, cwd="/",
     )  # fmt: skip
     return out.returncode, out.stdout + out.stderr
 
@@ -97,7 +97,7 @@ def settled(service, rules: Rules, body: str, *words: str) -> tuple[int, str]:
     """Change the rules, and call until polkitd, which watches its folder, has noticed."""
     before = ctl(service, *words)
     rules.write(body)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 120
     while (now := ctl(service, *words)) == before and time.monotonic() < until:
         time.sleep(0.1)
     return now
