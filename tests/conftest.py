@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/support"))
 
+from processes import own_children  # noqa: E402 (found by the line above)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--regenerate` rewrites golden files, so that their difference is reviewed with the change."""
@@ -38,16 +40,6 @@ def vectors() -> Path:
     found = Path(os.environ.get("JINDISK_VECTORS", ROOT.parent / "shared" / "vectors"))
     if not found.is_dir():
         pytest.skip(f"the recorded test data is not at {found}; set JINDISK_VECTORS to its folder")
-    return found
-
-
-def own_children() -> set[int]:
-    """Processes whose parent is this one, ended but not waited for included."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
-                found.add(int(stat.parent.name))
     return found
 
 

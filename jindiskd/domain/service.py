@@ -398,9 +398,11 @@ class DomainService:
             log.warning("a running domain was found but is not served", domain=item.name, problem=str(exc))
 
     async def _forget(self, guest: Guest) -> None:
-        self._guests.remove(guest)
-        self._bindings.drop(guest.view.uuid)
+        # Cleared first: one that is cancelled in the middle is still in the table, and `stop` closes it.
         await guest.clear()
+        if self._guests.holds(guest):
+            self._guests.remove(guest)
+            self._bindings.drop(guest.view.uuid)
 
     def _spawn(self, function: Callable[..., Awaitable[None]], *args: Guest) -> None:
         async def guarded() -> None:

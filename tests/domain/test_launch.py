@@ -12,6 +12,7 @@ from pathlib import Path
 import libvirt
 import libvirtd
 import pytest
+from processes import own_children
 
 from jindiskd.domain import connection, machine
 from jindiskd.domain.state import LaunchFailed, LaunchRefused
@@ -215,6 +216,25 @@ async def test_what_virsh_removes_is_gone(bench) -> None:
     await service.stop_domain("demo", force=True)
     virsh("undefine", "demo")
     await bench.until(lambda: service.list() == [])
+
+
+async def test_a_service_that_ends_while_it_forgets_leaves_nothing(bench) -> None:
+    """Whenever it is stopped after a guest's end: the processes that were made for the guest end."""
+    for delay in (0.0, 0.02, 0.1):
+        service = await bench.service()
+        await bench.launch(service)
+        virsh("destroy", "demo")
+        virsh("undefine", "demo")
+        await asyncio.sleep(delay)
+        await service.stop()
+        await bench.until(lambda: not [pid for pid in own_children() if _is_firmware(pid)])
+
+
+def _is_firmware(pid: int) -> bool:
+    try:
+        return b"jindiskd.sim.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 DAEMON = """
