@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class CallThread:
                 result = function()
             except BaseException as exc:  # noqa: BLE001 - raised where the future is awaited
                 problem = exc
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, result, problem)
 
         if self._thread is None:

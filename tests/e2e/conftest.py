@@ -181,14 +181,14 @@ class Host:
         return dict(self.json("key", "show", image)["key"])
 
 
-def started(state: Path) -> Host:
-    """A service of one's own, or a skipped test."""
+def started(kind: str) -> Host:
+    """A service of one's own, with a state directory of its own, or a skipped test."""
     if os.environ.get("JD_TESTENV") != "1":
         pytest.skip("this needs a throw-away host: run it by scripts/testenv")
     for needed in (TOOLS / "bin/vhost-device-vsock", BASE):
         if not needed.exists():
             pytest.skip(f"{needed.name} is not there: scripts/setup and scripts/make-base-image make it")
-    made = Host(state)
+    made = Host(Path(tempfile.mkdtemp(prefix=f"jindiskd-{kind}-", dir="/var/lib")))
     made.start()
     return made
 
@@ -220,7 +220,7 @@ def virsh(*words: str, check: bool = True) -> str:
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
     """A service with a Debian image, `web`."""
-    with cleared(started(Path("/var/lib/jindiskd-e2e"))) as made:
+    with cleared(started("debian")) as made:
         made.ctl("image", "build", "web", "--base", str(BASE))
         yield made
 
@@ -228,7 +228,7 @@ def host() -> Iterator[Host]:
 @pytest.fixture(scope="module")
 def bare() -> Iterator[Host]:
     """A service with two images, `one` and `two`, whose guests are played by the tests."""
-    with cleared(started(Path(tempfile.mkdtemp(prefix="jindiskd-played-", dir="/var/lib")))) as made:
+    with cleared(started("played")) as made:
         made.build_idle("one")
         made.build_idle("two")
         yield made
