@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,16 @@ from jindiskd.attest.measure import snp_launch_digest
 from jindiskd.attest.model import Finding, MalformedEvidence
 from jindiskd.attest.snp import VerifiedSnp
 from jindiskd.base.platform import Tee
+from jindiskd.broker.refused import decided_again, told
 from jindiskd.config import Config
-from jindiskd.errors import JindiskError, NotFound
+from jindiskd.errors import JindiskError
 from jindiskd.image.measurement import cmdline_of, inputs_of
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import StoredImage
 from jindiskd.jobs.job import Job
 from jindiskd.keys.refusals import StoredRefusal
-from jindiskd.keys.store import ImageRecord, Store
+from jindiskd.keys.store import Store
 from jindiskd.policy import form
-from jindiskd.policy.advice import remedy
-from jindiskd.policy.release import decide
-from jindiskd.policy.rules import ReleaseRules
 
 MAX_FIRMWARE = 32
 PATTERNS = ("*.fd", "*/*.fd", "*/*/*.fd")
@@ -85,21 +82,13 @@ class DecisionsBackend:
         def check() -> tuple[int, list[Finding]]:
             record = self._store.image(image_id)
             refusal = self._store.refusals.find(number=row, image_id=None if row is not None else image_id)
-            return refusal.number, self._decide_again(refusal, record, rules or record.rules)
+            allowed = self._config.broker.allow_simulated
+            return refusal.number, decided_again(
+                refusal, record, rules or record.rules, allow_simulated=allowed, now=datetime.now(UTC)
+            )
 
         number, findings = await asyncio.to_thread(check)
-        return number, [_told(finding.id, finding.text) for finding in findings]
-
-    def _decide_again(self, refusal: StoredRefusal, record: ImageRecord, rules: ReleaseRules) -> list[Finding]:
-        if refusal.evidence is None:
-            raise NotFound("evidence", f"of audit row {refusal.number}: it is no longer kept, or none came")
-        try:
-            verified = restore(refusal.evidence)
-        except MalformedEvidence:
-            # It was not genuine, which no policy changes.
-            return [Finding(*finding) for finding in refusal.findings]
-        allowed = self._config.broker.allow_simulated
-        return decide(replace(record, rules=rules), verified, allow_simulated=allowed, now=datetime.now(UTC))
+        return number, [told(finding) for finding in findings]
 
     # Refusals
 
@@ -129,7 +118,7 @@ class DecisionsBackend:
             "image_id": refusal.image_id,
             "peer": refusal.peer,
             "simulated": refusal.simulated,
-            "findings": [_told(*finding) for finding in refusal.findings],
+            "findings": [told(Finding(*finding)) for finding in refusal.findings],
             "evidence": await asyncio.to_thread(_shown, refusal),
             "explanation": digest,
         }
@@ -203,10 +192,6 @@ class DecisionsBackend:
                     except (JindiskError, OSError):
                         continue
         return found
-
-
-def _told(name: str, text: str) -> dict[str, object]:
-    return {"id": name, "text": text, "remedy": remedy(name)}
 
 
 def _answer(text: str, **more: Any) -> dict[str, Any]:

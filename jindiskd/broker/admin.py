@@ -23,6 +23,8 @@ from jindiskd.base.secret import Secret
 from jindiskd.broker.http import Handler, body_of
 from jindiskd.broker.metrics import CONTENT_TYPE, Metrics
 from jindiskd.broker.peer import BrokerLimits, Peer
+from jindiskd.broker.refused import decided_again, explained
+from jindiskd.broker.refused import told as with_remedy
 from jindiskd.errors import (
     EXIT_BUSY,
     EXIT_NOT_AUTHORIZED,
@@ -156,6 +158,8 @@ class Admin:
             ("DELETE", rf"{image}/keys/([^/]+(?:/[^/]+/[^/]+)?)", manage, False, self._remove_key),
             ("PUT", rf"{image}/volumes/([^/]+)", manage, False, self._add_volume),
             ("POST", r"volumes/([^/]+)/accept-rollback", manage, False, self._accept_rollback),
+            ("POST", rf"{image}/policy/try", read, False, self._try_policy),
+            ("GET", "refusals", read, False, self._refusal),
             ("GET", "approvals", read, False, self._approvals),
             ("POST", r"approvals/([0-9]{1,18})/(grant|deny)", approve, False, self._decide),
             ("GET", "audit", read, False, self._audit),
@@ -306,6 +310,22 @@ class Admin:
         self._store.set_rules(record.image_id, form.read(asked.body), asked.caller.who)
         return self._image(self._store.image(record.image_id), full=True)
 
+    def _try_policy(self, asked: Asked) -> Answer:
+        record = self._find(asked.parts[0])
+        given = asked.members(policy=str, row=int)
+        rules = form.read(given["policy"]) if "policy" in given else record.rules
+        row = given.get("row")
+        refusal = self._store.refusals.find(number=row, image_id=None if row is not None else record.image_id)
+        allowed, now = bool(self._facts()["allow_simulated"]), self._store.database.now()
+        findings = decided_again(refusal, record, rules, allow_simulated=allowed, now=now)
+        return {"row": refusal.number, "findings": [with_remedy(finding) for finding in findings]}
+
+    def _refusal(self, asked: Asked) -> Answer:
+        image = asked.query.get("image")
+        row = _number(asked.query["row"]) if "row" in asked.query else None
+        image_id = self._find(image).image_id if image else None
+        return dict(explained(self._store.refusals.find(number=row, image_id=image_id)))
+
     def _export(self, asked: Asked) -> Answer:
         record = self._find(asked.parts[0])
         told = asked.members(recipient=dict)
@@ -353,11 +373,11 @@ class Admin:
         return {}
 
     def _audit(self, asked: Asked) -> Answer:
-        limit, image = asked.query.get("limit", "100"), asked.query.get("image")
-        if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= MOST_ROWS:
-            raise InvalidArgument("limit", limit[:20], f"it is 1 to {MOST_ROWS}")
+        limit, image = _number(asked.query.get("limit", "100")), asked.query.get("image")
+        if limit > MOST_ROWS:
+            raise InvalidArgument("limit", limit, f"it is 1 to {MOST_ROWS}")
         image_id = self._find(image).image_id if image else None
-        return {"rows": self._store.audit_rows(int(limit), image_id)}
+        return {"rows": self._store.audit_rows(limit, image_id)}
 
     def _verify(self, _asked: Asked) -> Answer:
         count, head = self._store.verify_audit()
@@ -408,6 +428,12 @@ class MetricsPage:
             return web.Response(status=404, text="there are /metrics and /healthz\n")
 
         return handle
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", text):
+        raise InvalidArgument("number", text[:20], "it is a whole number from 1 on")
+    return int(text)
 
 
 def _resource(record: ImageRecord, name: str) -> str:

@@ -12,11 +12,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from jindiskd.base import document
+from jindiskd.base.files import replace_file
 from jindiskd.cli.app import App, common, pass_app
+from jindiskd.cli.attest import finding_lines
 from jindiskd.cli.broker_keys import key, recovery, token, volume
 from jindiskd.cli.broker_target import EXISTING, FILE, Target, reached, show_image, when, write
 from jindiskd.cli.output import fields, platform, table
-from jindiskd.errors import InvalidArgument
+from jindiskd.errors import EXIT_REFUSED, InvalidArgument, NotFound
 from jindiskd.keys import handover
 
 
@@ -147,9 +149,24 @@ def image_remove(target: Target, name: str, yes: bool) -> None:
 @image.command(name="policy")
 @click.argument("name")
 @click.option("--set", "file", type=click.File("rb"), help="Put the policy in this TOML file in force; - is stdin.")
+@click.option(
+    "--try", "tried", type=click.File("rb"), help="Try the policy in this file; the one in force with --row alone."
+)
+@click.option("--row", type=click.IntRange(1), help="Number of the refusal to try it on; the last of the image.")
 @reached
-def image_policy(target: Target, name: str, file: Any) -> None:
-    """Show the policy of an image as TOML, or replace it."""
+def image_policy(target: Target, name: str, file: Any, tried: Any, row: int | None) -> None:
+    """Show the policy of an image as TOML, replace it, or try one on a guest that was refused (status 7 if still)."""
+    if tried is not None or row is not None:
+        body: dict[str, Any] = {"row": row} if row is not None else {}
+        if tried is not None:
+            body["policy"] = tried.read().decode()
+        found = target.call("POST", "images", name, "policy", "try", body=body)
+        verdict = "would still be refused" if found["findings"] else "would get its key"
+        text = "\n".join([f"The guest of audit row {found['row']} {verdict}.", *finding_lines(found["findings"])])
+        target.app.show(found, lambda: text)
+        if found["findings"]:
+            raise click.exceptions.Exit(EXIT_REFUSED)
+        return
     if file is not None:
         show_image(target, target.call("PUT", "images", name, "policy", body=file.read()))
         return
@@ -259,6 +276,31 @@ def audit_list(target: Target, limit: int, image: str | None) -> None:
     ]
     head = ("NUMBER", "WHEN (UTC)", "WHAT", "IMAGE", "WHO", "EVIDENCE", "FINDINGS")
     target.app.show(told, lambda: table(head, rows, legend=target.app.legend))
+
+
+@audit.command(name="explain")
+@click.option("--row", type=click.IntRange(1), help="Number of the refusal; the last if not given.")
+@click.option("--image", help="Name or id of an image: its last refusal.")
+@click.option("--evidence", type=FILE, help="Also write what the guest sent to this file, for attest verify.")
+@reached
+def audit_explain(target: Target, row: int | None, image: str | None, evidence: Path | None) -> None:
+    """Say why a guest was refused: every reason with what to do, and what its evidence said."""
+    query = {**({"row": str(row)} if row is not None else {}), **({"image": image} if image else {})}
+    told = target.call("GET", "refusals", query=query)
+    said = told["evidence"]
+    if evidence is not None:
+        if not said:
+            raise NotFound("evidence", f"of audit row {told['row']}")
+        replace_file(evidence, bytes.fromhex(said["raw"]), 0o600)
+    pairs = {
+        "audit row": str(told["row"]),
+        "when": told["time"],
+        "image": told["image_id"],
+        "guest": told["peer"],
+        "evidence": said.get("tee", "") + (", simulated: proves nothing" if told["simulated"] else ""),
+        "launch digest": said.get("measurement") or said.get("mr_td") or "",
+    }
+    target.app.show(told, lambda: "\n".join([fields(pairs), *finding_lines(told["findings"])]))
 
 
 @audit.command(name="verify")

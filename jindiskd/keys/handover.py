@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from jindiskd.base import document
-from jindiskd.base.platform import Platform
+from jindiskd.base.platform import Platform, Tee
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError
 from jindiskd.kbs import jwe, jwk
@@ -38,7 +38,7 @@ CARD, WHAT, SEALED = "the broker's card", "the handover", "the sealed part of th
 LIMIT_BYTES = 1 << 20
 MOST_KEYS = 64
 KEY_BYTES = (1, 4096)
-DIGEST_BYTES = 48
+DIGEST_BYTES = (32, 48)
 
 
 class HandoverUnusable(JindiskError, code="HandoverUnusable", exit_code=EXIT_INTEGRITY):
@@ -214,8 +214,11 @@ def read(data: bytes) -> Handover:
     for volume in found.volumes:
         check_volume(volume.volume)
         check_resource(volume.resource)
-    if any(len(digest) != DIGEST_BYTES for digest in found.launch_digests) or not found.launch_digests:
-        raise HandoverUnusable("names no launch digest of 48 bytes", "export it from an image that was measured")
+    if any(len(digest) not in DIGEST_BYTES for digest in found.launch_digests):
+        raise HandoverUnusable("names a launch digest of another length than 32 or 48 bytes", "export it again")
+    if not found.launch_digests and found.platform.tee is not Tee.TDX:
+        # What a TDX guest measures as is for the policy, by registers.
+        raise HandoverUnusable("names no launch digest", "export it from an image that was measured")
     if not found.name or len(found.name) > 63 or not found.image_id or len(found.image_id) > 64:
         raise HandoverUnusable("has no usable name or identity", "export it again")
     return found

@@ -144,6 +144,29 @@ def test_tokens_reach_as_far_as_their_role(broker: BrokerProcess) -> None:
     assert "jdt_" not in broker.log.read_text()
 
 
+def test_a_refusal_is_explained_and_another_policy_tried(
+    broker: BrokerProcess, root: SimulatedRoot, tmp_path: Path
+) -> None:
+    """The owner sees every reason, gets the report itself, and learns what a policy would have said of it."""
+    broker.ctl("image", "import", str(broker.hand_over()))
+    broker.ctl("image", "limits", "web", "--per-hour", "5")
+    with pytest.raises(BrokerRefused):
+        fetched(broker.client(), SimulatedSnpFirmware(root, bytes(48)))
+    said = broker.ctl("audit", "explain", "--image", "web", "--evidence", str(tmp_path / "report"))
+    assert "[snp.measurement]" in said
+    assert "0" * 96 in said
+    assert len((tmp_path / "report").read_bytes()) == 1184
+    row = broker.json("audit", "explain")["row"]
+    still = broker.json("image", "policy", "web", "--row", str(row), status=None)
+    assert [finding["id"] for finding in still["findings"]] == ["snp.measurement"]
+    policy = broker.ctl("image", "policy", "web")
+    text = policy.replace("# minimum_guest_svn = 0", "minimum_guest_svn = 7").encode()
+    worse = json.loads(broker.ctl("image", "policy", "web", "--try", "-", "--json", stdin=text, status=None))
+    assert {"snp.measurement"} < {finding["id"] for finding in worse["findings"]}
+    assert broker.ctl("image", "policy", "web") == policy
+    broker.ctl("audit", "explain", "--row", "999999", status=3)
+
+
 async def test_other_users_of_the_machine_are_strangers() -> None:
     """Even where the socket's mode lets them in: the kernel tells who they are, and their connection is closed."""
 
