@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,6 +54,7 @@ log = structlog.get_logger(__name__)
 PREFIX = "/v1"
 LIMITS = BrokerLimits(connections_per_peer=16, connections=64)
 MOST_ROWS = 10_000
+WARNING_S = 10.0
 TOKEN_LIFE_S = 90 * 86400
 STATUSES = {EXIT_NOT_FOUND: 404, EXIT_USAGE: 400, EXIT_BUSY: 409, EXIT_NOT_AUTHORIZED: 403, EXIT_UNAVAILABLE: 503}
 Answer = dict[str, Any] | str
@@ -135,6 +137,7 @@ class Admin:
         self._shown, self._facts = metrics, facts
         self._registry, self._volumes = Registry(store), Volumes(store)
         self._tokens = Tokens(store.database, store.audit)
+        self._next_warning = 0.0
         self._routes = tuple(self._table())
 
     def _table(self) -> list[Route]:
@@ -227,7 +230,10 @@ class Admin:
         if kind.lower() == "bearer" and 0 < len(token) <= 200:
             found = await asyncio.to_thread(self._tokens.find, token.strip())
         if found is None:
-            log.warning("administration refused: no token, or none that counts", who=peer.description)
+            now = time.monotonic()
+            if now >= self._next_warning:  # whoever tries must not fill the log
+                self._next_warning = now + WARNING_S
+                log.warning("administration refused: no token, or none that counts", who=peer.description)
             raise NotAuthorized("administration: the token is missing, unknown or over")
         return Caller(who=Requester(peer=f"token {found.name}, {peer.description}"), role=found.role, local=False)
 
@@ -277,7 +283,9 @@ class Admin:
     def _register(self, asked: Asked) -> Answer:
         opened = handover.open_(handover.read(asked.body), self._transfer_key)
         try:
-            return self._image(self._registry.register(opened, asked.caller.who), full=True)
+            name = asked.query.get("replaces")
+            replaces = self._find(name).image_id if name else None
+            return self._image(self._registry.register(opened, asked.caller.who, replaces=replaces), full=True)
         finally:
             opened.close()
 

@@ -126,13 +126,15 @@ def image_show(target: Target, name: str) -> None:
 
 @image.command(name="import")
 @click.argument("file", type=click.File("rb"))
+@click.option("--replaces", metavar="IMAGE", help="The image it was built again from: revoked, its policy taken over.")
 @reached
-def image_import(target: Target, file: Any) -> None:
+def image_import(target: Target, file: Any, replaces: str | None) -> None:
     """Take over an image and its keys from the handover in FILE (`jindiskctl key export`); - is standard input.
 
     From then on the keys are released to guests with the launch digests in it: import what you know the origin of.
     """
-    show_image(target, target.call("POST", "images", body=file.read()))
+    query = {"replaces": replaces} if replaces else None
+    show_image(target, target.call("POST", "images", body=file.read(), query=query))
 
 
 @image.command(name="remove")

@@ -55,15 +55,24 @@ class Registry:
     def _database(self) -> Database:
         return self._store.database
 
-    def register(self, opened: Opened, by: Requester) -> ImageRecord:
+    def register(self, opened: Opened, by: Requester, *, replaces: str | None = None) -> ImageRecord:
         """Take over an image that is not known yet: its keys are released from now on, by its rules.
+
+        Args:
+            opened: the image and its keys.
+            by: who does it.
+            replaces: id of an image that was built before under the same name: its keys are revoked, its name gets
+                the first part of its id added, and its rules count for the new one unless that brings its own.
 
         Raises:
             AlreadyExists: its name, identity, a resource or a volume is; nothing was changed.
+            NotFound: there is none to be replaced.
             InvalidArgument, MalformedDocument: its rules are none.
         """
         told = opened.handover
-        rules = release_rules.load(told.rules) if told.rules else ReleaseRules()
+        rules = release_rules.load(told.rules) if told.rules else None
+        if rules is None:
+            rules = self._store.image(replaces).rules if replaces is not None else ReleaseRules()
         row: dict[str, Any] = {
             "image_id": told.image_id,
             "name": told.name,
@@ -78,6 +87,8 @@ class Registry:
         }
         try:
             with self._database.write() as connection:
+                if replaces is not None:
+                    self._retire(connection, replaces, told.image_id, by)
                 connection.execute(images_table.insert().values(row))
                 self._insert_others(connection, opened)
                 detail = {"launch_digests": row["launch_digests"], "keys": sorted(opened.keys)}
@@ -219,6 +230,13 @@ class Registry:
         return [self.export(image_id, recipient, by, "recovery copy") for image_id in images]
 
     # Parts
+
+    def _retire(self, connection: sa.Connection, image_id: str, by_image: str, by: Requester) -> None:
+        """Revoke an image and give its name free."""
+        record = self._record(connection, image_id)
+        values = {"state": KeyState.REVOKED.value, "name": f"{record.name}.{image_id[:8]}"}
+        self._store.change(connection, image_id, values)
+        self._store.audit.append(connection, "replaced", image_id, by, {"by": by_image})
 
     def _record(self, connection: sa.Connection, image_id: str) -> ImageRecord:
         query = sa.select(images_table).where(images_table.c.image_id == image_id)

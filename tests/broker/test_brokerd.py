@@ -254,6 +254,26 @@ def test_rotation_replaces_key_and_digest(broker: BrokerProcess, root: Simulated
     broker.ctl("key", "rotate", "web", str(foreign), "--yes", status=2)
 
 
+def test_an_image_that_was_built_again_takes_the_place_of_the_old(
+    broker: BrokerProcess, root: SimulatedRoot, firmware: SimulatedSnpFirmware
+) -> None:
+    """Under its name and policy; the old key is released no more, and is still there."""
+    broker.ctl("image", "import", str(broker.hand_over()))
+    broker.ctl("image", "limits", "web", "--per-hour", "9")
+    new = "22222222-2222-4222-8222-222222222222"
+    resource = f"default/{new}/root"
+    changes = {"image_id": new, "resource": resource, "keys": {resource: b"n" * 32}, "launch_digests": (bytes(48),)}
+    path = str(broker.hand_over(**changes))
+    broker.ctl("image", "import", path, status=6)
+    broker.ctl("image", "import", path, "--replaces", "none", status=3)
+    broker.ctl("image", "import", path, "--replaces", "web")
+    assert broker.json("image", "show", "web")["rules"]["releases_per_hour"] == 9
+    assert fetched(broker.client(), SimulatedSnpFirmware(root, bytes(48)), resource) == b"n" * 32
+    with pytest.raises(BrokerRefused):
+        fetched(broker.client(), firmware)
+    assert broker.json("image", "show", "web.11111111")["state"] == "revoked"
+
+
 def test_a_recovery_copy_brings_the_keys_to_a_new_broker(
     broker: BrokerProcess, root: SimulatedRoot, tmp_path: Path, firmware: SimulatedSnpFirmware
 ) -> None:

@@ -146,6 +146,27 @@ def test_a_broker_that_is_not_the_owners_is_not_spoken_to(
         other.close()
 
 
+def test_keys_of_an_embedded_broker_are_handed_on(
+    daemon: Any, rootfs: Path, tmp_path: Path
+) -> None:
+    """To the broker of a card alone, with a row in the log that says so; not to nobody."""
+    root = SimulatedRoot.load_or_create(daemon.state / "simulated-root")
+    owner = BrokerProcess(tmp_path / "owner", root)
+    try:
+        owner.start()
+        owner.ctl("card", "--output", str(tmp_path / "card.json"))
+        image = build(daemon, rootfs, "web", "luks2")
+        assert "--to" in daemon.ctl("key", "export", "web", "--output", str(tmp_path / "web.json"), status=2)
+        words = ["--to", str(tmp_path / "card.json"), "--output", str(tmp_path / "web.json")]
+        daemon.ctl("key", "export", "web", *words)
+        assert daemon.json("audit", "list")["rows"][-1]["kind"] == "exported"
+        owner.ctl("image", "import", str(tmp_path / "web.json"))
+        firmware = SimulatedSnpFirmware(root, bytes.fromhex(image["LaunchDigest"]))
+        assert len(fetched(owner.client(), firmware, f"default/{image['ImageId']}/root")) == 32
+    finally:
+        owner.close()
+
+
 @pytest.mark.parametrize(
     ("relay", "word"),
     [
