@@ -43,7 +43,7 @@ from jindiskd.base.endpoint import Endpoint, parse_endpoint
 from jindiskd.base.secret import Secret
 from jindiskd.broker.admin import Admin, MetricsPage
 from jindiskd.broker.identity import TlsIdentity
-from jindiskd.broker.listener import Listener, listen_local, listen_tcp, listen_unix, listen_vsock
+from jindiskd.broker.listener import Listener, Serves, listen_local, listen_tcp, listen_unix, listen_vsock
 from jindiskd.broker.metrics import Metrics
 from jindiskd.broker.peer import BrokerLimits, Peer
 from jindiskd.broker.service import Broker
@@ -198,14 +198,13 @@ class Service:
             self.listeners[name] = listener
             log.info("listening", what=name, where=[_address(address) for address in listener.addresses])
 
-        group = grp.getgrnam(config.admin.group).gr_gid if config.admin.group else None
+        group = group_of(config)
         local = await listen_local(admin, config.admin_socket, local_users(group), 0o600 if group is None else 0o660)
         await opened("admin socket", local)
         if group is not None:
             os.chown(config.admin_socket, -1, group)
         if listen.guests:
-            where = parse_endpoint(listen.guests, "listen.guests")
-            await opened("guests", await listen_tcp(broker, identity, where.host, where.port))
+            await opened("guests", await self._tcp(broker, identity, "guests"))
         if listen.unix is not None:
             peer = Peer(description="unix socket")
             await opened("guests, unix", await listen_unix(broker, identity, listen.unix, peer, 0o666))
@@ -213,11 +212,18 @@ class Service:
             port, of_cid = listen.vsock_port, lambda cid: Peer(description=f"vsock {cid}")
             await opened("guests, vsock", await listen_vsock(broker, identity, port, of_cid))
         if listen.admin:
-            where = parse_endpoint(listen.admin, "listen.admin")
-            await opened("admin", await listen_tcp(admin, identity, where.host, where.port))
+            await opened("admin", await self._tcp(admin, identity, "admin"))
         if listen.metrics:
-            where = parse_endpoint(listen.metrics, "listen.metrics")
-            await opened("metrics", await listen_tcp(page, None, where.host, where.port))
+            await opened("metrics", await self._tcp(page, None, "metrics"))
+
+    async def _tcp(self, service: Serves, identity: TlsIdentity | None, name: str) -> Listener:
+        """Listen where a setting says."""
+        text = getattr(self._config.listen, name)
+        where = parse_endpoint(text, f"listen.{name}")
+        try:
+            return await listen_tcp(service, identity, where.host, where.port)
+        except OSError as exc:
+            raise InvalidArgument(f"listen.{name}", text, f"{exc.strerror or exc}") from exc
 
     async def stop(self) -> None:
         """Stop everything that was started, last first."""
@@ -229,6 +235,16 @@ def _address(address: Any) -> str:
     if isinstance(address, str):
         return address
     return str(Endpoint(host=address[0], port=address[1])) if isinstance(address[0], str) else str(address)
+
+
+def group_of(config: Config) -> int | None:
+    """The group whose members may administer; raises `InvalidArgument`."""
+    if not config.admin.group:
+        return None
+    try:
+        return grp.getgrnam(config.admin.group).gr_gid
+    except KeyError as exc:
+        raise InvalidArgument("admin.group", config.admin.group, "there is no such group") from exc
 
 
 def local_users(group: int | None) -> Callable[[int, int], Peer | None]:

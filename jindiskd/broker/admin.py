@@ -44,8 +44,9 @@ from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.handover import BrokerCard
 from jindiskd.keys.registry import Registry
+from jindiskd.keys.roles import Role
 from jindiskd.keys.store import ImageRecord, Store
-from jindiskd.keys.tokens import Role, TokenRecord, Tokens
+from jindiskd.keys.tokens import TokenRecord, Tokens
 from jindiskd.keys.volumes import VolumeRecord, Volumes
 from jindiskd.policy import form
 from jindiskd.policy import rules as release_rules

@@ -18,7 +18,7 @@ from jindiskd.cli.broker_target import EXISTING, FILE, Target, reached, show_ima
 from jindiskd.cli.output import table
 from jindiskd.errors import InvalidArgument
 from jindiskd.keys import handover
-from jindiskd.keys.tokens import Role
+from jindiskd.keys.roles import Role
 
 DAY_S = 86400
 

@@ -5,7 +5,6 @@ A token is `jdt_` and 43 characters of base64url, 256 bits; so a plain digest of
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import re
 import secrets
@@ -17,26 +16,11 @@ import sqlalchemy as sa
 from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
 from jindiskd.keys.audit import AuditLog, Requester
 from jindiskd.keys.database import Database, tokens_table
+from jindiskd.keys.roles import Role
 
 PREFIX = "jdt_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MOST_LIFE_S = 10 * 366 * 86400
-
-
-class Role(enum.StrEnum):
-    """What a token allows; each allows what stands before it."""
-
-    READ = "read"
-    """Look."""
-    APPROVE = "approve"
-    """Grant and deny waiting releases."""
-    MANAGE = "manage"
-    """Everything that is possible over the network."""
-
-    def allows(self, needed: Role) -> bool:
-        """Whether this role is at least the one needed."""
-        order = list(Role)
-        return order.index(self) >= order.index(needed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

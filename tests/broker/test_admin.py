@@ -21,8 +21,9 @@ from jindiskd.kbs import jwk
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.handover import BrokerCard
+from jindiskd.keys.roles import Role
 from jindiskd.keys.store import Store
-from jindiskd.keys.tokens import Role, Tokens
+from jindiskd.keys.tokens import Tokens
 
 ME = Caller(who=Requester(peer="user me (0)", measurement=DIGEST), role=Role.MANAGE, local=True)
 

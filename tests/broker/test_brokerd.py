@@ -404,3 +404,14 @@ def test_wrong_settings_are_told_at_once(root: SimulatedRoot, tmp_path: Path) ->
     done = subprocess.run(program, capture_output=True, text=True)
     assert (done.returncode, "host:port" in done.stderr) == (2, True)
     made.close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        for number, (section, settings, word) in enumerate(
+            (("listen", {"admin": where}, "listen.admin"), ("admin", {"group": "nobodys-group"}, "no such group"))
+        ):
+            made = BrokerProcess(tmp_path / f"d{number}", root, **{section: settings})
+            made.begin()
+            assert made.process is not None
+            assert made.process.wait(60) == 2
+            assert word in made.log.read_text()
+            made.close()
