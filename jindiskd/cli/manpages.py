@@ -44,7 +44,8 @@ releases a key to a guest whose attestation report is genuine and fits the image
 It runs as the user jindiskd, without privileges, under its unit. Everybody may call it on the bus; polkit decides who
 may do what (org.jindisk1.policy). It is told to stop by SIGTERM; SIGHUP has it check its configuration.
 
-The broker that releases keys runs inside it: whoever rules the host can then read the keys.
+The broker that releases keys runs inside it, and whoever rules the host can then read the keys; or it passes guests on
+to the broker of their owner, jindisk-broker(8), and can read nothing.
 """
 ABOUT_BROKER = """
 It keeps the keys of a guest owner's images, on a machine that the owner trusts, and releases a key to a guest whose
