@@ -8,15 +8,21 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from brokerprocess import DIGEST, IMAGE, KEY, RESOURCE, BrokerProcess, evidence, fetched
 from crowd import Crowd, Denied, Guest, gathered
 from postgres import Cluster, cluster
 
 from jindiskd.base.secret import Secret
+from jindiskd.keys import wrap
+from jindiskd.keys.database import META
 from jindiskd.keys.store import Store
 from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
@@ -161,6 +167,41 @@ def test_a_database_that_is_away_is_waited_for(
             pair.b.json("audit", "verify")
         finally:
             pair.close()
+
+
+VERSION_1 = """
+CREATE TABLE images (image_id VARCHAR NOT NULL PRIMARY KEY, name VARCHAR NOT NULL UNIQUE, platform VARCHAR NOT NULL,
+  resource VARCHAR NOT NULL UNIQUE, state VARCHAR NOT NULL, launch_digests JSON NOT NULL, wrapped BYTEA NOT NULL,
+  created VARCHAR NOT NULL);
+CREATE TABLE audit (number SERIAL NOT NULL PRIMARY KEY, time VARCHAR NOT NULL, kind VARCHAR NOT NULL,
+  image_id VARCHAR NOT NULL, peer VARCHAR NOT NULL, simulated BOOLEAN NOT NULL, measurement VARCHAR NOT NULL,
+  detail VARCHAR NOT NULL, previous VARCHAR NOT NULL, digest VARCHAR NOT NULL);
+"""
+
+
+def test_tables_of_earlier_releases_are_brought_up(postgres: Cluster) -> None:
+    """By several brokers at once too: one does it; the tables are then those of a fresh database."""
+    url = postgres.database("old")
+    kek = Secret.random(32)
+    wrapped = wrap.wrap(kek, Secret(KEY), purpose="volume key", owner=IMAGE)
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(VERSION_1)
+        row = {"i": IMAGE, "r": RESOURCE, "w": wrapped, "d": f'["{DIGEST.hex()}"]'}
+        query = "INSERT INTO images VALUES (:i, 'web', 'simulated-snp', :r, 'active', CAST(:d AS JSON), :w, 'x')"
+        connection.execute(sa.text(query), row)
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: Store.open(url, Secret(bytes(kek.reveal()))), range(4)))
+    for store in stores:
+        with store.release(IMAGE, peer="test", measurement=DIGEST, simulated=True) as key:
+            assert bytes(key.reveal()) == KEY
+    with engine.connect() as connection:
+        ours = {"compare_type": True, "include_name": lambda name, kind, _: kind != "table" or name in META.tables}
+        assert compare_metadata(MigrationContext.configure(connection, opts=ours), META) == []
+    assert stores[0].verify_audit()[0] == 4
+    for store in stores:
+        store.close()
+    engine.dispose()
 
 
 def crowd_report(found: list[Guest], seconds: float) -> str:
