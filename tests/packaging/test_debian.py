@@ -24,7 +24,7 @@ test "$(stat -c '%U %a' /var/lib/jindiskd)" = 'jindiskd 711'
 # D-Bus activation, by an ordinary user.
 runuser -u nobody -- jindiskctl status --json >/smoke/status.json
 systemctl is-active jindiskd.service
-test "$(ps -o user= -p "$(systemctl show -P MainPID jindiskd.service)")" = jindiskd
+test "$(stat -c %U "/proc/$(systemctl show -P MainPID jindiskd.service)")" = jindiskd
 busctl introspect org.jindisk1 /org/jindisk1 org.jindisk1.Manager >/smoke/introspect
 runuser -u nobody -- jindiskctl image remove none --yes && exit 1
 test $? = 5
@@ -40,7 +40,7 @@ test "$(systemctl show -P Result jindiskd.service)" = success
 systemctl start jindiskd.service
 jindiskctl audit verify
 systemctl start jindisk-broker.service
-test "$(ps -o user= -p "$(systemctl show -P MainPID jindisk-broker.service)")" = jindisk+
+test "$(stat -c %U "/proc/$(systemctl show -P MainPID jindisk-broker.service)")" = jindisk-broker
 systemctl stop jindisk-broker.service
 """
 AFTER_UPGRADE = """
