@@ -70,9 +70,10 @@ def _commented(parent: ET.Element, tags: tuple[str, ...]) -> Iterator[tuple[ET.E
     """The children of these kinds, each with the comment before it."""
     comment = ""
     for child in parent:
-        if not isinstance(child.tag, str):  # a comment
+        tag: object = child.tag  # of a comment it is the function that makes them
+        if tag is ET.Comment:
             comment = textwrap.dedent((child.text or "").strip("\n"))
-        elif child.tag in tags:
+        elif tag in tags:
             yield child, comment
             comment = ""
         else:
