@@ -28,7 +28,7 @@ test-long: lint base
 demo: base
 	scripts/testenv $(PYTHON) scripts/demo.py
 
-bench: setup
+bench: base
 	for file in bench/*/*.py; do $(PYTHON) $$file || exit 1; done
 
 clean:

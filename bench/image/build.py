@@ -1,9 +1,10 @@
 """How fast an image is built, beside `cp --sparse=always` of the same base.
 
-    .venv/bin/python bench/image/build.py BASE [--format luks2] [--firmware FILE] [--runs 3] [--scratch DIR]
+    .venv/bin/python bench/image/build.py [BASE] [--format luks2] [--firmware FILE] [--runs 3] [--scratch DIR]
 
-Prints one JSON object: megabytes (10^6) of the base's data a second for each, with the parts of the build. Each run
-starts with the base in the page cache and an empty directory, and counts until the data is on the disk (fsync).
+Without BASE it takes the Debian image that scripts/make-base-image makes. Prints one JSON object for each format:
+megabytes (10^6) of the base's data a second for each, with the parts of the build, and how many copies a build takes.
+Each run starts with the base in the page cache and an empty directory, and counts until the data is on the disk.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.image.builder import build
 from jindiskd.image.request import BaseKind, BuildRequest, BuildTask, Progress, VolumeFormat
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+FORMATS = (VolumeFormat.JINDISK, VolumeFormat.LUKS2)
 
 
 def copy_seconds(base: Path, scratch: Path) -> float:
@@ -69,25 +73,14 @@ def build_seconds(base: Path, scratch: Path, volume: VolumeFormat, firmware: str
     return stages
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("base", type=Path)
-    parser.add_argument("--format", type=VolumeFormat, default=VolumeFormat.LUKS2)
-    parser.add_argument("--firmware", default="/usr/share/ovmf/OVMF.amdsev.fd")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, default=Path("/var/tmp"))
-    arguments = parser.parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    with arguments.base.open("rb") as stream:
-        while stream.read(1 << 22):
-            pass
+def compare(arguments: argparse.Namespace, volume: VolumeFormat) -> None:
+    """Copies and builds in turns, and what they took."""
     data = arguments.base.stat().st_blocks * 512
     copies, builds = [], []
     for _ in range(arguments.runs):
         copies.append(copy_seconds(arguments.base, arguments.scratch))
         builds.append(
-            build_seconds(arguments.base, arguments.scratch, arguments.format, arguments.firmware, arguments.workers)
+            build_seconds(arguments.base, arguments.scratch, volume, arguments.firmware, arguments.workers)
         )
     whole = statistics.median(run["whole"] for run in builds)
     copy = statistics.median(copies)
@@ -96,18 +89,36 @@ def main() -> int:
             {
                 "base_bytes": arguments.base.stat().st_size,
                 "data_bytes": data,
-                "format": arguments.format,
+                "format": volume,
                 "workers": arguments.workers,
                 "runs": arguments.runs,
                 "cp_s": round(copy, 2),
                 "cp_mb_per_s": round(data / copy / 1e6, 1),
                 "build_s": round(whole, 2),
                 "build_mb_per_s": round(data / whole / 1e6, 1),
+                "copies_each": round(whole / copy, 2),
                 "stages_s": {name: round(statistics.median(run[name] for run in builds), 2) for name in builds[0]},
             },
             indent=2,
         )
     )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base", type=Path, nargs="?", default=BUILD / "base/debian.img")
+    parser.add_argument("--format", type=VolumeFormat, choices=list(FORMATS), action="append")
+    parser.add_argument("--firmware", default=os.fspath(BUILD / "tools/usr/share/ovmf/OVMF.fd"))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, default=Path("/var/tmp"))
+    arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    with arguments.base.open("rb") as stream:
+        while stream.read(1 << 22):
+            pass
+    for volume in arguments.format or FORMATS:
+        compare(arguments, volume)
     return 0
 
 
