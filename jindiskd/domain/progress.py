@@ -23,24 +23,31 @@ class ProgressListener:
         """Listen nowhere yet."""
         self._path, self._heard = path, heard
         self._server: asyncio.Server | None = None
-        self._open = 0
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listen; a socket left there is replaced."""
         self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._serve, os.fspath(self._path), limit=MAX_LINE_BYTES)
+        self._server = await asyncio.start_unix_server(self._connected, os.fspath(self._path), limit=MAX_LINE_BYTES)
         self._path.chmod(0o600)
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and hang up on whoever is connected."""
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
         try:
-            if self._open > MAX_CONNECTIONS:
+            if len(self._tasks) > MAX_CONNECTIONS:
                 return
             for _ in range(MAX_LINES):
                 async with asyncio.timeout(IDLE_S):
@@ -52,7 +59,6 @@ class ProgressListener:
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
             return
         finally:
-            self._open -= 1
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()

@@ -244,6 +244,8 @@ class DomainService:
             self._spawn(self._settle, guest)
 
     def _on_word(self, guest: Guest, word: str) -> None:
+        if not self._guests.holds(guest):
+            return  # it was launched anew: what an earlier machine still says is not about the present one
         state = guest.view.state
         if word == "boot" and guest.view.platform.measured_before:
             return  # it was attested before that, and is never reset in place

@@ -53,6 +53,28 @@ async def test_anything_else_ends_the_connection(port, data) -> None:
     assert heard == []
 
 
+async def test_closing_hangs_up(tmp_path) -> None:
+    """Nobody speaks on for a machine that is off."""
+    heard: list[str] = []
+    told = asyncio.Event()
+
+    def hear(word: str) -> None:
+        heard.append(word)
+        told.set()
+
+    listener = ProgressListener(tmp_path / "port", hear)
+    await listener.start()
+    streams = [await asyncio.open_unix_connection(tmp_path / "port") for _ in range(MAX_CONNECTIONS)]
+    streams[0][1].write(b"boot\n")
+    async with asyncio.timeout(60):
+        await told.wait()
+        await listener.close()
+        for reader, writer in streams:
+            assert await reader.read() == b""
+            writer.close()
+    assert heard == ["boot"]
+
+
 async def test_lines_and_connections_are_bounded(port) -> None:
     """A guest cannot keep the host busy."""
     path, heard = port
