@@ -54,7 +54,7 @@ def witness(boot: int) -> list[str]:
         text = log.read_text(errors="replace")
         if text.count("witness: done") >= boot:
             lines = [line.strip() for line in text.splitlines() if "witness: " in line]
-            ends = [-1, *(at for at, line in enumerate(lines) if line.endswith("witness: done"))]
+            ends = [-1, *(at for at, line in enumerate(lines) if "witness: done" in line)]
             said = [line[line.index("witness: ") :] for line in lines[ends[boot - 1] + 1 : ends[boot]]]
             print("\n".join(said), flush=True)
             return said
