@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -21,6 +21,16 @@ def _to_journal(_logger: Any, method: str, event: MutableMapping[str, Any]) -> s
     render = structlog.processors.KeyValueRenderer(key_order=["event"], sort_keys=True)
     line = str(render(None, method, event)).replace("\\n", "\n")
     return "\n".join(f"<{PRIORITY.get(method, 6)}>{part}" for part in line.split("\n"))
+
+
+class _StandardError:
+    """Whatever standard error is when a line is written: a program may have put another in its place since."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def setup(level: str = "info") -> None:
@@ -40,6 +50,6 @@ def setup(level: str = "info") -> None:
     structlog.configure(
         processors=shared + tail,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _StandardError())),
         cache_logger_on_first_use=True,
     )
