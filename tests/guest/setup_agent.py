@@ -144,7 +144,7 @@ def work() -> None:
 def main() -> None:
     try:
         mounts.mount_kernel_filesystems()
-        os.environ["PATH"] = "/usr/bin"
+        os.environ.update(PATH="/usr/bin", TERM="dumb")  # no progress bar: its library is not here
         modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
         with Path("/brd.ko").open("rb") as module:
             kernel.load_module(module.fileno(), "rd_nr=2 rd_size=73728")
