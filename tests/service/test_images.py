@@ -249,13 +249,14 @@ def test_a_damaged_image_does_not_measure(stock):
 def test_the_doctor_names_what_is_wrong_with_an_image(stock):
     """A whole image has no problem of its own; a changed file, a revoked key and a simulated platform are named."""
 
-    def checks(status):
-        said = json.loads(stock.ctl("--json", "doctor", "--image", "stock", status=status))
+    def checks():
+        with stock.spawn("--json", "doctor", "--image", "stock") as process:
+            said = json.loads(process.communicate(timeout=120)[0])
         assert said["problems"] == sum(check["verdict"] == "problem" for check in said["checks"])
+        assert process.returncode == (1 if said["problems"] else 0)
         return {check["id"]: check for check in said["checks"]}
 
-    first = checks(1)  # the bus of these tests has no libvirt beside it
-    assert first["host.libvirt"]["verdict"] == "problem"
+    first = checks()  # what it says of this host is for other tests
     for name in ("image.files", "image.key", "image.broker", "image.cmdline", "image.firmware"):
         assert first[name]["verdict"] in {"ok", "note"}, first[name]
     assert first["image.platform"]["verdict"] == "note"
@@ -265,7 +266,7 @@ def test_the_doctor_names_what_is_wrong_with_an_image(stock):
     cmdline.write_text(text + " init=/bin/sh")
     stock.ctl("image", "revoke", "stock")
     try:
-        second = checks(1)
+        second = checks()
         assert "init=/bin/sh" in second["image.cmdline"]["found"]
         assert second["image.files"]["verdict"] == "problem"
         assert "revoked" in second["image.key"]["found"]
