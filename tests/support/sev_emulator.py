@@ -59,6 +59,10 @@ class Launch:
                 kept = [part for part in value.split(",") if not part.startswith("confidential-guest-support=")]
                 self.argv[number + 1] = ",".join(kept)
         self.argv = [word for word in self.argv if word is not None]
+        if self.guest is not None:
+            # Later machines hand the kernel a random seed behind its image, which no table of hashes can have.
+            place = self.argv.index("-machine") + 1
+            self.argv[place] = self.argv[place].replace("pc-q35-7.2", "pc-q35-7.1")
 
     def value(self, option, default=""):
         """What follows an option on the command line."""
@@ -89,6 +93,7 @@ class Launch:
             cmdline=self.value("-append"),
             vcpus=int(self.value("-smp", "1").split(",")[0]),
             cpu_model=self.value("-cpu").split(",")[0],
+            memory=self.value("-m"),
         )
         if "error" in answer:
             return answer["error"]

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,40 @@ class _Connection:
         )
         self._digest = sev_launch_digest(inputs, encrypted_state=bool(policy & SevPolicy.ES))
         areas = inspect_firmware(inputs.firmware)
-        table = kernel_hashes_table(inputs.kernel, inputs.initrd, inputs.cmdline) if request["kernel_hashes"] else b""
+        table = b""
+        if request["kernel_hashes"]:
+            with tempfile.NamedTemporaryFile() as seen:
+                seen.write(as_loaded(inputs.kernel.read_bytes(), inputs.initrd.stat().st_size, request["memory"]))
+                seen.flush()
+                table = kernel_hashes_table(Path(seen.name), inputs.initrd, inputs.cmdline)
         return {
             "hashes": _text(table),
             "hashes_address": areas.hash_table_address or 0,
             "secret_address": areas.secret_address or 0,
         }
+
+
+def as_loaded(kernel: bytes, initrd_bytes: int, memory: str) -> bytes:
+    """The kernel as the machine's firmware gets it: QEMU fills in the boot protocol's fields, but for real SEV guests.
+
+    The firmware compares with this; the measurement is over the file, as on real hardware. Source: QEMU 7.2
+    hw/i386/x86.c, x86_load_linux; Linux Documentation/arch/x86/boot.rst.
+    """
+    head = bytearray(kernel)
+    protocol = int.from_bytes(head[0x206:0x208], "little")
+    if head[0x202:0x206] != b"HdrS" or protocol < 0x203:
+        return kernel
+    memory_bytes = int(memory.removeprefix("size=").removesuffix("k")) << (10 if "size=" in memory else 20)
+    above = protocol >= 0x20C and int.from_bytes(head[0x236:0x238], "little") & 2
+    highest = 0xFFFFFFFF if above else int.from_bytes(head[0x22C:0x230], "little")
+    highest = min(highest, memory_bytes - 0x28000 - 1)  # the room of ACPI tables
+    head[0x210] = 0xB0
+    head[0x211] |= 0x80
+    head[0x224:0x226] = (0x20000 - 0x10000 - 0x200).to_bytes(2, "little")
+    head[0x228:0x22C] = (0x20000).to_bytes(4, "little")
+    head[0x218:0x21C] = ((highest - initrd_bytes) & ~4095).to_bytes(4, "little")
+    head[0x21C:0x220] = initrd_bytes.to_bytes(4, "little")
+    return bytes(head)
 
 
 def _text(data: bytes) -> str:
