@@ -87,7 +87,7 @@ def test_completion_scripts_are_right_for_their_shells(shell, tmp_path, capsys):
         (["jindiskctl", "ima"], {"image"}),
         (["jindiskctl", "image", "re"], {"remove", "revoke", "reinstate"}),
         (["jindiskctl", "image", "build", "--vc"], {"--vcpus"}),
-        (["jindiskctl", "image", "build", "x", "--platform", "simu"], {"simulated-snp"}),
+        (["jindiskctl", "image", "build", "x", "--platform", "simulated-sn"], {"simulated-snp"}),
         (["jindiskctl", "image", "show", "x"], set()),
     ],
 )
