@@ -151,6 +151,6 @@ async def _config(app: App) -> None:
 
 def _evidence(row: Mapping[str, Any]) -> str:
     """What kind of report a row is about; most rows are about none."""
-    if not row["measurement"]:
-        return "-"
-    return "simulated" if row["simulated"] else "hardware"
+    if row["simulated"]:
+        return "simulated"
+    return "hardware" if row["measurement"] else "-"

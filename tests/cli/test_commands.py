@@ -367,3 +367,12 @@ def test_evidence_is_judged_without_a_service(vectors, capsys):
     assert main([*words, "--measurement", "00" * 47]) == 2
     assert main([*words, "--rtmr", "1=any"]) == 2
     capsys.readouterr()
+
+
+def test_rows_about_simulated_sessions_say_so() -> None:
+    """Rows of a session that was attested before have no measurement; whether it was simulated is told all the same."""
+    from jindiskd.cli.service import _evidence
+
+    rows = [{"measurement": "", "simulated": False}, {"measurement": "", "simulated": True}]
+    rows += [{"measurement": "ab", "simulated": False}, {"measurement": "ab", "simulated": True}]
+    assert [_evidence(row) for row in rows] == ["-", "simulated", "hardware", "simulated"]
