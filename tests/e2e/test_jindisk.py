@@ -74,7 +74,9 @@ def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_pat
     disk = host.image("web") / "disk.img"
     if host.key("web")["volume-sequence"] == 1:  # no test before this one
         host.ctl("launch", "web")
-        host.ctl("domain", "stop", "web", "--force", "--yes")
+        host.wait_console("web", "witness: done")
+        host.ctl("domain", "stop", "web", check=False)
+        host.wait_off("web")
     latest = tmp_path / "latest.img"
     copy(disk, latest)
     last = host.key("web")["volume-sequence"]
