@@ -107,7 +107,7 @@ async def test_oversized_requests_are_skipped_unparsed(probe, client, message, m
     reply = await client.call(request)
     assert reply.error_name == "org.freedesktop.DBus.Error.LimitsExceeded"
     assert (await client.call(message("WhoAmI", "d", 0.0))).message_type is MessageType.METHOD_RETURN
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30
 
 
 async def test_answers_too_large_for_the_bus_become_errors(probe, client, message):
