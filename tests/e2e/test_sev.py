@@ -1,0 +1,113 @@
+"""SEV through a real libvirtd: paused start, measurement, judgement, injection, and a guest that boots by its secret.
+
+The emulator stands in for one with SEV, behind it is a simulated secure processor; nothing is encrypted. The owner's
+side, libvirt, the firmware, the guest's kernel and agent are the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sevhost
+import sevmounts
+
+from jindiskd.sim.sev_platform import SevPlatformKeys
+
+from .conftest import BASE, TOOLS, Host
+
+pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.long]
+STATE = Path("/var/lib/jindiskd-sev")
+LOG = Path("/var/log/libvirt/qemu/sev.log")
+PROCESSOR = Path("/run/sev-processor.sock")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    if os.environ.get("JD_TESTENV") != "1":
+        pytest.skip("this needs a throw-away host: run it by scripts/testenv")
+    for needed in (TOOLS / "share/ovmf/OVMF.amdsev.fd", BASE):
+        if not needed.exists():
+            pytest.skip(f"{needed.name} is not there: scripts/setup and scripts/make-base-image make it")
+    made = Host(STATE)
+    shutil.copy(TOOLS / "share/ovmf/OVMF.amdsev.fd", STATE / "tools/OVMF.amdsev.fd")
+    file = STATE / "jindiskd.toml"
+    text = file.read_text().replace("launch_timeout_s = 150", "launch_timeout_s = 900")
+    text = text.replace('"simulated-snp"', '"simulated-sev"\nformat = "luks2"')
+    file.write_text(text.replace("tools/OVMF.fd", "tools/OVMF.amdsev.fd"))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    processor = sevhost.SevHost(SevPlatformKeys.load_or_create(STATE / "simulated-sev.json"), PROCESSOR)
+    asyncio.run_coroutine_threadsafe(processor.start(), loop).result(60)
+    with sevmounts.sev_host(Path("/run/sev-mounts"), PROCESSOR):
+        made.start()
+        try:
+            made.ctl("image", "build", "sev", "--base", str(BASE))
+            yield made
+        finally:
+            for domain in made.json("domain", "list")["domains"]:
+                made.ctl("domain", "stop", domain["Name"], "--force", "--yes", check=False)
+                made.ctl("domain", "undefine", domain["Name"], "--yes", check=False)
+            made.stop()
+    asyncio.run_coroutine_threadsafe(processor.stop(), loop).result(60)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(60)
+    loop.close()
+
+
+def virsh(*words: str) -> str:
+    return subprocess.run(
+        ["virsh", "-c", "qemu:///system", *words], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+def rows(host: Host) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = host.json("audit", "list")["rows"]
+    return found
+
+
+def test_the_guest_boots_by_the_secret_that_was_injected(host: Host) -> None:
+    """From its encrypted root; the audit log has the release, marked as simulated, and libvirt the owner's session."""
+    done = host.ctl("launch", "sev", check=False)
+    assert done.returncode == 0, f"{done.stderr}\n{LOG.read_text()[-3000:]}\n{host.log.read_text()[-2000:]}"
+    assert "simulated" in done.stdout
+    said = host.wait_console("sev", "witness: / is", within_s=900)
+    assert "/ is /dev/mapper/root (crypt)" in said
+    text = virsh("dumpxml", "sev")
+    assert "<launchSecurity type='sev' kernelHashes='yes'>" in text
+    assert "<session>" in text
+    released = [row for row in rows(host) if row["kind"] == "released"]
+    assert [row["simulated"] for row in released] == [True]
+    host.ctl("domain", "stop", "sev", "--force", "--yes")
+
+
+@pytest.mark.parametrize("file", ["vmlinuz", "initrd", "cmdline"])
+def test_what_measures_otherwise_gets_no_secret(host: Host, file: str) -> None:
+    """The machine never ran an instruction; the refusal is in the audit log."""
+    path = host.image("sev") / file
+    original = path.read_bytes()
+    path.write_bytes(original + (b" " if file == "cmdline" else b"\0"))
+    try:
+        done = host.ctl("launch", "sev", check=False)
+    finally:
+        path.write_bytes(original)
+    assert done.returncode == 7, done.stderr
+    assert "not the expected ones" in done.stderr
+    assert any("sev.measurement" in finding for finding in host.refusal())
+    assert "shut off" in virsh("domstate", "sev")
+
+
+def test_a_revoked_image_is_refused_before_its_machine_is_made(host: Host) -> None:
+    """No session is begun for it."""
+    host.ctl("image", "revoke", "sev")
+    done = host.ctl("launch", "sev", check=False)
+    host.ctl("image", "reinstate", "sev")
+    assert done.returncode == 7
+    assert "the image's key is revoked" in done.stderr
