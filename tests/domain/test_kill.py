@@ -20,10 +20,11 @@ from .conftest import Bench
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 SEED = 20260101
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SERVICE = """
 import asyncio, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from conftest import Bench
 async def main():
     bench = Bench(Path(sys.argv[1]))
@@ -61,15 +62,15 @@ def running() -> list[str]:
 async def round_(bench: Bench, victim: str, delay_s: float) -> str:
     """One launch in a service of its own, in which the victim dies; what the service said in the end, if it could."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-uc", SERVICE, str(bench.directory), str(Path(__file__).parent),
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        sys.executable, "-uc", SERVICE, str(bench.directory), str(Path(__file__).parent), str(SUPPORT),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert process.stdout is not None
     said = ""
     try:
         async with asyncio.timeout(120):
-            while b"launch " not in await process.stdout.readline():
-                pass
+            while b"launch " not in (line := await process.stdout.readline()):
+                assert line, "the service ended before its launch began"
         await asyncio.sleep(delay_s)
         if victim == "libvirtd":
             await asyncio.to_thread(libvirtd.restart)
@@ -81,7 +82,9 @@ async def round_(bench: Bench, victim: str, delay_s: float) -> str:
         if victim != "service":
             async with asyncio.timeout(120):
                 while not said.startswith("end"):
-                    said = (await process.stdout.readline()).decode().strip()
+                    line = await process.stdout.readline()
+                    assert line, f"the service ended by itself; it said {said!r} last"
+                    said = line.decode().strip()
             state = said.split()[1]
             on = "demo" in running()
             # A launch that did not get there may still be switching off; what claims to run does run.
