@@ -20,7 +20,7 @@ from jindiskd.domain.capabilities import Host
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest
 from jindiskd.domain.spec import EMULATOR
-from jindiskd.errors import NotSupported
+from jindiskd.errors import AlreadyExists, NotSupported
 
 
 async def host(connection: Connection, virt_type: str, emulator: str = EMULATOR) -> Host:
@@ -70,7 +70,10 @@ async def define(connection: Connection, name: str, text: str) -> str:
         dom = conn.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
         return str(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
 
-    return await connection.call(f"defining domain {name!r}", call)
+    try:
+        return await connection.call(f"defining domain {name!r}", call)
+    except AlreadyExists as exc:
+        raise AlreadyExists("domain", name) from exc
 
 
 async def start_paused(connection: Connection, name: str, uuid: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import libvirt
 import pytest
 from smallroot import idle_kernel
 
@@ -206,6 +207,19 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_domains(directory: Path) -> None:
+    """Take away every domain with files in the directory, whichever service made it."""
+    conn = libvirt.open(URI)
+    try:
+        for dom in conn.listAllDomains():
+            if str(directory) in dom.XMLDesc():
+                if dom.isActive():
+                    dom.destroy()
+                dom.undefine()
+    finally:
+        conn.close()
+
+
 @pytest.fixture
 async def bench(host: None, directory: Path) -> AsyncIterator[Bench]:
     """Surroundings with one image, `demo`; all domains and services are gone afterwards."""
@@ -222,3 +236,4 @@ async def bench(host: None, directory: Path) -> AsyncIterator[Bench]:
         await service.stop()
     for writer in made.writers:
         writer.close()
+    remove_domains(directory)
