@@ -224,7 +224,7 @@ def test_freeing_what_the_journal_names_is_noticed(monkeypatch: pytest.MonkeyPat
 
 def test_accepting_another_session_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of freshness fails if a greater sequence number is enough."""
-    from test_freshness import verify_every_pair
+    from .test_freshness import verify_every_pair
 
     def accepts(self: anchor.Anchor, state: anchor.State) -> bool:
         same = (state.sequence, state.root) == (self.sequence, self.root)
