@@ -18,6 +18,7 @@ from smallroot import idle_kernel
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.broker.sev import SevOwner
+from jindiskd.domain import vsock
 from jindiskd.domain.service import DomainService, DomainSettings
 from jindiskd.domain.state import DomainView
 from jindiskd.image.manifest import SCHEMA, BootFile, Manifest, Shape, Volume
@@ -237,3 +238,5 @@ async def bench(host: None, directory: Path) -> AsyncIterator[Bench]:
     for writer in made.writers:
         writer.close()
     remove_domains(directory)
+    for home in made.settings.vsock_dir.glob("*"):
+        vsock.clear(home)

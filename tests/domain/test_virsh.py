@@ -16,6 +16,7 @@ import libvirtd
 import pytest
 
 from jindiskd.base.platform import Platform
+from jindiskd.domain import judge, vsock
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.check import DomainRefused
 from jindiskd.domain.judge import StartRefused
@@ -96,6 +97,8 @@ async def here(host: None, directory: Path) -> AsyncIterator[Bench]:
         virsh("undefine", name)
     for writer in made.writers:
         writer.close()
+    for home in (RUN / "vsock").glob("*"):
+        vsock.clear(home)
     shutil.rmtree(RUN, ignore_errors=True)
 
 
@@ -230,8 +233,11 @@ async def test_a_revoked_image_and_a_rebuilt_one(here: Bench) -> None:
     assert "is not in the store" in (await virsh_("start", "theirs")).err
 
 
-async def test_a_sev_domain_is_refused_with_the_command_that_can(here: Bench) -> None:
+async def test_a_sev_domain_is_refused_with_the_command_that_can(
+    here: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No hook runs between QEMU's launch and the guest's first instruction."""
+    monkeypatch.setattr(judge, "enforcement_problem", lambda _sha256: "")  # the image is built for emulation
     service, view = await adopted(here)
     manifest = here.images.root / "demo/manifest.json"
     manifest.write_text(manifest.read_text().replace('"simulated-snp"', '"sev"'))
