@@ -6,6 +6,7 @@ Everything here blocks on the database, on files or on arithmetic, in threads of
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -160,11 +161,12 @@ class DecisionsBackend:
         changes = [{"what": change.what, "text": change.text} for change in found.changes]
         text = str(found)
         if current != image.manifest.launch_digest:
+            parts = replaced(image)
             stale = (
-                f"the image's files measure otherwise than when it was built: the firmware {recorded.firmware} was "
-                "replaced since; put the old one back, or build the image again"
+                f"the image's files measure otherwise than when it was built: {_listed(parts)} changed since; put back "
+                "what was built, or build the image again"
             )
-            changes.insert(0, {"what": "firmware", "text": stale})
+            changes[:0] = [{"what": part, "text": stale} for part in parts]
             text = stale if found.found and not found.changes else f"{stale}; then {text}"
         return _answer(text, found=found.found, changes=changes, tried=found.tried, remedy=_remedy(found))
 
@@ -192,6 +194,28 @@ class DecisionsBackend:
                     except (JindiskError, OSError):
                         continue
         return found
+
+
+def replaced(image: StoredImage) -> list[str]:
+    """What of an image's measured files is not what was built: `kernel`, `initrd`, `cmdline`, `firmware`."""
+    manifest = image.manifest
+    files = (
+        ("kernel", image.path / manifest.kernel.file, manifest.kernel.sha256),
+        ("initrd", image.path / manifest.initrd.file, manifest.initrd.sha256),
+        ("cmdline", image.path / manifest.cmdline.file, manifest.cmdline.sha256),
+        ("firmware", Path(manifest.shape.firmware), manifest.shape.firmware_sha256),
+    )
+    found = []
+    for what, path, expected in files:
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").digest() != expected:
+                found.append(what)
+    return found
+
+
+def _listed(parts: Sequence[str]) -> str:
+    names = ["the command line" if part == "cmdline" else f"the {part}" for part in parts]
+    return " and ".join(names) or "something that is measured"
 
 
 def _answer(text: str, **more: Any) -> dict[str, Any]:

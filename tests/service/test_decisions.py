@@ -18,6 +18,8 @@ from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import listen_unix
 from jindiskd.broker.service import Broker, Peer
 from jindiskd.bus.contract import path_label
+from jindiskd.decisions import replaced
+from jindiskd.image.store import ImageStore
 from jindiskd.kbs.client import BrokerRefused, KbsClient
 from jindiskd.kbs.evidence import snp_to_json
 from jindiskd.keys.store import Store
@@ -177,3 +179,17 @@ def test_a_policy_is_tried_on_evidence_in_files(stock: Any, tmp_path: Path, vect
         out, _ = process.communicate()
     found = {finding["id"] for finding in json.loads(out)["findings"]}
     assert {"snp.measurement", "snp.crl.missing"} <= found
+
+
+@pytest.mark.parametrize("what", ["kernel", "initrd", "cmdline"])
+def test_a_file_that_changed_in_the_store_is_named(stock: Any, what: str) -> None:
+    """By its own digest, not by guessing from the launch digest; nothing is named where nothing changed."""
+    image = ImageStore(stock.state / "images").get("stock")
+    assert replaced(image) == []
+    path = image.path / getattr(image.manifest, what).file
+    before = path.read_bytes()
+    path.write_bytes(before + b" ")
+    try:
+        assert replaced(image) == [what]
+    finally:
+        path.write_bytes(before)
