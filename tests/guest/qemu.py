@@ -20,7 +20,8 @@ VSOCK_PLACES = (
     ROOT / "build/tools/usr/bin/vhost-device-vsock",
     Path(os.environ.get("JINDISK_VHOST_DEVICE_VSOCK", "/usr/bin/vhost-device-vsock")),
 )
-CMDLINE = "console=ttyS0 quiet panic=5 noresume"
+CMDLINE = "console=ttyS0 quiet panic=5 noresume no_timer_check"
+"""The check of the timer counts ticks against a busy machine's clock, and panics where an emulator was held up."""
 
 
 def find_qemu() -> Path | None:
