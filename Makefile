@@ -17,7 +17,7 @@ lint: setup
 	.venv/bin/mypy
 
 test: lint base
-	scripts/testenv scripts/run-tests
+	scripts/run-tests
 
 packages: setup
 	scripts/build-packages $$(. /etc/os-release && echo $$VERSION_CODENAME)
