@@ -15,7 +15,6 @@ ROWS = (
     {"attest"},
     {"sim"},
     {"policy", "keys", "broker"},
-    {"transport"},
     {"image"},
     {"domain"},
     {"doctor"},

@@ -1,1 +1,0 @@
-"""vsock, hybrid vsock and TCP endpoints."""
