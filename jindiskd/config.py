@@ -30,11 +30,11 @@ BUILT_IN = "default"
 
 
 class VsockMode(enum.StrEnum):
-    """How guests reach the host."""
+    """Where guests have their vsock device from."""
 
-    AUTO = "auto"
+    AUTO = "auto"  # the kernel if it has vhost-vsock
     KERNEL = "kernel"
-    VHOST_USER = "vhost-user"
+    VHOST_USER = "vhost-user"  # a program for each domain
 
 
 class Deployment(enum.StrEnum):
@@ -175,7 +175,7 @@ class DomainsConfig:
     """[domains]: libvirt and the guests."""
 
     libvirt_uri: str = field(default="qemu:///system", metadata={"help": "the libvirt connection"})
-    vsock: VsockMode = field(default=VsockMode.AUTO, metadata={"help": "how guests reach the broker"})
+    vsock: VsockMode = field(default=VsockMode.AUTO, metadata={"help": "where guests have their vsock device from"})
     vhost_device_vsock: Path = field(
         default=Path("vhost-device-vsock"), metadata={"help": "the program for `vhost-user`; looked up in PATH"}
     )

@@ -37,10 +37,11 @@ from jindiskd.bus.ports import Decisions, Keys, ServiceFacts
 from jindiskd.bus.service import BusService
 from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
-from jindiskd.config import DEFAULT_FILE, Config, Deployment, Loaded, load
+from jindiskd.config import DEFAULT_FILE, Config, Deployment, Loaded, VsockMode, load
 from jindiskd.decisions import DecisionsBackend
 from jindiskd.diagnosis import DiagnosisBackend
 from jindiskd.doctor.host import Surroundings
+from jindiskd.domain import switch
 from jindiskd.domain.guest import OpenBroker
 from jindiskd.domain.judge import KeyProblem
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
@@ -321,6 +322,7 @@ class Service:
                 console_dir=state.console,
                 simulated_root=state.simulated_root if config.broker.allow_simulated else None,
                 vhost_device_vsock=config.domains.vhost_device_vsock,
+                kernel_vsock=kernel_vsock(config.domains.vsock),
                 memory_mib=config.domains.memory_mib,
                 launch_timeout_s=config.domains.launch_timeout_s,
                 relayed=side.relay is not None,
@@ -332,6 +334,16 @@ class Service:
     async def stop(self) -> None:
         """Stop everything that was started, last first."""
         await self._stack.aclose()
+
+
+def kernel_vsock(mode: VsockMode) -> bool:
+    """Whether new definitions get their vsock device from the kernel.
+
+    Where the setting leaves it open, they do if the kernel has it. A definition keeps what it was given.
+    """
+    if mode is VsockMode.AUTO:
+        return not switch.why_not()
+    return mode is VsockMode.KERNEL
 
 
 def key_problem(store: Store, image_id: str) -> str:

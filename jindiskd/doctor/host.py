@@ -19,6 +19,7 @@ from jindiskd.attest import descriptors
 from jindiskd.attest.firmware import FirmwareUnsuitable, inspect_firmware
 from jindiskd.base.platform import Tee
 from jindiskd.doctor.check import Check, note, ok, problem, unknown
+from jindiskd.domain import switch
 from jindiskd.errors import JindiskError
 
 KVM_GET_API_VERSION = 0xAE00  # linux/kvm.h: _IO(KVMIO, 0x00)
@@ -217,18 +218,17 @@ def _firmware(where: Surroundings) -> Iterator[Check]:
 
 
 def _vsock(where: Surroundings) -> Iterator[Check]:
-    device = where.path("dev/vhost-vsock")
-    why = _openable(device)
+    why = switch.why_not(where.root)
     if not why:
-        yield ok("host.vsock", f"{device} can be opened: guests have vsock from the kernel")
+        yield ok("host.vsock", "the kernel has vhost-vsock: guests have their vsock device from it")
         return
     program = shutil.which(where.vhost_device_vsock)
     if program is not None:
-        yield ok("host.vsock", f"{program} stands in for vhost-vsock ({device}: {why})")
+        yield ok("host.vsock", f"{program} stands in for vhost-vsock: {why}")
         return
     yield problem(
         "host.vsock",
-        f"{device}: {why}; and there is no program {where.vhost_device_vsock}",
+        f"{why}; and there is no program {where.vhost_device_vsock}",
         "load vhost_vsock (and name it in /etc/modules-load.d), or install vhost-device-vsock",
     )
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import structlog
 
-from jindiskd.domain import adoption, machine, vsock
+from jindiskd.domain import adoption, machine
 from jindiskd.domain.binding import Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guests import DomainSettings, Guests
@@ -53,7 +53,7 @@ class Adopter:
             uuid=found.uuid,
             memory_mib=self._settings.memory_mib,
             console_log=self._settings.console(found.uuid),
-            vsock=vsock.device_path(self._settings.vsock_dir / found.uuid),
+            vsock=self._settings.device_socket(found.uuid),
         )
         text = adoption.adopt(found.text, spec)
         before = self._bindings.get(found.uuid)

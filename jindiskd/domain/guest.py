@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from jindiskd.domain.firmware import FirmwareProcess
 from jindiskd.domain.progress import ProgressListener
 from jindiskd.domain.spec import BootInputs
 from jindiskd.domain.state import DomainView, LaunchFailed
+from jindiskd.domain.switch import Switch
 from jindiskd.guest.config import FIRMWARE_PORT, KBS_PORT, PROGRESS_PORT
 
 
@@ -47,11 +49,28 @@ class Guest:
         self._broker: Closing | None = None
         self._progress: ProgressListener | None = None
         self._firmware: FirmwareProcess | None = None
+        self._switch: Switch | None = None
 
-    async def start_device(self, program: Path) -> None:
-        """Make the home directory and start the vsock device in it."""
-        record = vsock.Record(uuid=self.view.uuid, image=self.view.image, cid=self.view.cid)
-        await vsock.start_device(program, self.home, record)
+    async def start_device(self, program: Path | None) -> None:
+        """Make the home directory, and start the vsock device in it. Without `program` the device is the kernel's, made
+        by libvirt; `attach` follows once its context id is known.
+        """
+        record = vsock.Record(uuid=self.view.uuid, image=self.view.image, cid=self.view.cid if program else 0)
+        if program is None:
+            vsock.write_record(self.home, record)
+        else:
+            await vsock.start_device(program, self.home, record)
+
+    def attach(self, switch: Switch, cid: int) -> None:
+        """Have what comes from a context id of the kernel's vsock, which is this machine's, passed to our sockets.
+
+        Raises:
+            NotSupported: guests cannot be listened for.
+        """
+        switch.connect(cid, self.home)
+        self._switch = switch
+        if cid != self.view.cid:
+            self.view = replace(self.view, cid=cid)
 
     async def listen(self, open_broker: OpenBroker, heard: Callable[[str], None]) -> None:
         """Open the broker and the progress port for this guest alone."""
@@ -99,6 +118,9 @@ class Guest:
             self.turn.close()
             self.turn = None
         # Forgotten only once closed: whoever calls again after a cancellation finishes the work.
+        if self._switch is not None:
+            await self._switch.disconnect(self.home)
+            self._switch = None
         if self._broker is not None:
             await self._broker.close()
             self._broker = None

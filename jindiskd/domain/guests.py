@@ -6,6 +6,7 @@ Used in the event loop alone. It calls nothing: neither libvirt nor files.
 from __future__ import annotations
 
 import uuid as uuid_module
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,10 +15,11 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base.platform import Platform
+from jindiskd.domain import switch, vsock
 from jindiskd.domain.binding import Binding
 from jindiskd.domain.guest import Guest
 from jindiskd.domain.state import ACTIVE, NEXT, DomainState, DomainView
-from jindiskd.errors import Busy, NotFound
+from jindiskd.errors import Busy, NotFound, NotSupported
 
 log = structlog.get_logger(__name__)
 FIRST_CID = 3
@@ -32,6 +34,9 @@ class DomainSettings:
     simulated_root: Path | None
     """Directory of the simulated platform's root; None where simulation is off."""
     vhost_device_vsock: Path
+    """The program that stands in for the kernel's vhost-vsock."""
+    kernel_vsock: bool = False
+    """Whether new definitions get their vsock device from the kernel."""
     memory_mib: int = 1024
     launch_timeout_s: int = 300
     relayed: bool = False
@@ -48,6 +53,23 @@ class DomainSettings:
     def bindings(self) -> Path:
         """Where the bindings are."""
         return self.bindings_dir or self.console_dir.parent / "domains"
+
+    def device_socket(self, uuid: str) -> Path | None:
+        """The vhost-user socket of a domain that is to be defined; None where the kernel has the device."""
+        return None if self.kernel_vsock else vsock.device_path(self.vsock_dir / uuid)
+
+    def device_program(self, root: ET.Element) -> Path | None:
+        """The program to start for a definition; None where it asks libvirt for the kernel's device.
+
+        Raises:
+            NotSupported: it asks for the kernel's, and the kernel has none.
+        """
+        if root.find("devices/vsock") is None:
+            return self.vhost_device_vsock
+        problem = switch.why_not()
+        if problem:
+            raise NotSupported(f"its vsock device: {problem}", switch.REMEDY)
+        return None
 
     def console(self, uuid: str) -> Path:
         """Where a domain's console log is."""

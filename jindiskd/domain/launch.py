@@ -13,7 +13,7 @@ from jindiskd.attest.model import EvidenceRefused
 from jindiskd.base.platform import Platform
 from jindiskd.broker.peer import Peer
 from jindiskd.broker.sev import HostPlatform, SevOwner, SevTurn
-from jindiskd.domain import capabilities, check, machine, vsock, xml
+from jindiskd.domain import capabilities, check, machine, xml
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest, OpenBroker
@@ -22,6 +22,7 @@ from jindiskd.domain.judge import Judge
 from jindiskd.domain.security import Sev, default_security, with_session
 from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
+from jindiskd.domain.switch import Switch
 from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import require_launch_firmware
@@ -44,12 +45,13 @@ class Launcher:
         settings: DomainSettings,
         judge: Judge,
         sev: SevOwner | None,
+        switch: Switch,
         heard: Callable[[Guest, str], None],
     ) -> None:
         """`heard` is told each progress word of a guest."""
         self._connection, self._images, self._guests, self._bindings = connection, images, guests, bindings
         self._open_broker, self._settings, self._judge, self._heard = open_broker, settings, judge, heard
-        self._sev = sev
+        self._sev, self._switch = sev, switch
 
     async def launch(
         self,
@@ -102,7 +104,7 @@ class Launcher:
             text = self._made(view, directory, manifest, memory_mib)
         if turn is not None:
             text = with_session(text, turn.dh_certificate, turn.session)
-        await guest.start_device(self._settings.vhost_device_vsock)
+        await guest.start_device(self._settings.device_program(xml.parse(text)))
         await guest.listen(self._open_broker, lambda word: self._heard(guest, word))
         if binding is None or not binding.adopted:
             self._bindings.put(view.uuid, Binding(image=view.image, image_id=view.image_id, platform=view.platform))
@@ -149,7 +151,7 @@ class Launcher:
             uuid=view.uuid,
             memory_mib=memory_mib,
             console_log=Path(view.console),
-            vsock=vsock.device_path(self._settings.vsock_dir / view.uuid),
+            vsock=self._settings.device_socket(view.uuid),
         )
         text = xml.write(spec)
         check.refuse(xml.parse(text), simulated=view.simulated)
@@ -177,7 +179,11 @@ class Launcher:
         view = guest.view
         live = await machine.start_paused(self._connection, view.name, view.uuid)
         compare(view.name, text, live)
-        await guest.start_firmware(xml.boot_inputs(xml.parse(live)), self._settings.simulated_root)
+        root = xml.parse(live)
+        cid = xml.kernel_cid(root)
+        if cid is not None:
+            guest.attach(self._switch, cid)
+        await guest.start_firmware(xml.boot_inputs(root), self._settings.simulated_root)
         turn = guest.turn
         if turn is not None:
             await self._approved(guest, turn)

@@ -29,6 +29,7 @@ from jindiskd.domain.judge import Judge, KeyProblem
 from jindiskd.domain.launch import Launcher
 from jindiskd.domain.starts import Starts
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView
+from jindiskd.domain.switch import Switch
 from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
 from jindiskd.guest.codes import Code
 from jindiskd.image.store import ImageStore
@@ -69,6 +70,7 @@ class DomainService:
         self.ready = asyncio.Event()
         """Set once the domains have been read for the first time."""
         self.connection = Connection(uri, on_event=self._on_event, on_connected=self._on_connected)
+        self._switch = Switch()
         self._judge = Judge(images, key_problem=key_problem, simulation=settings.simulated_root is not None)
         self._starts = Starts(
             guests=self._guests,
@@ -76,6 +78,7 @@ class DomainService:
             judge=self._judge,
             open_broker=open_broker,
             settings=settings,
+            switch=self._switch,
             heard=self._on_word,
             ended=lambda guest: self._spawn(self._ended, guest),
             give_up=self._give_up,
@@ -90,6 +93,7 @@ class DomainService:
             settings=settings,
             judge=self._judge,
             sev=sev,
+            switch=self._switch,
             heard=self._on_word,
         )
         self._adopter = Adopter(
@@ -117,6 +121,7 @@ class DomainService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for guest in self._guests:
             await guest.close()
+        await self._switch.close()
         await self.connection.stop()
 
     def list(self) -> Sequence[DomainView]:
@@ -382,7 +387,7 @@ class DomainService:
         interrupted = record is not None and not record.running
         if interrupted:
             state, reason = DomainState.FAILED, UNFINISHED
-        cid = record.cid if record and not interrupted else 0
+        cid = (record.cid or xml.kernel_cid(item.root) or 0) if record and not interrupted else 0
         view = replace(self._guests.off(item.uuid, item.name, binding), state=state, reason=reason, cid=cid)
         guest = self._guests.add(view)
         log.info("found a domain", domain=item.name, state=state.value, simulated=view.simulated)
@@ -392,6 +397,8 @@ class DomainService:
                 await guest.clear()
             elif record is not None:
                 await guest.listen(self._open_broker, lambda word: self._on_word(guest, word))
+                if cid and not record.cid:
+                    guest.attach(self._switch, cid)
                 if item.boot is not None:
                     await guest.start_firmware(item.boot, self._settings.simulated_root)
             elif not item.active:

@@ -20,6 +20,7 @@ from jindiskd.domain.guest import Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
 from jindiskd.domain.judge import Judge
 from jindiskd.domain.state import DomainState
+from jindiskd.domain.switch import Switch
 from jindiskd.errors import JindiskError
 
 log = structlog.get_logger(__name__)
@@ -38,19 +39,21 @@ class Starts:
         judge: Judge,
         open_broker: OpenBroker,
         settings: DomainSettings,
+        switch: Switch,
         heard: Callable[[Guest, str], None],
         ended: Callable[[Guest], None],
         give_up: Callable[[Guest, str], None],
     ) -> None:
         """
         Args:
-            guests, bindings, judge, open_broker, settings: as the service has them.
+            guests, bindings, judge, open_broker, settings, switch: as the service has them.
             heard: is told each progress word of a guest.
             ended: looks at a guest whose machine seems to be off, later and elsewhere.
             give_up: fails a guest and switches it off, later and elsewhere.
         """
         self._guests, self._bindings, self._judge = guests, bindings, judge
         self._open_broker, self._settings, self._heard = open_broker, settings, heard
+        self._switch = switch
         self._ended, self._give_up = ended, give_up
         self._firmware: dict[str, asyncio.Task[None]] = {}
 
@@ -62,6 +65,9 @@ class Starts:
         if guest is None or not guest.by_others:
             return ""
         if operation == "start":
+            cid = xml.kernel_cid(root)
+            if cid is not None:
+                guest.attach(self._switch, cid)
             await self._firmware_ready(uuid)
         elif operation == "started":
             self.started(guest)
@@ -113,7 +119,7 @@ class Starts:
         try:
             if old is not None:
                 await old.retire()
-            await guest.start_device(self._settings.vhost_device_vsock)
+            await guest.start_device(self._settings.device_program(root))
             await guest.listen(self._open_broker, lambda word: self._heard(guest, word))
         except BaseException as exc:
             await asyncio.shield(self.abandon(guest))

@@ -1,9 +1,10 @@
 """AF_VSOCK for a guest on a host whose kernel has no vhost-vsock: one `vhost-device-vsock` process a domain.
 
-A domain's directory below the runtime directory, while it runs:
+Where it has, libvirt makes the device, and `domain.switch` stands at the host's end. A domain's directory below the
+runtime directory, while it runs:
 
     <uuid>/binding.json   image, context id, pid and start time of the device; written before the device is started
-    <uuid>/device.sock    vhost-user, QEMU connects
+    <uuid>/device.sock    vhost-user, QEMU connects; not there where the kernel has the device
     <uuid>/guest          prefix: the guest's connection to port P of context 2 arrives at `guest_P`
 
 The device outlives this service, since the guest would lose its device otherwise; a restart finds it by the record.
@@ -38,6 +39,7 @@ class Record:
     uuid: str
     image: str
     cid: int
+    """0 where the kernel has the device: then the live definition tells."""
     pid: int = 0
     start_time: int = 0
     """Clock ticks since boot, field 22 of /proc/PID/stat: with the pid it names one process for good."""
@@ -79,14 +81,19 @@ def mark_running(directory: Path) -> None:
         replace_file(directory / RECORD, document.dump(replace(record, running=True)), 0o600)
 
 
+def write_record(directory: Path, record: Record) -> None:
+    """Make a domain's directory, with its record alone."""
+    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    replace_file(directory / RECORD, document.dump(record), 0o600)
+
+
 async def start_device(program: Path, directory: Path, record: Record) -> Record:
     """Start the device of a domain in `directory`, which is made; returns once it listens.
 
     Raises:
         ToolMissing, ToolFailed, TimedOut: it did not come up; nothing is left of it.
     """
-    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    replace_file(directory / RECORD, document.dump(record), 0o600)
+    write_record(directory, record)
     device = device_path(directory)
     device.unlink(missing_ok=True)
     argv = [

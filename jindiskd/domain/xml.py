@@ -189,6 +189,13 @@ def boot_inputs(root: ET.Element) -> BootInputs:
     )
 
 
+def kernel_cid(root: ET.Element) -> int | None:
+    """The context id of the kernel's vsock device; None where there is none, or none yet (it is off)."""
+    cid = root.find("devices/vsock/cid")
+    address = "" if cid is None else cid.get("address", "")
+    return int(address) if address.isascii() and address.isdecimal() and len(address) <= 10 else None
+
+
 def differences(wanted: ET.Element, got: ET.Element) -> tuple[str, ...]:
     """The elements that decide what is measured and protected and in which two definitions differ, by name.
 
