@@ -20,27 +20,19 @@ from jindiskd.attest.expected import expected
 from jindiskd.attest.measure import launch_digest
 from jindiskd.base import document, plugins
 from jindiskd.base.platform import Platform
-from jindiskd.base.secret import Secret
 from jindiskd.broker.relay import Relay, RelayView
-from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.manager import MEBIBYTE
 from jindiskd.bus.ports import BuildOrder, GuestView, ImageView, LaunchOrder
 from jindiskd.config import Config
 from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import ACTIVE, DomainView
 from jindiskd.errors import EXIT_INTEGRITY, Busy, InvalidArgument, JindiskError, NotFound, NotSupported
-from jindiskd.image.manifest import Manifest, Volume
+from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of
-from jindiskd.image.request import BaseKind, BuildRequest, Progress, VolumeFormat, resource_of
+from jindiskd.image.request import BaseKind, BuildRequest, Progress, VolumeFormat
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import verify
 from jindiskd.jobs.job import Job
-from jindiskd.kbs.freshness import Anchor
-from jindiskd.keys.audit import Requester
-from jindiskd.keys.handover import BrokerCard, Handover, read_card
-from jindiskd.keys.registry import Registry
-from jindiskd.keys.store import KeyState, Store
-from jindiskd.keys.volumes import VolumeRecord, Volumes
 
 KEY_UNKNOWN = "unknown"
 """State of the key of an image that this key store does not know, for example one copied from elsewhere."""
@@ -56,94 +48,17 @@ class DigestDiffers(JindiskError, code="DigestDiffers", exit_code=EXIT_INTEGRITY
         )
 
 
-class KeySide(Protocol):
-    """Where the keys of images are, as far as images are concerned; calls block."""
+class KeyStates(Protocol):
+    """What is known of the keys of images; calls block."""
 
     def states(self) -> Mapping[str, str]:
         """The state of each image's key, by image id."""
-
-    def revoke(self, image_id: str) -> None:
-        """Stop release of its keys."""
-
-    def reinstate(self, image_id: str) -> None:
-        """Allow release of its keys again."""
-
-    def accept_rollback(self, image_id: str, reason: str) -> None:
-        """Have its next start take whatever authentic state its volumes are in, once."""
-
-    def export(self, image_id: str, card: BrokerCard | None, by: str) -> Handover:
-        """Its keys, sealed for a broker."""
-
-
-class KeyPort:
-    """What builds and images need of the key store."""
-
-    def __init__(self, store: Store) -> None:
-        self._store, self._volumes = store, Volumes(store)
-
-    def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:
-        """Store the key of an image that is being built."""
-        self._store.add_image(image_id, name, request.platform, resource_of(image_id), key)
-
-    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:
-        """Allow release of the key, and remember the state in which a JinDisk volume was closed by its builder."""
-        if volume.anchor:
-            self._volumes.activate(image_id, launch_digests, volume.uuid, Anchor.unpack(volume.anchor))
-        else:
-            self._store.activate(image_id, launch_digests)
-
-    def prepare(self, manifest: Manifest) -> None:
-        """Nothing: the key is stored already."""
-
-    def forget(self, image_id: str) -> None:
-        """Delete the key."""
-        self._store.forget(image_id)
-
-    def states(self) -> Mapping[str, str]:
-        """The state of each image's key."""
-        return {record.image_id: record.state.value for record in self._store.images()}
-
-    def revoke(self, image_id: str) -> None:
-        """Stop release of its keys."""
-        self._store.revoke(image_id)
-
-    def reinstate(self, image_id: str) -> None:
-        """Allow release of its keys again."""
-        self._store.reinstate(image_id)
-
-    def accept_rollback(self, image_id: str, reason: str) -> None:
-        """Have its next start take whatever authentic state its volumes are in, once.
-
-        Raises:
-            NotSupported: it has no volume whose state is remembered.
-        """
-        records = self._volumes.of_image(image_id)
-        if not records:
-            raise NotSupported(
-                f"accepting another state for image {image_id}", "only JinDisk 2 roots have states that are remembered"
-            )
-        for record in records:
-            self._volumes.accept_rollback(record.volume, reason)
-
-    def export(self, image_id: str, card: BrokerCard | None, by: str) -> Handover:
-        """Its keys, sealed for the broker of a card.
-
-        Raises:
-            InvalidArgument: there is no card. NotFound: the key store does not know the image.
-        """
-        if card is None:
-            raise InvalidArgument("card", None, "name the broker that shall be able to open it: --to CARD")
-        return Registry(self._store).export(image_id, card.transfer_key, Requester(peer=by))
-
-    def pending(self) -> Sequence[str]:
-        """Ids of images whose key is pending."""
-        return [record.image_id for record in self._store.images() if record.state is KeyState.PENDING]
 
 
 class ImagesBackend:
     """The images and their keys."""
 
-    def __init__(self, service: ImageService, keys: KeySide, domains: DomainService, config: Config) -> None:
+    def __init__(self, service: ImageService, keys: KeyStates, domains: DomainService, config: Config) -> None:
         self._service, self._keys, self._domains, self._config = service, keys, domains, config
 
     def checked(self, order: BuildOrder) -> BuildOrder:
@@ -207,7 +122,12 @@ class ImagesBackend:
             job.progress(step.stage, step.fraction, step.done_bytes, step.total_bytes)
 
         async with asyncio.timeout(self._config.images.build_timeout_s):
-            return (await self._service.build(self._request(order), base_fd, progress)).name
+            built = await self._service.build(self._request(order), base_fd, progress)
+        inside = built.distribution or "a system without a name"
+        job.log(f"{inside}, kernel {built.kernel_release}, root {built.volume.format}, {built.disk_size_bytes} bytes")
+        if built.launch_digest:
+            job.log(f"launch digest {built.launch_digest.hex()}")
+        return built.name
 
     async def remove(self, name: str) -> None:
         """Remove one and its key, unless a domain runs from it."""
@@ -239,26 +159,6 @@ class ImagesBackend:
         digest = await self.measure(name) if image.manifest.launch_digest else b""
         found = await asyncio.to_thread(expected, inputs_of(image))
         return json.dumps({"launch_digest": digest.hex(), **found}, ensure_ascii=False)
-
-    async def accept_rollback(self, image_id: str, reason: str) -> None:
-        """Have its next start take whatever authentic state its volume is in, once."""
-        for domain in self._domains.list():
-            if domain.image_id == image_id and domain.state in ACTIVE:
-                raise Busy(f"image {domain.image!r}", f"domain {domain.name!r} runs from it; stop that first")
-        await asyncio.to_thread(self._keys.accept_rollback, image_id, reason)
-
-    async def revoke(self, image_id: str) -> None:
-        """Stop release of its key."""
-        await asyncio.to_thread(self._keys.revoke, image_id)
-
-    async def reinstate(self, image_id: str) -> None:
-        """Allow release of its key again."""
-        await asyncio.to_thread(self._keys.reinstate, image_id)
-
-    async def export_key(self, image_id: str, card: str, by: str) -> bytes:
-        """Its keys, sealed for the broker of a card (JSON; that of the configuration if empty)."""
-        told = read_card(card.encode()) if card else None
-        return document.dump(await asyncio.to_thread(self._keys.export, image_id, told, by))
 
 
 def _choice(kind: type[Platform | BaseKind | VolumeFormat], what: str, value: str) -> str:
@@ -339,6 +239,8 @@ class GuestsBackend:
             timeout_s=order.timeout_s,
             progress=job.progress,
         )
+        said = ", attested by simulated firmware, which proves nothing" if view.simulated else ""
+        job.log(f"domain {view.name} ({view.uuid}) runs from its encrypted root{said}")
         return view.uuid
 
     async def adopt(self, domain: str, image: str) -> str:
@@ -377,63 +279,3 @@ def _guest(view: DomainView, way: RelayView | None) -> GuestView:
         relay_state=way.state.value if way is not None else "",
         relay_reason=way.reason if way is not None else "",
     )
-
-
-def _volume(record: VolumeRecord | None) -> Mapping[str, object]:
-    """What is told of a volume: where it stands, never a session."""
-    if record is None:
-        return {}
-    known = record.anchor
-    return {
-        "volume": record.volume,
-        "volume-state": ("open" if known.open else "closed") if known else "unknown",
-        "volume-sequence": known.sequence if known else 0,
-        "volume-root": known.root.hex() if known else "",
-        "volume-pending": record.pending,
-        "volume-rollback-accepted": record.accept_any,
-    }
-
-
-class KeysBackend:
-    """The key store's records and its audit log."""
-
-    def __init__(self, store: Store) -> None:
-        self._store, self._volumes = store, Volumes(store)
-
-    async def records(self) -> Sequence[Mapping[str, object]]:
-        """One dictionary a key, without the key."""
-        volumes = {record.image_id: record for record in await asyncio.to_thread(self._volumes.list)}
-        return [
-            {
-                "image-id": record.image_id,
-                "name": record.name,
-                "platform": record.platform.value,
-                "simulated": record.platform.simulated,
-                "resource": record.resource,
-                "state": record.state.value,
-                "launch-digests": [digest.hex() for digest in record.launch_digests],
-                "created": microseconds(datetime.fromisoformat(record.created)),
-                **_volume(volumes.get(record.image_id)),
-            }
-            for record in await asyncio.to_thread(self._store.images)
-        ]
-
-    async def audit(self, *, limit: int, image_id: str | None) -> Sequence[Mapping[str, object]]:
-        """The last rows of the audit log, oldest first."""
-        return [
-            {
-                "number": row["number"],
-                "at": microseconds(datetime.fromisoformat(row["time"])),
-                "kind": row["kind"],
-                "image-id": row["image_id"],
-                "peer": row["peer"],
-                "simulated": bool(row["simulated"]),
-                "measurement": row["measurement"],
-                "findings": [f"{found['id']}: {found['text']}" for found in row["detail"].get("findings", [])],
-            }
-            for row in await asyncio.to_thread(self._store.audit_rows, limit, image_id)
-        ]
-
-    async def verify_audit(self) -> tuple[int, str]:
-        """Number of rows and digest of the last."""
-        return await asyncio.to_thread(self._store.verify_audit)

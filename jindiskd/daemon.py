@@ -24,7 +24,7 @@ from jindiskd.attest.collecting import Collector, genuine_verifiers
 from jindiskd.attest.plugins import plugged_in
 from jindiskd.attest.snp import SnpVerifier
 from jindiskd.attest.vendors import Vendors
-from jindiskd.backend import GuestsBackend, ImagesBackend, KeyPort, KeysBackend
+from jindiskd.backend import GuestsBackend, ImagesBackend
 from jindiskd.base import log as logs
 from jindiskd.base.endpoint import Endpoint, parse_endpoint
 from jindiskd.broker.identity import TlsIdentity
@@ -33,11 +33,12 @@ from jindiskd.broker.relay import Relay, RelayLimits
 from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
 from jindiskd.broker.sev import SevOwner
 from jindiskd.bus.lib import BusType
-from jindiskd.bus.ports import Decisions, Keys, ServiceFacts
+from jindiskd.bus.ports import Keys, ServiceFacts
 from jindiskd.bus.service import BusService
 from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Deployment, Loaded, VsockMode, load
+from jindiskd.custody import KeyPort, KeysBackend
 from jindiskd.decisions import DecisionsBackend
 from jindiskd.diagnosis import DiagnosisBackend
 from jindiskd.doctor.host import Surroundings
@@ -142,8 +143,8 @@ class Side:
     """Everything that depends on where the broker is."""
 
     images: HandedKeys | KeyPort
-    keys: Keys
-    decisions: Callable[[ImageService], Decisions]
+    keys: Callable[[DomainService], Keys]
+    decisions: Callable[[ImageService], DecisionsBackend | OwnersKeys]
     open_broker: OpenBroker
     key_problem: KeyProblem
     spki_sha256: bytes
@@ -200,12 +201,14 @@ class Service:
 
         bus = self.bus = await connect_to(BusType.SYSTEM)
         stack.push_async_callback(bus.aclose)
+        decisions = side.decisions(image_service)
         on_bus = BusService(
             bus,
             images=ImagesBackend(image_service, side.images, domains, config),
             guests=GuestsBackend(domains, side.relay),
-            keys=side.keys,
-            decisions=side.decisions(image_service),
+            keys=side.keys(domains),
+            policies=decisions,
+            audit=decisions,
             diagnosis=DiagnosisBackend(
                 image_service,
                 domains,
@@ -267,7 +270,7 @@ class Service:
         )
         side = Side(
             images=KeyPort(store),
-            keys=KeysBackend(store),
+            keys=lambda domains: KeysBackend(store, identity.spki_sha256, domains),
             decisions=lambda images: DecisionsBackend(images, store, config),
             open_broker=open_broker,
             sev=sev,
@@ -301,7 +304,7 @@ class Service:
         theirs = OwnersKeys(keys)
         return Side(
             images=keys,
-            keys=theirs,
+            keys=lambda _domains: theirs,
             decisions=lambda _images: theirs,
             open_broker=open_broker,
             key_problem=lambda _image_id: "",
@@ -353,7 +356,7 @@ def key_problem(store: Store, image_id: str) -> str:
     except NotFound:
         return "is not in the key store"
     if record.state is KeyState.REVOKED:
-        return f"is revoked: 'jindiskctl image reinstate {record.name}' undoes that"
+        return f"is revoked: 'jindiskctl key reinstate {record.name}' undoes that"
     return "" if record.state is KeyState.ACTIVE else "is not released before its build is done"
 
 

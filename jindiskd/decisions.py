@@ -1,4 +1,4 @@
-"""Policies and refusals behind the bus: shows and sets an image's policy, tries one on a refusal, explains refusals.
+"""Policies, audit log and refusals behind the bus: an image's policy, the log in pages, refusals explained.
 
 Everything here blocks on the database, on files or on arithmetic, in threads of its own.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,12 +22,15 @@ from jindiskd.attest.model import Finding, MalformedEvidence
 from jindiskd.attest.snp import VerifiedSnp
 from jindiskd.base.platform import Tee
 from jindiskd.broker.refused import decided_again, told
+from jindiskd.bus.jobs import microseconds
+from jindiskd.bus.ports import AuditOrder
 from jindiskd.config import Config
-from jindiskd.errors import JindiskError
+from jindiskd.errors import Cancelled, JindiskError
 from jindiskd.image.measurement import cmdline_of, inputs_of
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import StoredImage
 from jindiskd.jobs.job import Job
+from jindiskd.keys.audit import AuditQuery, Requester
 from jindiskd.keys.refusals import StoredRefusal
 from jindiskd.keys.store import Store
 from jindiskd.policy import form
@@ -36,7 +40,7 @@ PATTERNS = ("*.fd", "*/*.fd", "*/*/*.fd")
 
 
 class DecisionsBackend:
-    """Policies and refusals of one key store."""
+    """Policies, audit log and refusals of one key store."""
 
     def __init__(self, images: ImageService, store: Store, config: Config) -> None:
         self._images, self._store, self._config = images, store, config
@@ -48,7 +52,7 @@ class DecisionsBackend:
         record = await asyncio.to_thread(self._store.image, image_id)
         return form.write(record.rules, explain=not set_only)
 
-    async def set_policy(self, image_id: str, text: str) -> bool:
+    async def set_policy(self, image_id: str, text: str, by: str) -> bool:
         """Replace it; False where it is that already.
 
         Raises:
@@ -59,7 +63,7 @@ class DecisionsBackend:
         def change() -> bool:
             if self._store.image(image_id).rules == rules:
                 return False
-            self._store.set_rules(image_id, rules)
+            self._store.set_rules(image_id, rules, Requester(peer=by))
             return True
 
         return await asyncio.to_thread(change)
@@ -90,6 +94,45 @@ class DecisionsBackend:
 
         number, findings = await asyncio.to_thread(check)
         return number, [told(finding) for finding in findings]
+
+    # The audit log
+
+    async def rows(self, order: AuditOrder) -> tuple[Sequence[Mapping[str, object]], bool]:
+        """Rows of the log as the bus has them, oldest first, and whether there are more."""
+        query = AuditQuery(
+            limit=order.limit,
+            after=order.after,
+            before=order.before,
+            image_id=order.image_id,
+            guest=order.guest,
+            kind=order.verdict,
+            since=order.since,
+            until=order.until,
+        )
+        rows, more = await asyncio.to_thread(self._store.audit.page, query)
+        return [_row(row) for row in rows], more
+
+    async def last(self) -> int:
+        """Number of the newest row, or 0."""
+        return await asyncio.to_thread(self._store.audit.last)
+
+    async def verify(self, job: Job) -> str:
+        """Check the log's chain; number of rows and digest of the last, as JSON."""
+        loop, total = asyncio.get_running_loop(), await self.last()
+        stopped = threading.Event()
+
+        def progress(rows: int) -> None:
+            if stopped.is_set():
+                raise Cancelled("the check of the audit log")
+            loop.call_soon_threadsafe(job.progress, "checking", rows / max(total, rows))
+
+        job.progress("checking", 0.0)
+        try:
+            rows, head = await asyncio.to_thread(self._store.audit.verify, progress)
+        finally:
+            stopped.set()  # a thread cannot be cancelled; it ends by itself at its next report
+        job.log(f"{rows} rows fit, the last is {head or 'none'}")
+        return json.dumps({"rows": rows, "head": head})
 
     # Refusals
 
@@ -194,6 +237,23 @@ class DecisionsBackend:
                     except (JindiskError, OSError):
                         continue
         return found
+
+
+def _row(row: Mapping[str, Any]) -> Mapping[str, object]:
+    detail = dict(row["detail"])
+    findings = detail.pop("findings", [])
+    return {
+        "number": row["number"],
+        "at": microseconds(datetime.fromisoformat(row["time"])),
+        "kind": row["kind"],
+        "image-id": row["image_id"],
+        "peer": row["peer"],
+        "guest": detail.pop("guest", ""),
+        "simulated": bool(row["simulated"]),
+        "measurement": row["measurement"],
+        "findings": [f"{found['id']}: {found['text']}" for found in findings],
+        "detail": json.dumps(detail, ensure_ascii=False, sort_keys=True),
+    }
 
 
 def replaced(image: StoredImage) -> list[str]:

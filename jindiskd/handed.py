@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -22,13 +22,15 @@ from jindiskd.base import document
 from jindiskd.base.files import fsync_directory, replace_file
 from jindiskd.base.secret import Secret
 from jindiskd.bus.jobs import microseconds
+from jindiskd.bus.ports import AuditOrder, KeyView
+from jindiskd.custody import from_threads
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest, Volume
 from jindiskd.image.request import BuildRequest
 from jindiskd.jobs.job import Job
 from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import handover
-from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover
+from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover, read_card
 
 SEALED, PENDING = "sealed", "pending"
 
@@ -47,6 +49,20 @@ class HandedKeys:
         self._directory, self._card = directory, card
         self._lock = threading.Lock()
         self._building: dict[str, Secret] = {}
+        self._watchers: list[Callable[[], None]] = []
+
+    @property
+    def card(self) -> BrokerCard:
+        """Of the owner's broker."""
+        return self._card
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have `changed()` called when a handover came or went, in the thread that did it."""
+        self._watchers.append(changed)
+
+    def _tell(self) -> None:
+        for changed in self._watchers:
+            changed()
 
     def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:  # noqa: ARG002
         """Hold the key of an image that is being built (what else is known comes with its manifest)."""
@@ -82,6 +98,7 @@ class HandedKeys:
         if pending.exists():
             pending.replace(final)
             fsync_directory(self._directory)
+            self._tell()
         elif not final.exists():
             raise NotFound("handover of image", image_id)
 
@@ -94,6 +111,7 @@ class HandedKeys:
         for path in (self._path(image_id, PENDING), self._path(image_id)):
             path.unlink(missing_ok=True)
         fsync_directory(self._directory)
+        self._tell()
 
     def pending(self) -> Sequence[str]:
         """Ids of images whose handover is not decided about."""
@@ -103,19 +121,7 @@ class HandedKeys:
         """The state of each image's key, as far as it is known here."""
         return {path.stem: SEALED if path.suffix == ".json" else PENDING for path in self._directory.glob("[!.]*")}
 
-    def revoke(self, image_id: str) -> None:
-        """Not here. Raises `NotSupported`."""
-        _owner(f"revoking the key of image {image_id}", "jindiskctl broker key revoke")
-
-    def reinstate(self, image_id: str) -> None:
-        """Not here. Raises `NotSupported`."""
-        _owner(f"reinstating the key of image {image_id}", "jindiskctl broker key reinstate")
-
-    def accept_rollback(self, image_id: str, reason: str) -> None:  # noqa: ARG002 (the port's arguments)
-        """Not here. Raises `NotSupported`."""
-        _owner(f"accepting another state for image {image_id}", "jindiskctl broker volume accept-rollback")
-
-    def export(self, image_id: str, card: BrokerCard | None, by: str) -> Handover:  # noqa: ARG002 (nothing leaves in clear)
+    def export(self, image_id: str, card: BrokerCard | None) -> Handover:
         """The handover, as it was sealed when the image was built.
 
         Raises:
@@ -142,27 +148,83 @@ class OwnersKeys:
     def __init__(self, keys: HandedKeys) -> None:
         self._keys = keys
 
-    async def records(self) -> Sequence[Mapping[str, object]]:
-        """One dictionary a handover."""
+    async def views(self) -> Sequence[KeyView]:
+        """One a handover."""
         return [
-            {
-                "image-id": told.image_id,
-                "name": told.name,
-                "platform": told.platform.value,
-                "simulated": told.platform.simulated,
-                "resource": told.resource,
-                "state": SEALED,
-                "launch-digests": [digest.hex() for digest in told.launch_digests],
-                "created": microseconds(datetime.fromisoformat(told.created)),
-            }
+            KeyView(
+                image_id=told.image_id,
+                name=told.name,
+                platform=told.platform.value,
+                simulated=told.platform.simulated,
+                state=SEALED,
+                created=datetime.fromisoformat(told.created),
+                policy_digest="",
+            )
             for told in await asyncio.to_thread(self._keys.handovers)
         ]
 
-    async def audit(self, *, limit: int, image_id: str | None) -> Sequence[Mapping[str, object]]:  # noqa: ARG002
+    def subscribe(self, changed: Callable[[], None]) -> None:
+        """Have `changed()` called when a handover came or went."""
+        self._keys.watch(from_threads(changed))
+
+    async def describe(self, image_id: str) -> tuple[Mapping[str, object], Sequence[Mapping[str, object]]]:
+        """A handover; where its volumes stand, the owner's broker knows."""
+        told = await asyncio.to_thread(self._keys.export, image_id, None)
+        key = {
+            "image-id": told.image_id,
+            "name": told.name,
+            "platform": told.platform.value,
+            "simulated": told.platform.simulated,
+            "resource": told.resource,
+            "state": SEALED,
+            "launch-digests": [digest.hex() for digest in told.launch_digests],
+            "further-resources": [],
+            "created": microseconds(datetime.fromisoformat(told.created)),
+        }
+        return key, []
+
+    async def revoke(self, image_id: str, by: str) -> None:  # noqa: ARG002 (the port's arguments)
+        """At the owner's."""
+        _owner(f"revoking the key of image {image_id}", "jindiskctl broker key revoke")
+
+    async def reinstate(self, image_id: str, by: str) -> None:  # noqa: ARG002 (as above)
+        """At the owner's."""
+        _owner(f"reinstating the key of image {image_id}", "jindiskctl broker key reinstate")
+
+    async def accept_rollback(self, image_id: str, reason: str, by: str) -> None:  # noqa: ARG002 (as above)
+        """At the owner's."""
+        _owner(f"accepting another state for image {image_id}", "jindiskctl broker volume accept-rollback")
+
+    async def rotate(self, image_id: str, handover: bytes, by: str) -> None:  # noqa: ARG002 (as above)
+        """At the owner's."""
+        _owner(f"rotating the key of image {image_id}", "jindiskctl broker key rotate")
+
+    async def export(self, image_id: str, card: str, by: str) -> bytes:  # noqa: ARG002 (nothing leaves in clear)
+        """The handover, as it was sealed when the image was built."""
+        told = read_card(card.encode()) if card else None
+        return document.dump(await asyncio.to_thread(self._keys.export, image_id, told))
+
+    async def card(self) -> str:
+        """Of the owner's broker."""
+        return document.dump(self._keys.card).decode()
+
+    async def set_recovery_key(self, pem: bytes, by: str) -> None:  # noqa: ARG002 (the port's arguments)
+        """At the owner's."""
+        _owner("setting a recovery key", "jindiskctl broker recovery set-key")
+
+    async def recovery_copy(self, by: str) -> bytes:  # noqa: ARG002 (as above)
+        """At the owner's."""
+        _owner("a recovery copy", "jindiskctl broker recovery copy")
+
+    async def rows(self, order: AuditOrder) -> tuple[Sequence[Mapping[str, object]], bool]:  # noqa: ARG002 (as above)
         """At the owner's."""
         _owner("the audit log", "jindiskctl broker audit list")
 
-    async def verify_audit(self) -> tuple[int, str]:
+    async def last(self) -> int:
+        """None here."""
+        return 0
+
+    async def verify(self, job: Job) -> str:  # noqa: ARG002 (as above)
         """At the owner's."""
         _owner("the audit log", "jindiskctl broker audit verify")
 
@@ -170,7 +232,7 @@ class OwnersKeys:
         """At the owner's."""
         _owner("the policy", "jindiskctl broker image policy")
 
-    async def set_policy(self, image_id: str, text: str) -> bool:  # noqa: ARG002 (as above)
+    async def set_policy(self, image_id: str, text: str, by: str) -> bool:  # noqa: ARG002 (as above)
         """At the owner's."""
         _owner("the policy", "jindiskctl broker image policy --set")
 

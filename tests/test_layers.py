@@ -19,7 +19,7 @@ ROWS = (
     {"domain"},
     {"doctor"},
     {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "jindisksetup", "system_files"},
-    {"program", "backend", "handed", "decisions", "diagnosis", "daemon", "brokerd"},
+    {"program", "backend", "handed", "custody", "decisions", "diagnosis", "daemon", "brokerd"},
 )
 LEVEL = {name: number for number, row in enumerate(ROWS) for name in row}
 GUEST_MAY = {"errors", "base", "kbs", "jindisk", "luks2", "guest"}

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path, microseconds
-from jindiskd.bus.objects import Object, ObjectPath, Options, Row
-from jindiskd.bus.peers import Caller, Descriptor
-from jindiskd.bus.ports import Decisions, Images, ImageView
+from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.peers import Caller
+from jindiskd.bus.ports import Images, ImageView
 from jindiskd.bus.server import Server
-from jindiskd.errors import InvalidArgument, NotFound
+from jindiskd.errors import NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager
-
-REASON_LIMIT = 500
 
 
 def image_path(image_id: str) -> ObjectPath:
     """Where an image is exported."""
     return ObjectPath(f"{ROOT_PATH}/image/{path_label(image_id)}")
-
-
-def bounded_reason(reason: str) -> str:
-    """A reason for the audit log, as it is to be kept.
-
-    Raises:
-        InvalidArgument: it is too long, or has characters that are not for a line.
-    """
-    if len(reason) > REASON_LIMIT or not reason.isprintable():
-        remedy = f"give one line of printable text, {REASON_LIMIT} characters at most"
-        raise InvalidArgument("reason", f"{len(reason)} characters", remedy)
-    return reason
 
 
 class ImageObject(Object, spec="org.jindisk1.Image"):
@@ -42,12 +28,10 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         self,
         view: ImageView,
         images: Images,
-        decisions: Decisions,
         jobs: JobManager,
         refresh: Callable[[], Awaitable[None]],
     ) -> None:
         self._view, self._images, self._jobs, self._refresh = view, images, jobs, refresh
-        self._decisions = decisions
 
     def polkit_details(self) -> Mapping[str, str]:
         """Its name, for the question."""
@@ -85,49 +69,9 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         job = self._jobs.start(Operation.IMAGE_MEASURE, [name], caller.uid, work)
         return job_path(job.number)
 
-    async def revoke(self, caller: Caller, options: Options) -> None:  # noqa: ARG002 (as above)
-        """Stop release of its key."""
-        await self._images.revoke(self._view.image_id)
-        await self._refresh()
-
-    async def reinstate(self, caller: Caller, options: Options) -> None:  # noqa: ARG002 (as above)
-        """Allow release of its key again."""
-        await self._images.reinstate(self._view.image_id)
-        await self._refresh()
-
-    async def accept_rollback(self, caller: Caller, reason: str, options: Options) -> None:  # noqa: ARG002 (as above)
-        """Take whatever state its volume is in, once."""
-        await self._images.accept_rollback(self._view.image_id, bounded_reason(reason))
-
-    async def export_key(self, caller: Caller, options: Options) -> Descriptor:
-        """Its keys, sealed for a broker."""
-        card = options.get("card", "")
-        assert isinstance(card, str)
-        data = await self._images.export_key(self._view.image_id, card, f"user {caller.uid}")
-        fd = os.memfd_create("handover", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with os.fdopen(os.dup(fd), "wb") as stream:
-            stream.write(data)
-        os.lseek(fd, 0, os.SEEK_SET)
-        return Descriptor(fd)
-
     async def get_manifest(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
         """What was built, from what."""
         return await self._images.manifest(self._view.name)
-
-    async def get_policy(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
-        """By what its key is released."""
-        return await self._decisions.policy(self._view.image_id, set_only=options.get("set-only") is True)
-
-    async def set_policy(self, caller: Caller, policy: str, options: Options) -> bool:  # noqa: ARG002 (as above)
-        """Replace that."""
-        return await self._decisions.set_policy(self._view.image_id, policy)
-
-    async def check_policy(self, caller: Caller, options: Options) -> tuple[int, Sequence[Row]]:  # noqa: ARG002
-        """Try a policy on a refusal."""
-        text, row = options.get("policy"), options.get("row")
-        assert text is None or isinstance(text, str)
-        assert row is None or isinstance(row, int)
-        return await self._decisions.check_policy(self._view.image_id, text=text, row=row)
 
     @property
     def name(self) -> str:
@@ -196,27 +140,34 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
 
 
 class ImagesOnBus:
-    """Keeps the image objects as the store is."""
+    """Keeps the image objects as the store is; `also` is awaited after a change of ours, for the keys."""
 
-    def __init__(self, server: Server, images: Images, decisions: Decisions, jobs: JobManager) -> None:
-        self._server, self._images, self._decisions, self._jobs = server, images, decisions, jobs
+    def __init__(
+        self, server: Server, images: Images, jobs: JobManager, also: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._server, self._images, self._jobs, self._also = server, images, jobs, also
         self._objects: dict[str, ImageObject] = {}
         self._views: dict[str, ImageView] = {}
+        self._lock = asyncio.Lock()
 
     async def refresh(self) -> None:
+        """After a change of ours: look at the store again, and at the keys."""
+        await self.look()
+        await self._also()
+
+    async def look(self) -> None:
         """Look at the store again: export what is new, take off what is gone, tell of changes."""
-        self._views = {view.image_id: view for view in await self._images.views()}
-        for image_id in self._objects.keys() - self._views.keys():
-            del self._objects[image_id]
-            self._server.unexport(image_path(image_id))
-        for image_id, view in self._views.items():
-            if image_id in self._objects:
-                self._objects[image_id]._update(view)  # noqa: SLF001 (one thing in two classes)
-            else:
-                item = self._objects[image_id] = ImageObject(
-                    view, self._images, self._decisions, self._jobs, self.refresh
-                )
-                self._server.export(image_path(image_id), item)
+        async with self._lock:  # two looks at once could tell the older state last
+            self._views = {view.image_id: view for view in await self._images.views()}
+            for image_id in self._objects.keys() - self._views.keys():
+                del self._objects[image_id]
+                self._server.unexport(image_path(image_id))
+            for image_id, view in self._views.items():
+                if image_id in self._objects:
+                    self._objects[image_id]._update(view)  # noqa: SLF001 (one thing in two classes)
+                else:
+                    item = self._objects[image_id] = ImageObject(view, self._images, self._jobs, self.refresh)
+                    self._server.export(image_path(image_id), item)
 
     def find(self, name: str) -> ImageView:
         """The image with this name or id.

@@ -15,7 +15,7 @@ from jindiskd.jobs.manager import JobManager
 
 SIGNAL_INTERVAL_S = 0.2
 PRIORITY_INFO = 6
-PROGRESS_PROPERTIES = ("Stage", "Progress", "ProgressValid", "Bytes", "BytesTotal", "Rate")
+PROGRESS_PROPERTIES = ("Stage", "Progress", "ProgressValid", "Bytes", "BytesTotal", "Rate", "ExpectedEnd")
 
 
 def microseconds(moment: datetime) -> int:
@@ -48,6 +48,10 @@ class JobObject(Object, spec="org.jindisk1.Job"):
         """Ask it to stop."""
         self._jobs.cancel(self._job.number)
 
+    async def get_result(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
+        """What came of it."""
+        return self._job.result
+
     def _progressed(self) -> None:
         """Tell of progress, five times a second at most; the last value is never lost."""
         if self._timer is not None:
@@ -71,7 +75,7 @@ class JobObject(Object, spec="org.jindisk1.Job"):
 
     def _state_changed(self) -> None:
         self._stop_timer()
-        self.changed("State", "Result", "Error", "Message", *PROGRESS_PROPERTIES)
+        self.changed("State", "Error", "Message", *PROGRESS_PROPERTIES)
         if self._job.state.final:
             self.signal("Completed", self._job.error is None, self.error, self.message)
 
@@ -121,6 +125,12 @@ class JobObject(Object, spec="org.jindisk1.Job"):
         return self._job.rate
 
     @property
+    def expected_end(self) -> int:
+        """When this stage ends, at this speed."""
+        end = self._job.expected_end
+        return microseconds(end) if end is not None else 0
+
+    @property
     def start_time(self) -> int:
         """When it began."""
         return microseconds(self._job.started)
@@ -139,11 +149,6 @@ class JobObject(Object, spec="org.jindisk1.Job"):
     def cancelable(self) -> bool:
         """Whether it can be cancelled."""
         return self._job.cancelable
-
-    @property
-    def result(self) -> str:
-        """What came of it."""
-        return self._job.result
 
     @property
     def error(self) -> str:

@@ -84,3 +84,18 @@ def take_regular_file(descriptor: Descriptor) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def document_descriptor(name: str, data: bytes) -> Descriptor:
+    """A readable descriptor of a document, in memory alone; `name` is shown by tools."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with os.fdopen(os.dup(fd), "wb") as stream:
+            stream.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Descriptor(fd)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jindiskd.bus.domains import DomainsOnBus, domain_path
 from jindiskd.bus.images import ImagesOnBus, image_path
 from jindiskd.bus.jobs import job_path
-from jindiskd.bus.keyfd import take_regular_file
-from jindiskd.bus.objects import Object, ObjectPath, Options, Row
+from jindiskd.bus.keyfd import document_descriptor, read_secret, take_regular_file
+from jindiskd.bus.keys import KeysOnBus, key_path, policy_path, user
+from jindiskd.bus.objects import Object, ObjectPath, Options, Row, number, text
 from jindiskd.bus.peers import Caller, Descriptor
-from jindiskd.bus.ports import BuildOrder, Decisions, Diagnosis, Guests, Images, Keys, LaunchOrder, ServiceFacts
+from jindiskd.bus.ports import BuildOrder, Diagnosis, Guests, Images, Keys, LaunchOrder, ServiceFacts
 from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager, Work
 
-AUDIT_ROWS_DEFAULT = 100
-AUDIT_ROWS_LIMIT = 10_000
 DOMAIN_LIMIT = 128
+PEM_LIMIT_BYTES = 1 << 16
 MEBIBYTE = 1 << 20
 MEMORY_LIMIT_BYTES = 16 << 40
 TIMEOUT_LIMIT_S = 86_400
@@ -36,16 +36,20 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         images: Images,
         guests: Guests,
         keys: Keys,
-        decisions: Decisions,
         diagnosis: Diagnosis,
         jobs: JobManager,
         facts: ServiceFacts,
         images_on_bus: ImagesOnBus,
         domains_on_bus: DomainsOnBus,
+        keys_on_bus: KeysOnBus,
     ) -> None:
         self._images, self._guests, self._keys, self._jobs, self._facts = images, guests, keys, jobs, facts
-        self._decisions, self._diagnosis = decisions, diagnosis
+        self._diagnosis, self._keys_on_bus = diagnosis, keys_on_bus
         self._images_on_bus, self._domains_on_bus = images_on_bus, domains_on_bus
+
+    def polkit_details(self) -> Mapping[str, str]:
+        """What its methods are about where no single image is: keys of all of them."""
+        return {"image": "all images"}
 
     async def build_image(self, caller: Caller, name: str, base: Descriptor, options: Options) -> ObjectPath:
         """Build an image."""
@@ -128,30 +132,26 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         """All domains."""
         return [domain_path(view.uuid) for view in self._domains_on_bus.all()]
 
-    async def audit_log(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
-        """The release decisions recorded."""
-        limit = options.get("limit", AUDIT_ROWS_DEFAULT)
-        assert isinstance(limit, int)
-        if not 1 <= limit <= AUDIT_ROWS_LIMIT:
-            raise InvalidArgument("limit", limit, f"give 1 to {AUDIT_ROWS_LIMIT}")
-        return await self._keys.audit(limit=limit, image_id=text(options, "image") or None)
+    async def get_key(self, caller: Caller, name: str) -> ObjectPath:  # noqa: ARG002 (as above)
+        """Find an image's keys."""
+        return key_path(self._keys_on_bus.find(name).image_id)
 
-    async def verify_audit(self, caller: Caller, options: Options) -> tuple[int, str]:  # noqa: ARG002 (as above)
-        """Check the audit log's chain."""
-        return await self._keys.verify_audit()
+    async def get_policy(self, caller: Caller, name: str) -> ObjectPath:  # noqa: ARG002 (as above)
+        """Find an image's policy."""
+        return policy_path(self._keys_on_bus.find(name).image_id)
 
-    async def explain_refusal(self, caller: Caller, options: Options) -> ObjectPath:
-        """Say why a guest was refused."""
-        image, domain, row = text(options, "image") or None, text(options, "domain") or None, number(options, "row")
+    async def get_card(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
+        """Which broker has the keys."""
+        return await self._keys.card()
 
-        async def work(job: Job) -> str:
-            return await self._decisions.explain(image_id=image, domain=domain, row=row, job=job)
+    async def set_recovery_key(self, caller: Caller, key: Descriptor, options: Options) -> None:  # noqa: ARG002
+        """Choose what recovery copies are sealed to."""
+        with await read_secret(key, limit_bytes=PEM_LIMIT_BYTES) as pem:
+            await self._keys.set_recovery_key(bytes(pem.reveal()), user(caller))
 
-        return self._start(caller, Operation.REFUSAL_EXPLAIN, image or domain or "refusal", work, options)
-
-    async def list_keys(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
-        """What is known of the keys."""
-        return await self._keys.records()
+    async def recovery_copy(self, caller: Caller, options: Options) -> Descriptor:  # noqa: ARG002 (as above)
+        """All keys, sealed."""
+        return document_descriptor("recovery", await self._keys.recovery_copy(user(caller)))
 
     async def diagnose(self, caller: Caller, options: Options) -> Sequence[Row]:  # noqa: ARG002 (as above)
         """What is wrong, and what to do."""
@@ -196,20 +196,6 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
     def warnings(self) -> Sequence[str]:
         """What an administrator should know."""
         return list(self._facts.warnings)
-
-
-def text(options: Options, name: str) -> str:
-    """A text option, or an empty string; the dispatcher has checked the type."""
-    value = options.get(name, "")
-    assert isinstance(value, str)
-    return value
-
-
-def number(options: Options, name: str) -> int | None:
-    """A number option, or None; the dispatcher has checked the type."""
-    value = options.get(name)
-    assert value is None or isinstance(value, int)
-    return value
 
 
 def build_order(name: str, options: Options) -> BuildOrder:

@@ -40,6 +40,20 @@ PYTHON: Mapping[str, object] = {
 }
 
 
+def text(options: Options, name: str) -> str:
+    """A text option, or an empty string; the dispatcher has checked the type."""
+    value = options.get(name, "")
+    assert isinstance(value, str)
+    return value
+
+
+def number(options: Options, name: str) -> int | None:
+    """A number option, or None; the dispatcher has checked the type."""
+    value = options.get(name)
+    assert value is None or isinstance(value, int)
+    return value
+
+
 class ContractMismatch(TypeError):
     """A class of bus objects differs from the XML it claims to implement."""
 

@@ -33,6 +33,20 @@ class ImageView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyView:
+    """The keys of an image, as everybody may see them, and the policy of their release."""
+
+    image_id: str
+    name: str
+    platform: str
+    simulated: bool
+    state: str
+    created: datetime
+    policy_digest: str
+    """Hexadecimal; empty where another broker has the policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOrder:
     """What a caller wants built; None and empty mean what is configured."""
 
@@ -79,7 +93,7 @@ class GuestView:
 
 
 class Images(Protocol):
-    """The images and their keys."""
+    """The images."""
 
     def checked(self, order: BuildOrder) -> BuildOrder:
         """The order with every default filled in; raises `JindiskError` for what can be refused at once."""
@@ -101,18 +115,6 @@ class Images(Protocol):
 
     async def measure_all(self, name: str) -> str:
         """What it measures as on each platform with all inputs, a JSON document."""
-
-    async def revoke(self, image_id: str) -> None:
-        """Stop release of its key."""
-
-    async def reinstate(self, image_id: str) -> None:
-        """Allow release of its key again."""
-
-    async def export_key(self, image_id: str, card: str, by: str) -> bytes:
-        """Its keys as a JSON document, sealed for the broker of a card; `by` names who asks."""
-
-    async def accept_rollback(self, image_id: str, reason: str) -> None:
-        """Have its next start take whatever authentic state its volume is in, once."""
 
 
 class Guests(Protocol):
@@ -145,34 +147,85 @@ class Guests(Protocol):
 
 
 class Keys(Protocol):
-    """What may be known of the keys and of their release."""
+    """What may be known of the keys, and what their owner decides about them; `by` names who asks."""
 
-    async def records(self) -> Sequence[Mapping[str, object]]:
-        """One dictionary a key, without the key."""
+    async def views(self) -> Sequence[KeyView]:
+        """The keys of all images."""
 
-    async def audit(self, *, limit: int, image_id: str | None) -> Sequence[Mapping[str, object]]:
-        """The last `limit` rows of the audit log, oldest first."""
+    def subscribe(self, changed: Callable[[], None]) -> None:
+        """Have `changed()` called in the event loop when keys, policies or the audit log may have changed."""
 
-    async def verify_audit(self) -> tuple[int, str]:
-        """Number of rows and digest of the last."""
+    async def describe(self, image_id: str) -> tuple[Mapping[str, object], Sequence[Mapping[str, object]]]:
+        """What is known of one image's keys, and of each of their volumes."""
+
+    async def revoke(self, image_id: str, by: str) -> None:
+        """Stop release of its keys."""
+
+    async def reinstate(self, image_id: str, by: str) -> None:
+        """Allow release of its keys again."""
+
+    async def accept_rollback(self, image_id: str, reason: str, by: str) -> None:
+        """Have its next start take whatever authentic state its volumes are in, once."""
+
+    async def rotate(self, image_id: str, handover: bytes, by: str) -> None:
+        """Put what a handover holds in place of its keys."""
+
+    async def export(self, image_id: str, card: str, by: str) -> bytes:
+        """Its keys as a JSON document, sealed for the broker of a card."""
+
+    async def card(self) -> str:
+        """The card of the broker that has the keys, a JSON document."""
+
+    async def set_recovery_key(self, pem: bytes, by: str) -> None:
+        """Have recovery copies sealed to a public key."""
+
+    async def recovery_copy(self, by: str) -> bytes:
+        """All keys, sealed to that key: a JSON document."""
 
 
-class Decisions(Protocol):
-    """Policies of images, and what became of guests by them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditOrder:
+    """Which rows of the audit log are wanted; None and empty do not matter."""
+
+    limit: int
+    after: int | None = None
+    before: int | None = None
+    image_id: str | None = None
+    guest: str = ""
+    verdict: str = ""
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+class Audit(Protocol):
+    """The log of decisions."""
+
+    async def rows(self, order: AuditOrder) -> tuple[Sequence[Mapping[str, object]], bool]:
+        """One dictionary a row, oldest first, and whether there are more."""
+
+    async def last(self) -> int:
+        """Number of the newest row, or 0."""
+
+    async def verify(self, job: Job) -> str:
+        """Check its chain; the result is a JSON object."""
+
+    async def explain(self, *, image_id: str | None, domain: str | None, row: int | None, job: Job) -> str:
+        """Why a guest was refused, a JSON document."""
+
+
+class Policies(Protocol):
+    """What guests must prove."""
 
     async def policy(self, image_id: str, *, set_only: bool) -> str:
         """The policy of an image, a TOML document."""
 
-    async def set_policy(self, image_id: str, text: str) -> bool:
+    async def set_policy(self, image_id: str, text: str, by: str) -> bool:
         """Replace it; False where it is that already."""
 
     async def check_policy(
         self, image_id: str, *, text: str | None, row: int | None
     ) -> tuple[int, Sequence[Mapping[str, object]]]:
         """Number of a refusal, and what the policy (the one in force if None) says of its evidence."""
-
-    async def explain(self, *, image_id: str | None, domain: str | None, row: int | None, job: Job) -> str:
-        """Why a guest was refused, a JSON document."""
 
 
 class Diagnosis(Protocol):

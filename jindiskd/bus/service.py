@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import structlog
 
+from jindiskd.bus.audit import AuditOnBus
 from jindiskd.bus.contract import BUS_NAME, ROOT_PATH
 from jindiskd.bus.domains import DomainsOnBus
 from jindiskd.bus.images import ImagesOnBus
 from jindiskd.bus.jobs import JobsOnBus
+from jindiskd.bus.keys import KeysOnBus
 from jindiskd.bus.lib import NameFlag, RequestNameReply
 from jindiskd.bus.manager import ManagerObject
 from jindiskd.bus.polkit import Authority
-from jindiskd.bus.ports import Decisions, Diagnosis, Guests, Images, Keys, ServiceFacts
+from jindiskd.bus.ports import Audit, Diagnosis, Guests, Images, Keys, Policies, ServiceFacts
 from jindiskd.bus.server import Server
 from jindiskd.bus.transport import Connection
 from jindiskd.errors import Busy
@@ -21,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 
 class BusService:
-    """Manager, images, domains and jobs on one connection."""
+    """Manager, images, domains, keys, policies, audit log and jobs on one connection."""
 
     def __init__(
         self,
@@ -30,25 +32,28 @@ class BusService:
         images: Images,
         guests: Guests,
         keys: Keys,
-        decisions: Decisions,
+        policies: Policies,
+        audit: Audit,
         diagnosis: Diagnosis,
         jobs: JobManager,
         facts: ServiceFacts,
     ) -> None:
         self._bus = bus
         self._server = Server(bus, root=ROOT_PATH, authorize=Authority(bus))
-        self.images = ImagesOnBus(self._server, images, decisions, jobs)
+        self.images = ImagesOnBus(self._server, images, jobs, lambda: self.keys.look())
         self.domains = DomainsOnBus(self._server, guests, jobs)
+        self.keys = KeysOnBus(self._server, keys, policies, self.images.look)
+        self._audit = AuditOnBus(self._server, audit, jobs, keys.subscribe)
         self.manager = ManagerObject(
             images=images,
             guests=guests,
             keys=keys,
-            decisions=decisions,
             diagnosis=diagnosis,
             jobs=jobs,
             facts=facts,
             images_on_bus=self.images,
             domains_on_bus=self.domains,
+            keys_on_bus=self.keys,
         )
         self._jobs = JobsOnBus(self._server, jobs, self.manager.signal)
 
@@ -60,8 +65,11 @@ class BusService:
         """
         await self._server.start()
         self._server.export(ROOT_PATH, self.manager)
-        await self.images.refresh()
+        await self.images.look()
         self.domains.refresh()
+        await self.keys.look()
+        self.keys.start()
+        await self._audit.start()
         reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
         if reply is not RequestNameReply.PRIMARY_OWNER:
             raise Busy(f"the bus name {BUS_NAME}", "another jindiskd runs on this bus; stop it first")
@@ -69,5 +77,7 @@ class BusService:
 
     async def close(self) -> None:
         """Refuse new calls and end those under way."""
+        await self._audit.close()
+        await self.keys.close()
         await self._server.close()
         self._jobs.close()

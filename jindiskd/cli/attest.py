@@ -14,10 +14,10 @@ from jindiskd.base.platform import Tee
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
-from jindiskd.cli.client import Client, RemoteError, connected
+from jindiskd.cli.client import AUDIT, AUDIT_PATH, Client, RemoteError, connected
 from jindiskd.cli.domain import DOMAIN
 from jindiskd.cli.image import IMAGE, MANAGER
-from jindiskd.cli.jobs import start_and_follow
+from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields
 from jindiskd.errors import EXIT_NOT_FOUND, EXIT_REFUSED, JindiskError
 
@@ -315,12 +315,12 @@ async def _explain(app: App, name: str | None, row: int | None) -> None:
             options |= await _whose(client, name)
 
         async def start() -> str:
-            path: str = await client.call(ROOT_PATH, MANAGER, "ExplainRefusal", options)
+            path: str = await client.call(AUDIT_PATH, AUDIT, "Explain", options)
             return path
 
         job = await start_and_follow(client, app, start, wait=True)
-    assert job is not None
-    found = json.loads(job["Result"])
+        assert job is not None
+        found = json.loads(await result(client, job))
     app.show(found, lambda: _explained(found))
 
 

@@ -17,6 +17,7 @@ from jindiskd.bus.transport import Connection, close_all, connect_to
 from jindiskd.cli.exits import BY_CODE, BY_NAME
 from jindiskd.errors import EXIT_FAILED, JindiskError, ServiceUnavailable
 
+AUDIT, AUDIT_PATH = "org.jindisk1.Audit", f"{ROOT_PATH}/audit"
 TIMEOUT_S = 30.0
 INTERACTIVE_TIMEOUT_S = 300.0
 AGENT = Path("/usr/bin/pkttyagent")

@@ -36,3 +36,8 @@ def images(_context: click.Context, _parameter: click.Parameter, incomplete: str
 def domains(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of domains."""
     return _complete("org.jindisk1.Domain", incomplete)
+
+
+def keys(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of images whose keys are known."""
+    return _complete("org.jindisk1.Key", incomplete)

@@ -15,7 +15,7 @@ from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import domains, images
 from jindiskd.cli.image import MANAGER
-from jindiskd.cli.jobs import start_and_follow
+from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields, moment, platform, table
 from jindiskd.cli.parameters import Size
 
@@ -64,7 +64,7 @@ async def _launch(app: App, image: str, options: dict[str, Any], wait: bool) -> 
         )
         if job is None:
             return
-        _, found = await find(client, job["Result"])
+        _, found = await find(client, await result(client, job))
     app.show({"domain": found}, lambda: _ended(found))
 
 
@@ -150,7 +150,7 @@ async def _adopt(app: App, name: str, image: str) -> None:
             client, app, lambda: client.call(ROOT_PATH, MANAGER, "AdoptDomain", name, image, {}), wait=True
         )
         assert job is not None  # waited for
-        _, found = await find(client, job["Result"])
+        _, found = await find(client, await result(client, job))
     app.show(
         {"domain": found},
         lambda: (

@@ -220,29 +220,3 @@ async def _remove(app: App, name: str, yes: bool, wait: bool) -> None:
         if await start_and_follow(client, app, lambda: client.call(path, IMAGE, "Remove", {}), wait=wait) is None:
             return
     app.show({"removed": found["Name"]}, lambda: f"Removed image {found['Name']} and its key.")
-
-
-@image.command()
-@click.argument("name", shell_complete=images)
-@common
-@pass_app
-def revoke(app: App, name: str) -> None:
-    """Stop release of an image's key. Guests that run keep running."""
-    run(_key(app, name, "Revoke", "The key of image {} is no longer released."))
-
-
-@image.command()
-@click.argument("name", shell_complete=images)
-@common
-@pass_app
-def reinstate(app: App, name: str) -> None:
-    """Allow release of an image's key again."""
-    run(_key(app, name, "Reinstate", "The key of image {} is released again."))
-
-
-async def _key(app: App, name: str, member: str, sentence: str) -> None:
-    async with connected() as client:
-        path, _ = await find(client, name)
-        await client.call(path, IMAGE, member, {})
-        found = await client.properties(path, IMAGE)
-    app.show({"image": found}, lambda: sentence.format(found["Name"]))

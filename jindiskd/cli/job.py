@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
 
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, RemoteError, connected
-from jindiskd.cli.jobs import FINAL, JOB, follow
+from jindiskd.cli.jobs import FINAL, JOB, follow, job_path, pace_text, result
 from jindiskd.cli.output import fields, moment, table
 from jindiskd.errors import EXIT_UNCHANGED, NotFound
-
-
-def job_path(number: int) -> str:
-    """Where a job is."""
-    return f"/org/jindisk1/job/{number}"
 
 
 def progress_text(job: dict[str, Any]) -> str:
@@ -81,16 +77,18 @@ async def _show(app: App, number: int, wait: bool) -> None:
         found = await _properties(client, number)
         if wait:
             found = await follow(client, app, job_path(number))
+        if found["State"] == "succeeded" and os.geteuid() in {0, found["OwnerUID"]}:
+            found["Result"] = await result(client, found)
     pairs = {
         "job": str(found["Id"]),
         "operation": found["Operation"],
         "objects": " ".join(found["Objects"]),
         "state": found["State"],
         "stage": found["Stage"],
-        "progress": progress_text(found),
+        "progress": f"{progress_text(found)} {pace_text(found)}".strip(),
         "started": moment(found["StartTime"]),
         "owner": str(found["OwnerUID"]),
-        "result": found["Result"],
+        "result": found.get("Result", ""),
         "error": found["Message"],
     }
     app.show({"job": found}, lambda: fields(pairs))

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import timedelta
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.cli.app import App
 from jindiskd.cli.client import Client, RemoteError
 from jindiskd.cli.output import clean, size
 
 JOB = "org.jindisk1.Job"
 FINAL = frozenset(("succeeded", "failed", "cancelled"))
+
+
+def job_path(number: int) -> str:
+    """Where a job is."""
+    return f"{ROOT_PATH}/job/{number}"
+
+
+def pace_text(job: dict[str, Any]) -> str:
+    """How much of it is done, how fast, and how long the stage still takes."""
+    words = [size(job["Bytes"])] if job["Bytes"] else []
+    if words and job["Rate"] > 0:
+        words.append(f"at {size(job['Rate'])}/s")
+    if job["ExpectedEnd"]:
+        left = max(round(job["ExpectedEnd"] / 1e6 - time.time()), 0)
+        words.append(f"{timedelta(seconds=left)} left")
+    return " ".join(words)
 
 
 class View(Protocol):
@@ -36,9 +55,7 @@ class _Bar:
         self._task = progress.add_task("", total=None, detail="")
 
     def update(self, job: dict[str, Any]) -> None:
-        detail = size(job["Bytes"]) if job["Bytes"] else ""
-        if detail and job["Rate"] > 0:
-            detail += f" at {size(job['Rate'])}/s"
+        detail = pace_text(job)
         self._progress.update(
             self._task,
             description=clean(job["Stage"]),
@@ -66,6 +83,8 @@ class _Lines:
                 stage=job["Stage"],
                 fraction=job["Progress"] if job["ProgressValid"] else None,
                 bytes=job["Bytes"],
+                rate=job["Rate"],
+                expected_end=job["ExpectedEnd"] or None,
             )
         elif job["Stage"] and job["Stage"] != self._stage:
             self._stage = job["Stage"]
@@ -117,6 +136,12 @@ async def follow(client: Client, app: App, path: str) -> dict[str, Any]:
     if job["State"] != "succeeded":
         raise RemoteError(job["Error"], job["Message"])
     return job
+
+
+async def result(client: Client, job: dict[str, Any]) -> str:
+    """What came of a job that succeeded."""
+    text: str = await client.call(job_path(job["Id"]), JOB, "GetResult", {})
+    return text
 
 
 async def _until_final(client: Client, path: str, job: dict[str, Any], shown: View) -> None:

@@ -10,6 +10,7 @@ import click
 import jindiskd
 from jindiskd.cli.app import App, common, exit_status
 from jindiskd.cli.attest import attest
+from jindiskd.cli.audit import audit
 from jindiskd.cli.broker import broker
 from jindiskd.cli.collateral import collateral
 from jindiskd.cli.doctor import doctor
@@ -19,7 +20,7 @@ from jindiskd.cli.job import job
 from jindiskd.cli.key import key
 from jindiskd.cli.measure import measure
 from jindiskd.cli.policy import policy
-from jindiskd.cli.service import audit, daemon, status
+from jindiskd.cli.service import daemon, status
 from jindiskd.cli.shells import completion
 from jindiskd.cli.system import system_files
 

@@ -17,7 +17,7 @@ from jindiskd.cli.attest import Hex
 from jindiskd.cli.client import connected
 from jindiskd.cli.completion import images
 from jindiskd.cli.image import IMAGE, find
-from jindiskd.cli.jobs import start_and_follow
+from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -103,8 +103,8 @@ async def _of_image(app: App, name: str) -> dict[str, Any]:
             return job
 
         job = await start_and_follow(client, app, start, wait=True)
-    assert job is not None
-    return {"image": name, **json.loads(job["Result"])}
+        assert job is not None
+        return {"image": name, **json.loads(await result(client, job))}
 
 
 def _of_files(given: Mapping[str, Any]) -> dict[str, Any]:

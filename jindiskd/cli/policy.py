@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from jindiskd.base.platform import Platform
+from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.attest import (
@@ -20,19 +21,26 @@ from jindiskd.cli.attest import (
     judge_files,
     show_verdict,
 )
-from jindiskd.cli.client import connected
+from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import images
-from jindiskd.cli.image import IMAGE, find
+from jindiskd.cli.image import IMAGE, MANAGER
 from jindiskd.errors import EXIT_UNCHANGED
 from jindiskd.policy import form
 
-POLICY = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+POLICY = "org.jindisk1.Policy"
+DOCUMENT = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 
 
 @click.group()
 @common
 def policy() -> None:
     """Look at, set and try what guests must prove to get a key."""
+
+
+async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
+    """Path and properties of an image's policy."""
+    path: str = await client.call(ROOT_PATH, MANAGER, "GetPolicy", name)
+    return path, await client.properties(path, POLICY)
 
 
 def _read(path: Path) -> str:
@@ -64,14 +72,14 @@ async def _show(app: App, image: str, set_only: bool) -> None:
     async with connected() as client:
         path, found = await find(client, image)
         options = {"set-only": Variant("b", True)} if set_only else {}
-        text = await client.call(path, IMAGE, "GetPolicy", options)
+        text = await client.call(path, POLICY, "Get", options)
     document = {"image": found["Name"], "policy": form.plain(form.read(text))}
     app.show(document, lambda: str(text).rstrip("\n"))
 
 
 @policy.command(name="set")
 @click.argument("image", shell_complete=images)
-@click.argument("file", type=POLICY)
+@click.argument("file", type=DOCUMENT)
 @common
 @pass_app
 def set_(app: App, image: str, file: Path) -> int:
@@ -82,8 +90,8 @@ def set_(app: App, image: str, file: Path) -> int:
 async def _set(app: App, image: str, text: str) -> int:
     async with connected() as client:
         path, found = await find(client, image)
-        before = form.plain(form.read(await client.call(path, IMAGE, "GetPolicy", {})))
-        changed = await client.call(path, IMAGE, "SetPolicy", text, {})
+        before = form.plain(form.read(await client.call(path, POLICY, "Get", {})))
+        changed = await client.call(path, POLICY, "Set", text, {})
     differences = list(_differences(before, form.plain(form.read(text)))) if changed else []
 
     def told() -> str:
@@ -116,7 +124,7 @@ def edit(app: App, image: str) -> int:
 async def _edit(app: App, image: str) -> int:
     async with connected() as client:
         path, _ = await find(client, image)
-        text = before = await client.call(path, IMAGE, "GetPolicy", {})
+        text = before = await client.call(path, POLICY, "Get", {})
     while True:
         edited = click.edit(text, extension=".toml")
         if edited is None or edited == before:
@@ -134,7 +142,7 @@ async def _edit(app: App, image: str) -> int:
 
 
 @policy.command(cls=ManyFiles)
-@click.argument("file", type=POLICY, required=False)
+@click.argument("file", type=DOCUMENT, required=False)
 @click.option("--image", shell_complete=images, help="Try it on a guest of this image; its own policy without FILE.")
 @click.option("--row", type=click.IntRange(1), help="The guest of this refusal in the audit log; the last otherwise.")
 @evidence_options
@@ -161,15 +169,17 @@ async def _check(app: App, image: str, text: str | None, row: int | None, given:
     async with connected() as client:
         path, found = await find(client, image)
         if given["evidence"] is not None:
-            used = text if text is not None else await client.call(path, IMAGE, "GetPolicy", {})
+            used = text if text is not None else await client.call(path, POLICY, "Get", {})
+            image_path = await client.call(ROOT_PATH, MANAGER, "GetImage", found["ImageId"])
+            built = await client.properties(image_path, IMAGE)
         else:
             options = {"policy": Variant("s", text)} if text is not None else {}
             options |= {"row": Variant("t", row)} if row is not None else {}
-            number, findings = await client.call(path, IMAGE, "CheckPolicy", options)
+            number, findings = await client.call(path, POLICY, "Check", options)
     if given["evidence"] is not None:
-        tee = Platform(found["Platform"]).tee
-        digests = (bytes.fromhex(found["LaunchDigest"]),) if found["LaunchDigest"] else ()
-        simulated = given["simulated_root"] is not None and found["Simulated"]
+        tee = Platform(built["Platform"]).tee
+        digests = (bytes.fromhex(built["LaunchDigest"]),) if built["LaunchDigest"] else ()
+        simulated = given["simulated_root"] is not None and built["Simulated"]
         wanted = expectations(tee, form.read(used), digests, simulated=simulated)
         show_verdict(app, judge_files(tee, given["evidence"], {**given, "policy_": True}, wanted))
         return

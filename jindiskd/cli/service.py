@@ -1,21 +1,19 @@
-"""`jindiskctl status`, `audit` and `daemon`: the service itself."""
+"""`jindiskctl status` and `daemon`: the service itself."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from jindiskd.bus.contract import ROOT_PATH
-from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import connected
 from jindiskd.cli.domain import DOMAIN
 from jindiskd.cli.image import IMAGE, MANAGER
 from jindiskd.cli.jobs import FINAL, JOB
-from jindiskd.cli.output import fields, moment, table
+from jindiskd.cli.output import fields, table
 
 
 def _counted(items: list[dict[str, Any]], what: str) -> str:
@@ -75,60 +73,6 @@ async def _status(app: App) -> None:
 
 @click.group()
 @common
-def audit() -> None:
-    """Look at the log of release decisions."""
-
-
-@audit.command(name="list")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="Number of rows.")
-@click.option("--image", help="Id of the image to look at.")
-@common
-@pass_app
-def audit_list(app: App, limit: int, image: str | None) -> None:
-    """List the decisions, newest last."""
-    run(_audit_list(app, limit, image))
-
-
-async def _audit_list(app: App, limit: int, image: str | None) -> None:
-    options = {"limit": Variant("u", limit)}
-    if image:
-        options["image"] = Variant("s", image)
-    async with connected() as client:
-        rows = await client.call(ROOT_PATH, MANAGER, "AuditLog", options)
-    head = ("WHEN", "WHAT", "IMAGE", "PEER", "EVIDENCE", "FINDINGS")
-    cells = [
-        (
-            moment(row["at"]),
-            row["kind"],
-            row["image-id"],
-            row["peer"],
-            _evidence(row),
-            " ".join(row["findings"]),
-        )
-        for row in rows
-    ]
-    app.show({"rows": rows}, lambda: table(head, cells, legend=app.legend))
-
-
-@audit.command(name="verify")
-@common
-@pass_app
-def audit_verify(app: App) -> None:
-    """Check that no row of the log was changed, removed or inserted."""
-    run(_audit_verify(app))
-
-
-async def _audit_verify(app: App) -> None:
-    async with connected() as client:
-        count, head = await client.call(ROOT_PATH, MANAGER, "VerifyAudit", {})
-    app.show(
-        {"rows": count, "head": head},
-        lambda: f"The audit log is whole: {count} rows, the last is {head or 'none'}.",
-    )
-
-
-@click.group()
-@common
 def daemon() -> None:
     """Look into the service."""
 
@@ -147,10 +91,3 @@ async def _config(app: App) -> None:
     document = [{"name": name, "value": json.loads(value), "origin": origin} for name, value, origin in settings]
     rows = [tuple(setting) for setting in settings]
     app.show({"settings": document}, lambda: table(("SETTING", "VALUE", "FROM"), rows, legend=app.legend))
-
-
-def _evidence(row: Mapping[str, Any]) -> str:
-    """What kind of report a row is about; most rows are about none."""
-    if row["simulated"]:
-        return "simulated"
-    return "hardware" if row["measurement"] else "-"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from jindiskd.errors import JindiskError
+from jindiskd.jobs.pace import Pace
 
 
 class Operation(enum.StrEnum):
@@ -17,6 +18,7 @@ class Operation(enum.StrEnum):
     IMAGE_REMOVE = "image-remove"
     IMAGE_MEASURE = "image-measure"
     REFUSAL_EXPLAIN = "refusal-explain"
+    AUDIT_VERIFY = "audit-verify"
     DOMAIN_ADOPT = "domain-adopt"
     DOMAIN_LAUNCH = "domain-launch"
     DOMAIN_STOP = "domain-stop"
@@ -89,24 +91,30 @@ class Job:
         self.done_bytes = self.total_bytes = 0
         self.result = ""
         self.error: JindiskError | None = None
-        self._tell, self._monotonic = tell, monotonic
-        self._stage_began = monotonic()
+        self._tell = tell
+        self._pace = Pace(monotonic)
 
     @property
     def rate(self) -> int:
-        """Bytes a second in this stage so far."""
-        seconds = self._monotonic() - self._stage_began
-        return int(self.done_bytes / seconds) if seconds > 0 else 0
+        """Bytes a second in this stage, over the last ten seconds or so."""
+        return self._pace.rate
+
+    @property
+    def expected_end(self) -> datetime | None:
+        """When this stage ends if it goes on as in the last ten seconds or so; None while that is not known."""
+        left_s = None if self.state.final else self._pace.left_s
+        return None if left_s is None else datetime.now(tz=UTC) + timedelta(seconds=left_s)
 
     def progress(self, stage: str, fraction: float | None = None, done_bytes: int = 0, total_bytes: int = 0) -> None:
         """Say how far the work is: a stage in a word or two, and how much of it is done (0 to 1, or None)."""
         if self.state.final:
             return
         if stage != self.stage:
-            self._stage_began = self._monotonic()
+            self._pace.begin()
         self.stage = stage
         self.fraction = None if fraction is None else min(max(fraction, 0.0), 1.0)
         self.done_bytes, self.total_bytes = max(done_bytes, 0), max(total_bytes, 0)
+        self._pace.report(self.done_bytes, self.fraction)
         self._tell(self, Change.PROGRESS, "")
 
     def log(self, line: str) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -48,6 +49,47 @@ class Requester:
         return {name: value for name in ("guest", "chip", "token") if (value := getattr(self, name))}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditQuery:
+    """Which rows are wanted; what is None or empty does not matter."""
+
+    limit: int = 100
+    """Rows at most."""
+    after: int | None = None
+    """Rows with a higher number, the lowest of them first; without it the highest numbers are wanted."""
+    before: int | None = None
+    """Rows with a lower number."""
+    image_id: str | None = None
+    guest: str = ""
+    """UUID of a domain, or the REPORT_ID of one launch of a guest, hexadecimal."""
+    kind: str = ""
+    since: datetime | None = None
+    """Not older; with a zone."""
+    until: datetime | None = None
+    """Older; with a zone."""
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        """What the rows must meet. Times are stored as RFC 3339 in UTC, which sorts as text."""
+        row = audit_table.c
+        found: list[sa.ColumnElement[bool]] = []
+        if self.after is not None:
+            found.append(row.number > self.after)
+        if self.before is not None:
+            found.append(row.number < self.before)
+        if self.image_id is not None:
+            found.append(row.image_id == self.image_id)
+        if self.kind:
+            found.append(row.kind == self.kind)
+        if self.guest:
+            launch = row.detail.contains(f'"guest": {json.dumps(self.guest)}', autoescape=True)
+            found.append(sa.or_(row.peer == f"domain {self.guest}", launch))
+        if self.since is not None:
+            found.append(row.time >= self.since.astimezone(UTC).isoformat())
+        if self.until is not None:
+            found.append(row.time < self.until.astimezone(UTC).isoformat())
+        return found
+
+
 class AuditLog:
     """The log in one database."""
 
@@ -84,17 +126,32 @@ class AuditLog:
 
     def rows(self, limit: int, image_id: str | None = None) -> list[dict[str, Any]]:
         """The last `limit` rows, oldest first, with `detail` as a dictionary."""
-        query = sa.select(audit_table).order_by(audit_table.c.number.desc()).limit(limit)
-        if image_id is not None:
-            query = query.where(audit_table.c.image_id == image_id)
+        return self.page(AuditQuery(limit=limit, image_id=image_id))[0]
+
+    def page(self, query: AuditQuery) -> tuple[list[dict[str, Any]], bool]:
+        """Some rows, oldest first, with `detail` as a dictionary; and whether there are more beyond `limit`."""
+        forward = query.after is not None
+        number = audit_table.c.number
+        wanted = sa.select(audit_table).where(*query.conditions()).limit(query.limit + 1)
         with self._database.read() as connection:
-            rows = [dict(row) for row in connection.execute(query).mappings()]
+            found = connection.execute(wanted.order_by(number if forward else number.desc())).mappings()
+            rows = [dict(row) for row in found]
+        more = len(rows) > query.limit
+        del rows[query.limit :]
         for row in rows:
             row["detail"] = json.loads(row["detail"])
-        return rows[::-1]
+        return (rows if forward else rows[::-1]), more
 
-    def verify(self) -> tuple[int, str]:
+    def last(self) -> int:
+        """Number of the newest row; 0 if there is none."""
+        with self._database.read() as connection:
+            return int(connection.scalar(sa.select(sa.func.max(audit_table.c.number))) or 0)
+
+    def verify(self, progress: Callable[[int], None] = lambda _rows: None) -> tuple[int, str]:
         """Check the whole chain: number of rows and digest of the last.
+
+        Args:
+            progress: told the number of rows checked, every thousand; what it raises ends the check.
 
         Raises:
             AuditBroken: names the first row that does not fit.
@@ -105,6 +162,8 @@ class AuditLog:
             for row in connection.execute(query.execution_options(yield_per=1000)).mappings():
                 if row["number"] != expected or row["previous"] != previous or row["digest"] != _digest(row):
                     raise AuditBroken(expected)
+                if not expected % 1000:
+                    progress(expected)
                 expected, previous = expected + 1, row["digest"]
         return expected - 1, previous
 

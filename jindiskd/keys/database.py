@@ -178,6 +178,7 @@ class Database:
         """Use `open`."""
         self.engine, self.kek, self.now = engine, kek, now
         self._writing = threading.Lock()
+        self._watchers: list[Callable[[], None]] = []
 
     @classmethod
     def open(cls, url: str, kek: Secret, now: Callable[[], datetime]) -> Database:
@@ -197,6 +198,13 @@ class Database:
             raise
         return database
 
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have `changed()` called after each write of this process that is durable, in the thread that wrote.
+
+        It must not block or raise. What other brokers on the database write is not told.
+        """
+        self._watchers.append(changed)
+
     @property
     def shared(self) -> bool:
         """Whether other brokers may be using it too."""
@@ -215,6 +223,8 @@ class Database:
                 connection.execute(sa.text("SET LOCAL synchronous_commit = on"))
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
             yield connection
+        for changed in self._watchers:
+            changed()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[sa.Connection]:

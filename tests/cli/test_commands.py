@@ -16,10 +16,10 @@ from jindiskd import system_files
 from jindiskd.bus import contract
 from jindiskd.cli import manpages
 from jindiskd.cli.main import cli, main
+from jindiskd.system_files import INTERFACES
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("jindiskctl")
-INTERFACES = ("Manager", "Image", "Domain", "Job")
 
 
 def every_command() -> list[tuple[tuple[str, ...], click.Command]]:
@@ -85,7 +85,7 @@ def test_completion_scripts_are_right_for_their_shells(shell, tmp_path, capsys):
     ("words", "expected"),
     [
         (["jindiskctl", "ima"], {"image"}),
-        (["jindiskctl", "image", "re"], {"remove", "revoke", "reinstate"}),
+        (["jindiskctl", "key", "re"], {"recovery", "revoke", "reinstate"}),
         (["jindiskctl", "image", "build", "--vc"], {"--vcpus"}),
         (["jindiskctl", "image", "build", "x", "--platform", "simulated-sn"], {"simulated-snp"}),
         (["jindiskctl", "image", "show", "x"], set()),
@@ -371,7 +371,7 @@ def test_evidence_is_judged_without_a_service(vectors, capsys):
 
 def test_rows_about_simulated_sessions_say_so() -> None:
     """Rows of a session that was attested before have no measurement; whether it was simulated is told all the same."""
-    from jindiskd.cli.service import _evidence
+    from jindiskd.cli.audit import _evidence
 
     rows = [{"measurement": "", "simulated": False}, {"measurement": "", "simulated": True}]
     rows += [{"measurement": "ab", "simulated": False}, {"measurement": "ab", "simulated": True}]

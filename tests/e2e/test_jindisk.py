@@ -39,13 +39,13 @@ def old(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_root_lives_through_resets_restarts_and_ends(host: Host, old: Path) -> None:
     """Booted, reset, its service killed, rebooted in order, shut down: each boot finds what the last one wrote."""
     built = host.key("web")
-    assert (built["volume-state"], built["volume-sequence"]) == ("closed", 1)
+    assert (built["volumes"][0]["state"], built["volumes"][0]["sequence"]) == ("closed", 1)
     host.ctl("launch", "web")
     said = host.wait_console("web", "witness: done")
     assert "/ is /dev/nbd0" in said
     assert "witness: boots 0" in said
     running = host.key("web")
-    assert running["volume-state"] == "open"
+    assert running["volumes"][0]["state"] == "open"
     assert kinds(host) == ["activated", "volume added", "released", "adopted"]
     # A reset tells nobody: the interrupted session's latest state is the one that boots.
     virsh("reset", "web")
@@ -64,8 +64,8 @@ def test_a_root_lives_through_resets_restarts_and_ends(host: Host, old: Path) ->
     host.ctl("domain", "stop", "web", check=False)  # may give up waiting on a busy machine
     host.wait_off("web")
     ended = host.key("web")
-    assert ended["volume-state"] == "closed"
-    assert ended["volume-sequence"] > running["volume-sequence"]
+    assert ended["volumes"][0]["state"] == "closed"
+    assert ended["volumes"][0]["sequence"] > running["volumes"][0]["sequence"]
     assert kinds(host)[9:] == ["closed"]
     assert all(row["simulated"] for row in host.rows("web")[2:])
 
@@ -73,14 +73,14 @@ def test_a_root_lives_through_resets_restarts_and_ends(host: Host, old: Path) ->
 def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_path: Path) -> None:
     """The guest sees it and says it; the owner may take it once; what it replaced is an old copy from then on."""
     disk = host.image("web") / "disk.img"
-    if host.key("web")["volume-sequence"] == 1:  # no test before this one
+    if host.key("web")["volumes"][0]["sequence"] == 1:  # no test before this one
         host.ctl("launch", "web")
         host.wait_console("web", "witness: done")
         host.ctl("domain", "stop", "web", check=False)
         host.wait_off("web")
     latest = tmp_path / "latest.img"
     copy(disk, latest)
-    last = host.key("web")["volume-sequence"]
+    last = host.key("web")["volumes"][0]["sequence"]
     copy(old, disk)
     done = host.ctl("launch", "web", check=False)
     assert done.returncode == 7
@@ -94,11 +94,11 @@ def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_pat
     same = subprocess.run(["cmp", "-s", f"--ignore-initial={offset}", disk, old]).returncode == 0
     assert same, "a refused volume is not written to"
     host.ctl("key", "accept-rollback", "web", "--reason", "restored", "--yes")
-    assert host.key("web")["volume-rollback-accepted"]
+    assert host.key("web")["volumes"][0]["rollback-accepted"]
     host.ctl("launch", "web")
     said = host.wait_console("web", "witness: done")
     assert "witness: boots 0" in said
-    assert not host.key("web")["volume-rollback-accepted"]
+    assert not host.key("web")["volumes"][0]["rollback-accepted"]
     assert kinds(host)[-4:] == ["refused", "rollback accepted", "released", "adopted"]
     busy = host.ctl("key", "accept-rollback", "web", "--yes", check=False)
     assert busy.returncode == 6

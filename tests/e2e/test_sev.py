@@ -106,8 +106,8 @@ def test_what_measures_otherwise_gets_no_secret(host: Host, file: str) -> None:
 
 def test_a_revoked_image_is_refused_before_its_machine_is_made(host: Host) -> None:
     """No session is begun for it."""
-    host.ctl("image", "revoke", "sev")
+    host.ctl("key", "revoke", "sev")
     done = host.ctl("launch", "sev", check=False)
-    host.ctl("image", "reinstate", "sev")
+    host.ctl("key", "reinstate", "sev")
     assert done.returncode == 7
     assert "the image's key is revoked" in done.stderr

@@ -69,13 +69,13 @@ def test_a_changed_boot_file_is_refused_by_the_digest(host: Host, file: str) -> 
 
 def test_a_revoked_image_is_refused(host: Host) -> None:
     """Revocation counts for the next launch, and reinstating undoes it."""
-    host.ctl("image", "revoke", "web")
+    host.ctl("key", "revoke", "web")
     try:
         done = host.ctl("launch", "web", check=False)
         assert done.returncode == 7
         assert "revoked" in done.stderr
     finally:
-        host.ctl("image", "reinstate", "web")
+        host.ctl("key", "reinstate", "web")
 
 
 def test_a_header_with_a_null_cipher_is_refused_by_the_guest(host: Host, plain: str) -> None:

@@ -104,11 +104,11 @@ def test_an_altered_kernel_is_refused_by_virsh(host: Host, adopted: str) -> None
 
 def test_a_revoked_image_is_refused_by_virsh(host: Host, adopted: str) -> None:
     """The sentence names the command that undoes it."""
-    host.ctl("image", "revoke", "web")
+    host.ctl("key", "revoke", "web")
     done = virsh("start", adopted)
-    host.ctl("image", "reinstate", "web")
+    host.ctl("key", "reinstate", "web")
     assert done.returncode != 0
-    assert "the key of image 'web' is revoked: 'jindiskctl image reinstate web' undoes that" in done.stderr
+    assert "the key of image 'web' is revoked: 'jindiskctl key reinstate web' undoes that" in done.stderr
 
 
 @pytest.mark.long

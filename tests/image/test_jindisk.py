@@ -10,8 +10,8 @@ from uuid import UUID
 
 import pytest
 
-from jindiskd.backend import KeyPort
 from jindiskd.base.secret import Secret
+from jindiskd.custody import KeyPort
 from jindiskd.image import gpt
 from jindiskd.image.request import BaseKind, VolumeFormat
 from jindiskd.image.service import ImageService

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jindiskd.backend import KeyPort
 from jindiskd.base.secret import Secret
+from jindiskd.custody import KeyPort
 from jindiskd.errors import AlreadyExists, InvalidArgument, JindiskError, NotFound
 from jindiskd.image import refusals
 from jindiskd.image.request import BaseKind
@@ -215,7 +215,7 @@ PROGRAM = """
 import asyncio, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from jindiskd.backend import KeyPort
+from jindiskd.custody import KeyPort
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat

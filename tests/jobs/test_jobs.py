@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import weakref
+from datetime import UTC, datetime
 
 import pytest
 
@@ -211,10 +212,43 @@ def test_states_are_never_left_where_the_table_does_not_say():
 
 def test_rates_and_fractions_are_kept_in_bounds():
     """A source that says nonsense makes no nonsense of the report."""
-    clock = iter([0.0, 10.0, 10.0, 20.0]).__next__
-    job = Job(number=1, operation=BUILD, objects=(), owner_uid=0, tell=lambda *_: None, monotonic=clock)
+    now = [0.0]
+    job = Job(number=1, operation=BUILD, objects=(), owner_uid=0, tell=lambda *_: None, monotonic=lambda: now[0])
+    assert (job.rate, job.expected_end) == (0, None)
     job.progress("copy", 7.0, -5, -1)
     assert (job.fraction, job.done_bytes, job.total_bytes) == (1.0, 0, 0)
-    job.done_bytes = 1000
-    assert job.rate == 0
+    assert (job.rate, job.expected_end) == (0, None)
+    now[0] = 10.0
+    job.progress("copy", 0.5, 1000, 2000)
     assert job.rate == 100
+    assert job.expected_end is None, "it went backwards"
+    job.progress("copy", float("inf"), -(1 << 70), 0)
+    assert (job.fraction, job.done_bytes, job.rate) == (1.0, 0, 0)
+
+
+def test_speed_and_end_are_those_of_the_last_seconds():
+    """What was slow long ago counts no longer; a new stage begins anew; an end is a moment, and none when it is over."""
+    now = [0.0]
+    job = Job(number=1, operation=BUILD, objects=(), owner_uid=0, tell=lambda *_: None, monotonic=lambda: now[0])
+    job.progress("copy", 0.0, 0, 1000)
+    assert job.expected_end is None, "nothing is known yet"
+    for _ in range(100):  # slow: a thousandth a second
+        now[0] += 1
+        job.progress("copy", now[0] / 1000, round(now[0]), 1000)
+    assert job.rate == 1
+    left = (job.expected_end - datetime.now(tz=UTC)).total_seconds()
+    assert 890 < left <= 900
+    done = 100
+    for _ in range(30):  # then twenty times as fast
+        now[0] += 1
+        done += 20
+        job.progress("copy", done / 1000, done, 1000)
+    assert 19 <= job.rate <= 20
+    left = (job.expected_end - datetime.now(tz=UTC)).total_seconds()
+    assert 10 < left <= 15.1
+    now[0] += 5  # nothing more is reported: the moment stays, as the clock of the test went on
+    assert (job.expected_end - datetime.now(tz=UTC)).total_seconds() < left - 4
+    job.progress("seal", None, 0, 0)
+    assert (job.rate, job.expected_end) == (0, None)
+    job.become(JobState.SUCCEEDED)
+    assert job.expected_end is None

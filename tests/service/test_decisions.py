@@ -135,7 +135,7 @@ def test_a_refusal_is_explained_and_mended(daemon: Any, rootfs: Path, tmp_path: 
     found = explained(bytes(48))["explanation"]
     assert not found["found"]
     assert found["tried"] > 100
-    daemon.ctl("image", "revoke", "demo")
+    daemon.ctl("key", "revoke", "demo")
     found = explained(bytes.fromhex(manifest["launch_digest"]))
     assert "the image's own" in found["explanation"]["text"]
     assert found["findings"][0]["id"] == "key.state"
@@ -160,8 +160,8 @@ def test_policies_are_shown_set_and_refused(stock: Any, tmp_path: Path) -> None:
     assert "refusal" in stock.ctl("policy", "check", "--image", "stock", "--row", "77777", status=3)
     busctl = ("busctl", "--address", stock.address)
     image = next(item for item in stock.json("image", "list")["images"] if item["Name"] == "stock")
-    path = f"/org/jindisk1/image/{path_label(image['ImageId'])}"
-    words = [*busctl, "call", "org.jindisk1", path, "org.jindisk1.Image", "SetPolicy", "sa{sv}", "[snp]\nx=1\n", "0"]
+    path = f"/org/jindisk1/policy/{path_label(image['ImageId'])}"
+    words = [*busctl, "call", "org.jindisk1", path, "org.jindisk1.Policy", "Set", "sa{sv}", "[snp]\nx=1\n", "0"]
     out = subprocess.run(words, capture_output=True, text=True)
     assert out.returncode != 0
     assert "the policy: [snp] x is no setting" in out.stderr

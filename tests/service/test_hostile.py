@@ -238,4 +238,4 @@ def test_random_calls_find_nothing(stock, raw):
     assert open_descriptors(stock) <= before + 20
     assert resident_kib(stock) - memory < 4 * 1024
     assert "fault in a bus method" not in stock.log.read_text()
-    stock.ctl("image", "reinstate", "stock")
+    stock.ctl("key", "reinstate", "stock")

@@ -44,8 +44,8 @@ def test_an_image_from_build_to_removal(daemon, rootfs):
     assert "proves nothing" in daemon.ctl("image", "show", "demo")
     assert daemon.json("key", "list")["keys"][0]["launch-digests"] == [image["LaunchDigest"]]
     key = daemon.json("key", "show", "demo")["key"]
-    assert (key["name"], key["volume-state"], key["volume-sequence"]) == ("demo", "closed", 1)
-    assert len(key["volume-root"]) == 64
+    assert (key["name"], key["volumes"][0]["state"], key["volumes"][0]["sequence"]) == ("demo", "closed", 1)
+    assert len(key["volumes"][0]["root"]) == 64
     assert "takes state 1 alone" in daemon.ctl("key", "show", image["ImageId"])
     assert "1, closed" in daemon.ctl("key", "list")
     assert "--yes" in daemon.ctl("key", "accept-rollback", "demo", status=2)
@@ -53,11 +53,11 @@ def test_an_image_from_build_to_removal(daemon, rootfs):
     daemon.ctl("key", "accept-rollback", "nothing", "--yes", status=3)
     daemon.ctl("key", "show", "nothing", status=3)
     daemon.ctl("key", "accept-rollback", "demo", "--reason", "a backup", "--yes")
-    assert daemon.json("key", "show", "demo")["key"]["volume-rollback-accepted"] is True
+    assert daemon.json("key", "show", "demo")["key"]["volumes"][0]["rollback-accepted"] is True
     assert "any, once" in daemon.ctl("key", "list")
-    daemon.ctl("image", "revoke", "demo")
+    daemon.ctl("key", "revoke", "demo")
     assert daemon.json("image", "list")["images"][0]["State"] == "revoked"
-    daemon.ctl("image", "reinstate", image["ImageId"])
+    daemon.ctl("key", "reinstate", image["ImageId"])
     assert daemon.json("image", "list")["images"][0]["State"] == "active"
     assert "--yes" in daemon.ctl("image", "remove", "demo", status=2)
     daemon.ctl("image", "remove", "demo", "--yes")
@@ -264,7 +264,7 @@ def test_the_doctor_names_what_is_wrong_with_an_image(stock):
     cmdline = stock.state / "images/stock/cmdline"
     text = cmdline.read_text()
     cmdline.write_text(text + " init=/bin/sh")
-    stock.ctl("image", "revoke", "stock")
+    stock.ctl("key", "revoke", "stock")
     try:
         second = checks()
         assert "init=/bin/sh" in second["image.cmdline"]["found"]
@@ -274,7 +274,7 @@ def test_the_doctor_names_what_is_wrong_with_an_image(stock):
         assert "PROBLEM  image.cmdline" in shown
         assert not any(line.startswith("ok") for line in shown.splitlines())
     finally:
-        stock.ctl("image", "reinstate", "stock")
+        stock.ctl("key", "reinstate", "stock")
         cmdline.write_text(text)
     assert "no image" in stock.ctl("doctor", "--image", "none", status=3)
     assert "usage" in stock.ctl("doctor", "--platform", "none", status=2).lower()

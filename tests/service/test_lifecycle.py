@@ -13,9 +13,10 @@ import pytest
 
 from jindiskd.bus import contract
 from jindiskd.daemon import main
+from jindiskd.system_files import INTERFACES
 
 PROGRAM = Path(sys.executable).with_name("jindiskd")
-INTERFACES = Path(contract.__file__).resolve().parents[2] / "dbus"
+CONTRACT = Path(contract.__file__).resolve().parents[2] / "dbus"
 
 
 def canonical(element: ET.Element) -> str:
@@ -25,7 +26,7 @@ def canonical(element: ET.Element) -> str:
 
 
 def shipped(name: str) -> str:
-    return canonical(ET.parse(INTERFACES / f"{name}.xml").getroot().find("interface"))
+    return canonical(ET.parse(CONTRACT / f"{name}.xml").getroot().find("interface"))
 
 
 def test_what_runs_is_what_the_contract_says(stock):
@@ -49,7 +50,7 @@ def test_what_runs_is_what_the_contract_says(stock):
             if interface.get("name").startswith("org.jindisk1."):
                 found[interface.get("name")] = canonical(interface)
         paths += [f"{path}/{child.get('name')}" for child in node.findall("node")]
-    assert set(found) == {f"org.jindisk1.{name}" for name in ("Manager", "Image", "Domain", "Job")}
+    assert set(found) == {f"org.jindisk1.{name}" for name in INTERFACES}
     for name, text in found.items():
         assert text == shipped(name)
 

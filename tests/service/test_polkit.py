@@ -133,7 +133,7 @@ def test_polkit_decides_what_each_user_may_do(polkit, service, rootfs):
     assert [image["Name"] for image in service.json("image", "list")["images"]] == ["two"]
     # Whoever may decide about keys may also look.
     imply = 'if (action.id == "org.jindisk1.manage-keys") return polkit.Result.YES;'
-    assert settled(service, polkit, imply, "image", "revoke", "two")[0] == 0
+    assert settled(service, polkit, imply, "key", "revoke", "two")[0] == 0
     assert ctl(service, "key", "list")[0] == 0
 
 

@@ -91,7 +91,7 @@ def test_an_image_built_by_the_relay_is_released_by_the_owner_alone(
     assert "in this host's memory" in status
     assert daemon.json("key", "list")["keys"][0]["state"] == "sealed"
     for words in (
-        ("image", "revoke", "web"),
+        ("key", "revoke", "web"),
         ("audit", "list"),
         ("audit", "verify"),
         ("policy", "show", "web"),
