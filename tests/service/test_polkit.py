@@ -107,11 +107,11 @@ def test_polkit_decides_what_each_user_may_do(polkit, service, rootfs):
     """Looking is free, rights are asked one by one, and what is asked names the thing in question."""
     assert ctl(service, "status")[0] == 0
     assert ctl(service, "image", "list")[0] == 0
-    status, text = ctl(service, "key", "list")
+    status, text = ctl(service, "audit", "list")
     assert (status, "needs authentication" in text) == (5, True)
 
     allow_inspect = 'if (action.id == "org.jindisk1.inspect" && subject.user == "nobody") return polkit.Result.YES;'
-    assert settled(service, polkit, allow_inspect, "key", "list")[0] == 0
+    assert settled(service, polkit, allow_inspect, "audit", "list")[0] == 0
     assert ctl(service, "audit", "verify")[0] == 0
     archive = service.folder / "root.tar"
     shutil.copy(rootfs, archive)
@@ -119,7 +119,7 @@ def test_polkit_decides_what_each_user_may_do(polkit, service, rootfs):
     assert ctl(service, "image", "build", "mine", "--rootfs", str(archive))[0] == 5
 
     refuse = "return polkit.Result.NO;"
-    status, text = settled(service, polkit, refuse, "key", "list")
+    status, text = settled(service, polkit, refuse, "audit", "list")
     assert (status, "not authorised for org.jindisk1.inspect" in text) == (5, True)
 
     # Root is not asked. The name of the image is a detail that only the service may tell polkit.
@@ -134,7 +134,7 @@ def test_polkit_decides_what_each_user_may_do(polkit, service, rootfs):
     # Whoever may decide about keys may also look.
     imply = 'if (action.id == "org.jindisk1.manage-keys") return polkit.Result.YES;'
     assert settled(service, polkit, imply, "key", "revoke", "two")[0] == 0
-    assert ctl(service, "key", "list")[0] == 0
+    assert ctl(service, "audit", "list")[0] == 0
 
 
 def test_somebody_elses_job_needs_a_right_and_ones_own_does_not(polkit, service, large_rootfs):
@@ -154,7 +154,7 @@ def test_somebody_elses_job_needs_a_right_and_ones_own_does_not(polkit, service,
 
 def test_without_polkit_only_root_may(service):
     """And the refusal says why."""
-    status, text = ctl(service, "key", "list")
+    status, text = ctl(service, "audit", "list")
     assert (status, "only root may do this" in text) == (5, True)
     assert ctl(service, "status")[0] == 0
-    service.ctl("key", "list")
+    service.ctl("audit", "list")
