@@ -227,7 +227,7 @@ def test_rates_and_fractions_are_kept_in_bounds():
 
 
 def test_speed_and_end_are_those_of_the_last_seconds():
-    """What was slow long ago counts no longer; a new stage begins anew; an end is a moment, and none when it is over."""
+    """What was slow long ago counts no longer; a new stage begins anew; what is over has no end to come."""
     now = [0.0]
     job = Job(number=1, operation=BUILD, objects=(), owner_uid=0, tell=lambda *_: None, monotonic=lambda: now[0])
     job.progress("copy", 0.0, 0, 1000)
