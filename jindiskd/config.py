@@ -83,7 +83,7 @@ class ImagesConfig:
     )
     platform: Platform = field(default=Platform.SNP, metadata={"help": "what new images are for"})
     vcpus: int = field(default=1, metadata={"range": (1, 512), "help": "processors of a guest; in its launch digest"})
-    cpu_model: str = field(default="EPYC-v4", metadata={"help": "processor model of a guest; in its launch digest"})
+    cpu_model: str = field(default="EPYC-Milan", metadata={"help": "processor model of a guest; in its launch digest"})
     firmware: Path | None = field(
         default=None,
         metadata={
@@ -114,9 +114,7 @@ class BrokerConfig:
 
     deployment: Deployment = field(
         default=Deployment.EMBEDDED,
-        metadata={
-            "help": "`embedded`: in this service, and the host can read the keys; `relay`: at the guests' owner"
-        },
+        metadata={"help": "`embedded`: in this service, and the host can read the keys; `relay`: at the guests' owner"},
     )
     allow_simulated: bool = field(
         default=False, metadata={"help": "accept reports of simulated firmware, which prove nothing; for development"}

@@ -36,6 +36,7 @@ class FirmwareUnsuitable(JindiskError, code="FirmwareUnsuitable", exit_code=EXIT
         """`problem` says what is missing or wrong with the image at `path`."""
         super().__init__(
             f"the firmware {path} {problem}: use OVMF built for AMD SEV with kernel hashes, such as OVMF.amdsev.fd"
+            " (in Debian of package ovmf-amdsev; for simulated guests OVMF.fd of ovmf-generic)"
         )
         self.path, self.problem = path, problem
 

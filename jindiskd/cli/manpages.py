@@ -1,8 +1,8 @@
 """Manual pages, made from the commands, the settings and the table of exit statuses.
 
-`python -m jindiskd.cli.manpages DIRECTORY` writes jindiskctl(1), jindisksetup(8), jindiskd(8) and
-jindisk-broker(8), and the settings of the last two, jindiskd.toml(5) and jindisk-broker.toml(5). The pages follow from
-the program alone: the same version gives the same bytes.
+`python -m jindiskd.cli.manpages DIRECTORY` writes jindisk(7), the way to a first guest; jindiskctl(1), jindisksetup(8),
+jindiskd(8) and jindisk-broker(8); and the settings of the last two: jindiskd.toml(5) and jindisk-broker.toml(5), and
+each as a file to begin with. All follows from the program alone: the same version gives the same bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import enum
 import inspect
 import json
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import click
 
 import jindiskd
 from jindiskd import broker_config, config
+from jindiskd.cli import guide
 from jindiskd.cli.exits import MEANINGS
 from jindiskd.cli.main import cli
 from jindiskd.cli.serving import broker_command, daemon_command
@@ -200,7 +202,7 @@ def jindiskctl() -> str:
     ):
         lines += [".TP", rf"\fB{name}\fR", escape(meaning)]
     lines += [".SH SEE ALSO"]
-    lines += [r"\fBjindiskd\fR(8), \fBjindiskd.toml\fR(5), \fBjindisksetup\fR(8), \fBvirsh\fR(1)"]
+    lines += [r"\fBjindisk\fR(7), \fBjindiskd\fR(8), \fBjindiskd.toml\fR(5), \fBjindisksetup\fR(8), \fBvirsh\fR(1)"]
     return "\n".join(lines) + "\n"
 
 
@@ -236,7 +238,11 @@ def jindiskd_page() -> str:
             lines += option_lines(option)
     lines += [".SH FILES"]
     for name, meaning in (
-        (str(config.DEFAULT_FILE), "The configuration, see jindiskd.toml(5)."),
+        (str(config.DEFAULT_FILE), "The configuration, see jindiskd.toml(5). Nothing needs to be in it."),
+        (
+            "/usr/share/doc/jindiskd/examples",
+            "Every setting with its default; settings for a machine without hardware.",
+        ),
         ("/var/lib/jindiskd", "Key-encryption key, key store, TLS identity, images."),
         ("/run/jindiskd", "Sockets of running guests."),
         ("/etc/credstore.encrypted/jindisk.kek", "The key-encryption key, if the service manager is to give it."),
@@ -245,7 +251,7 @@ def jindiskd_page() -> str:
     lines += [".SH EXIT STATUS"]
     for status, meaning in MEANINGS.items():
         lines += [".TP", str(status), escape(meaning)]
-    lines += [".SH SEE ALSO", r"\fBjindiskctl\fR(1), \fBjindiskd.toml\fR(5), \fBlibvirtd\fR(8)"]
+    lines += [".SH SEE ALSO", r"\fBjindisk\fR(7), \fBjindiskctl\fR(1), \fBjindiskd.toml\fR(5), \fBlibvirtd\fR(8)"]
     return "\n".join(lines) + "\n"
 
 
@@ -316,13 +322,67 @@ def broker_settings() -> str:
     return settings("jindisk-broker", broker_config.DEFAULT_FILE, broker_config.Config)
 
 
+def verbatim(text: str) -> list[str]:
+    """Lines as they stand."""
+    return [".PP", ".nf", *(escape(line) for line in text.strip().splitlines()), ".fi"]
+
+
+def commands(words: Sequence[str]) -> list[str]:
+    """What root types, as it stands."""
+    return verbatim("\n".join(f"# {line}" for line in words))
+
+
+def guide_page() -> str:
+    """The page of the first steps."""
+    lines = head("jindisk", 7, "from the packages to an encrypted guest")
+    lines += [".SH DESCRIPTION", *paragraphs(guide.ABOUT)]
+    lines += [".SH QUICK START", *paragraphs(guide.FIRMWARE), *commands(guide.FIRMWARE_COMMANDS)]
+    lines += [*paragraphs(guide.SETTINGS), *commands(guide.SETTINGS_COMMANDS)]
+    lines += [*paragraphs(guide.DOCTOR), *commands(guide.DOCTOR_COMMANDS)]
+    lines += [*paragraphs(guide.BASE), *commands(guide.BASE_COMMANDS)]
+    lines += [*paragraphs(guide.LAUNCH), *commands(guide.LAUNCH_COMMANDS), *paragraphs(guide.AFTERWARDS)]
+    lines += [".SH THE OWNER'S BROKER", *paragraphs(guide.OWNERS), *commands(guide.OWNERS_COMMANDS)]
+    lines += [*paragraphs(guide.OWNERS_HOST), *verbatim(guide.OWNERS_SETTINGS)]
+    lines += [*paragraphs(guide.OWNERS_IMAGES), *commands(guide.OWNERS_IMAGES_COMMANDS)]
+    lines += [".SH RIGHTS", *paragraphs(guide.RIGHTS), *verbatim(guide.RULE)]
+    lines += [".SH WHEN SOMETHING FAILS"]
+    for sign, step in guide.FAILURES:
+        lines += [".TP", escape(sign), escape(step)]
+    lines += [".SH BACKUP", *paragraphs(guide.BACKUP), ".SH SEE ALSO"]
+    lines += [
+        r"\fBjindiskctl\fR(1), \fBjindiskd\fR(8), \fBjindiskd.toml\fR(5), \fBjindisk-broker\fR(8), \fBvirsh\fR(1)"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def sample(program: str = "jindiskd", schema: type = config.Config) -> str:
+    """Every setting with its default, commented out: a file to begin with."""
+    lines = [f"# Settings of {program}, all as they are by default: see {program}.toml(5)."]
+    for section, kind in config.sections(schema).items():
+        lines += ["", f"[{section}]"]
+        for item in dataclasses.fields(kind):
+            default = item.default.value if isinstance(item.default, enum.Enum) else item.default
+            value = "(none)" if default is None else json.dumps(default, default=str)
+            lines += [f"# {line}" for line in textwrap.wrap(item.metadata["help"], 100)]
+            lines += [f"#{item.name} = {value}"]
+    return "\n".join(lines) + "\n"
+
+
+def broker_sample() -> str:
+    """The broker's."""
+    return sample("jindisk-broker", broker_config.Config)
+
+
 PAGES = {
+    "jindisk.7": guide_page,
     "jindiskctl.1": jindiskctl,
     "jindiskd.8": jindiskd_page,
     "jindisk-broker.8": broker_page,
     "jindiskd.toml.5": settings,
     "jindisk-broker.toml.5": broker_settings,
     "jindisksetup.8": jindisksetup_page,
+    "jindiskd.toml": sample,
+    "jindisk-broker.toml": broker_sample,
 }
 
 

@@ -54,7 +54,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic only since c
 @click.option("--initrd", type=FILE, help="Of files: the initrd.")
 @click.option("--cmdline", default="", help="Of files: the kernel command line.")
 @click.option("--vcpus", type=click.IntRange(1), default=1, show_default=True, help="Of files: processors.")
-@click.option("--cpu-model", default="EPYC-v4", show_default=True, help="Of files: QEMU's processor model.")
+@click.option("--cpu-model", default="EPYC-Milan", show_default=True, help="Of files: QEMU's processor model.")
 @click.option("--guest-features", type=Number(), default=1, show_default=True, help="Of files: SEV_FEATURES.")
 @click.option("--init-data", type=FILE, help="Init-data that the launch is to bind: prints HOST_DATA and MRCONFIGID.")
 @click.option("--id-key", type=FILE, help="Sign the SEV-SNP digest as an ID block with this P-384 key (PEM).")

@@ -116,8 +116,8 @@ class Listener:
 class Bench:
     """A service's surroundings; services come and go on it."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, uri: str = URI) -> None:
+        self.directory, self.uri = directory, uri
         self.images = ImageStore(directory / "images")
         self.opened: list[tuple[Path, str, str]] = []
         self.settings = DomainSettings(
@@ -147,7 +147,7 @@ class Bench:
     async def service(self, **changes: object) -> DomainService:
         """A service that is connected and has looked at all domains."""
         service = DomainService(
-            uri=URI,
+            uri=self.uri,
             images=self.images,
             open_broker=self.open_broker,
             settings=replace(self.settings, **changes),  # type: ignore[arg-type]  # whatever the test changes
@@ -208,9 +208,9 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_domains(directory: Path) -> None:
+def remove_domains(directory: Path, uri: str) -> None:
     """Take away every domain with files in the directory, whichever service made it."""
-    conn = libvirt.open(URI)
+    conn = libvirt.open(uri)
     try:
         for dom in conn.listAllDomains():
             if str(directory) in dom.XMLDesc():
@@ -227,6 +227,11 @@ async def bench(host: None, directory: Path) -> AsyncIterator[Bench]:
     made = Bench(directory)
     add_image(made.images, "demo")
     yield made
+    await cleared(made)
+
+
+async def cleared(made: Bench) -> None:
+    """Take away what a test left."""
     for service in made.services:
         for view in service.list():
             try:
@@ -237,6 +242,6 @@ async def bench(host: None, directory: Path) -> AsyncIterator[Bench]:
         await service.stop()
     for writer in made.writers:
         writer.close()
-    remove_domains(directory)
+    remove_domains(made.directory, made.uri)
     for home in made.settings.vsock_dir.glob("*"):
         vsock.clear(home)

@@ -21,10 +21,13 @@ import socket
 import sys
 
 QEMU = "@QEMU@"
+KVM = "@KVM@" == "yes"
+"""Whether to claim KVM as well, which the real platforms ask for; the machine is emulated all the same."""
 PROCESSOR = "@PROCESSOR@"
 LIMIT_BYTES = 64 << 20
 TIMEOUT_S = 60.0
 MEMORY = "memfd:memory-backend-memfd"
+SNP_RESERVED_ONE = 1 << 17
 COMMANDS = {"query-sev", "query-sev-capabilities", "query-sev-launch-measure", "sev-inject-launch-secret"}
 
 
@@ -48,6 +51,7 @@ class Launch:
     def __init__(self, argv):
         self.argv = list(argv)
         self.guest = None
+        self.snp = None
         self._written = False
         self.processor = None
         for number, word in enumerate(self.argv[:-1]):
@@ -55,9 +59,14 @@ class Launch:
             if word == "-object" and '"sev-guest"' in value:
                 self.guest = json.loads(value)
                 self.argv[number : number + 2] = [None, None]
+            elif word == "-object" and '"sev-snp-guest"' in value:
+                self.snp = json.loads(value)
+                self.argv[number : number + 2] = [None, None]
             elif word == "-machine":
                 kept = [part for part in value.split(",") if not part.startswith("confidential-guest-support=")]
                 self.argv[number + 1] = ",".join(kept)
+            elif KVM and word == "-accel" and value.startswith("kvm"):
+                self.argv[number + 1] = "tcg"
         self.argv = [word for word in self.argv if word is not None]
         if self.guest is not None:
             # Later machines hand the kernel a random seed behind its image, which no table of hashes can have.
@@ -71,6 +80,8 @@ class Launch:
 
     def start(self):
         """Tell the secure processor what is loaded; returns its refusal, or nothing."""
+        if self.snp is not None and not int(self.snp.get("policy", 0)) & SNP_RESERVED_ONE:
+            return "sev_snp_launch_start: SNP_LAUNCH_START ret=-5 fw_error=7 'Policy is not allowed'"
         if self.guest is None:
             return ""
         self.processor = Processor()
@@ -102,8 +113,16 @@ class Launch:
 
     def answer(self, command, arguments, machine):
         """The monitor's answer to a command of SEV."""
+        if command == "query-kvm":
+            return {"return": {"enabled": True, "present": True}}
         if command == "query-sev-capabilities":
             return {"return": Processor().ask(do="capabilities")}
+        if self.snp is not None:
+            # As QEMU: an SNP guest's host learns no measurement, and injects nothing.
+            if command == "query-sev":
+                numbers = {"api-major": 1, "api-minor": 55, "build-id": 0, "snp-policy": int(self.snp["policy"])}
+                return {"return": {"enabled": True, "sev-type": "sev-snp", "state": "running", **numbers}}
+            return failed("SEV launch measurement is not available")
         if self.guest is None:
             if command == "query-sev":
                 return {"return": {"enabled": False, "api-major": 0, "api-minor": 0, "build-id": 0, "policy": 0,
@@ -195,7 +214,7 @@ class Relay:
             command = call.get("execute", "")
         except (ValueError, AttributeError):
             call, command = {}, ""
-        if command in COMMANDS:
+        if command in COMMANDS or (KVM and command == "query-kvm"):
             try:
                 answer = self._launch.answer(command, call.get("arguments", {}), self._machine)
             except (OSError, ValueError, LookupError, TypeError) as exc:

@@ -28,16 +28,19 @@ from jindiskd.sim.sev_platform import API, BUILD, CPU_ID, SevPlatformKeys
 LINE_BYTES = 1 << 20
 
 
-def install(path: Path, *, qemu: Path, processor: Path) -> None:
+def install(path: Path, *, qemu: Path, processor: Path, kvm: bool = False) -> None:
     """Write the stand-in emulator, executable for everybody.
 
     Args:
         path: where.
         qemu: the real one.
         processor: the secure processor's socket.
+        kvm: whether it claims KVM too.
     """
     text = Path(__file__).with_name("sev_emulator.py").read_text()
-    path.write_text(text.replace("@QEMU@", os.fspath(qemu)).replace("@PROCESSOR@", os.fspath(processor)))
+    for mark, value in (("@QEMU@", os.fspath(qemu)), ("@PROCESSOR@", os.fspath(processor)), ("@KVM@", "yes" * kvm)):
+        text = text.replace(mark, value)
+    path.write_text(text)
     path.chmod(0o755)
 
 
@@ -101,7 +104,7 @@ class _Connection:
         assert self._launch is not None, "nothing was started"
         if do == "query":
             numbers = {"api-major": API[0], "api-minor": API[1], "build-id": BUILD, "policy": self._launch.policy}
-            return {"enabled": True, **numbers, "state": "launch-secret", "handle": 1}
+            return {"enabled": True, "sev-type": "sev", **numbers, "state": "launch-secret", "handle": 1}
         if do == "measure":
             return {"data": _text(self._launch.measurement or self._launch.measure(self._digest))}
         table = self._launch.open_secret(base64.b64decode(request["header"]), base64.b64decode(request["secret"]))

@@ -1,0 +1,330 @@
+#!/usr/bin/python3
+"""Runs in the guest that is a host, as root, and tells what it sees: a line of JSON a check on the second serial port.
+
+`host_driver.py CHECK,...`: the checks, in this order; each is a function below. A check that fails is told and does not
+keep the others from being made. Standard library alone.
+"""
+
+import json
+import os
+import pwd
+import re
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+PORT = Path("/dev/ttyS1")
+CONFIG = Path("/etc/jindiskd/jindiskd.toml")
+PACKAGES = Path("/packages")
+STATE = Path("/var/lib/jindiskd")
+RULE = Path("/etc/polkit-1/rules.d/50-test.rules")
+DROP_IN = Path("/run/systemd/system/jindiskd.service.d/test.conf")
+CREDENTIAL = Path("/etc/credstore.encrypted/jindisk.kek")
+UNIT = "jindiskd.service"
+LONG_S = 3000
+
+
+def run(*words, status=0, user="", timeout=600, stdin=None):
+    """A program's standard output; its status must be the one given."""
+    argv = ["runuser", "-u", user, "--", *words] if user else list(words)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, input=stdin)
+    if status is not None and done.returncode != status:
+        raise AssertionError(
+            f"{argv}: status {done.returncode}, not {status}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
+        )
+    return done.stdout if status == 0 else done.stdout + done.stderr
+
+
+def shown(name, unit=UNIT):
+    return run("systemctl", "show", "-P", name, unit).strip()
+
+
+def until(condition, what, seconds=600):
+    end = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < end, f"{what} did not come"
+        time.sleep(0.5)
+
+
+def ctl(*words, **more):
+    return run("jindiskctl", *words, **more)
+
+
+def objects(*words):
+    return json.loads(ctl(*words, "--json"))
+
+
+def warnings():
+    return objects("status")["service"]["Warnings"]
+
+
+# What the packages do
+
+
+def installed():
+    """The packages configure themselves under a running systemd; nothing is left half done; a rule of udev too much."""
+    run("dpkg", "-i", *sorted(map(str, PACKAGES.glob("*.deb"))), timeout=LONG_S)
+    assert run("dpkg", "--audit") == ""
+    assert run("systemctl", "is-enabled", UNIT).strip() == "enabled"
+    owner = pwd.getpwnam("jindiskd")
+    assert (STATE.stat().st_uid, STATE.stat().st_mode & 0o777) == (owner.pw_uid, 0o711)
+    assert "libvirt" in run("id", "-nG", "jindiskd").split()
+    return sorted(path.name for path in PACKAGES.glob("*.deb"))
+
+
+def activated():
+    """An ordinary user's first call starts the service, by the bus, in its sandbox."""
+    run("systemctl", "stop", UNIT)
+    run("useradd", "--create-home", "alice")
+    run("useradd", "--create-home", "bob")
+    said = json.loads(run("jindiskctl", "status", "--json", user="alice"))
+    assert said["service"]["Version"]
+    assert shown("ActiveState") == "active"
+    pid = shown("MainPID")
+    status = Path(f"/proc/{pid}/status").read_text()
+    facts = {
+        "user": run("ps", "-o", "user=", "-p", pid).strip(),
+        **{
+            name: re.search(rf"^{name}:\s*(\S+)", status, re.MULTILINE)[1]
+            for name in ("NoNewPrivs", "Seccomp", "CapEff", "CapBnd")
+        },
+    }
+    assert facts == {"user": "jindiskd", "NoNewPrivs": "1", "Seccomp": "2", "CapEff": "0" * 16, "CapBnd": "0" * 16}, (
+        facts
+    )
+    inside = Path(f"/proc/{pid}/root")
+    assert not os.access(inside / "home/alice/x", os.F_OK)
+    assert "ro" in re.search(r" / \S+ (\S+)", Path(f"/proc/{pid}/mounts").read_text())[1].split(",")
+    return facts
+
+
+def exposure():
+    """`systemd-analyze security` of the units as this system runs them."""
+    found = {}
+    for unit in (UNIT, "jindisk-broker.service"):
+        found[unit] = run("systemd-analyze", "security", "--no-pager", unit).strip().splitlines()[-1]
+        assert float(re.search(r": ([0-9.]+) ", found[unit])[1]) <= 2.5, found
+    return found
+
+
+def polkit():
+    """An ordinary user is denied; a rule of the administrator allows one of them, and still denies the other."""
+    denied = run("jindiskctl", "audit", "list", user="alice", status=5)
+    RULE.write_text(
+        "polkit.addRule(function (action, subject) {\n"
+        '    if (action.id == "org.jindisk1.inspect" && subject.user == "alice") return polkit.Result.YES;\n'
+        "});\n"
+    )
+    until(lambda: run("jindiskctl", "audit", "list", user="alice", status=None) is not None, "polkit's answer")
+    run("jindiskctl", "audit", "list", user="alice")
+    run("jindiskctl", "audit", "list", user="bob", status=5)
+    run("jindiskctl", "image", "remove", "none", "--yes", user="alice", status=5)
+    ctl("audit", "list")
+    return denied.strip()
+
+
+# systemd, point by point
+
+
+def credential():
+    """The key-encryption key from the service manager: it opens the keys, and no file beside them has it."""
+    assert any("better give the unit" in line for line in warnings())
+    run("systemctl", "stop", UNIT)
+    run("rm", "-rf", *map(str, STATE.glob("*")))
+    CREDENTIAL.parent.mkdir(mode=0o700, exist_ok=True)
+    sealed = f"systemd-creds encrypt --with-key=host --name=jindisk.kek - {CREDENTIAL}"
+    run("sh", "-ec", f"head -c 32 /dev/urandom | {sealed}")
+    run("systemctl", "start", UNIT)
+    assert not any("better give the unit" in line for line in warnings())
+    assert not (STATE / "kek").exists()
+    ctl("audit", "verify")
+    # Without it the keys are shut: the service says so instead of drawing another, and is not started over and over.
+    run("systemctl", "stop", UNIT)
+    CREDENTIAL.rename("/run/kek.cred")
+    try:
+        run("systemctl", "start", UNIT, status=None)
+        until(lambda: shown("ActiveState") == "failed", "the end of a service without its key")
+        journal = run("journalctl", "-u", UNIT, "-n", "30", "--no-pager", "-o", "cat")
+        assert "keys are stored: restore it from its backup" in journal, journal
+        assert not (STATE / "kek").exists()
+    finally:
+        Path("/run/kek.cred").replace(CREDENTIAL)
+    run("systemctl", "reset-failed", UNIT)
+    run("systemctl", "start", UNIT)
+    ctl("audit", "verify")
+
+
+def watchdog():
+    """A service that gives no sign of life is ended and started again, with its threads' stacks in the journal."""
+    DROP_IN.parent.mkdir(parents=True, exist_ok=True)
+    DROP_IN.write_text("[Service]\nWatchdogSec=20s\nTimeoutAbortSec=60s\n")
+    run("systemctl", "daemon-reload")
+    run("systemctl", "restart", UNIT)
+    before = shown("MainPID")
+    began = time.monotonic()
+    time.sleep(50)  # it lives through more than two of its periods
+    assert shown("MainPID") == before, "it was restarted while it lived"
+    os.kill(int(before), 19)
+    until(lambda: shown("MainPID") not in {before, "0"} and shown("ActiveState") == "active", "the restart")
+    journal = run("journalctl", "-u", UNIT, "--no-pager", "-o", "cat")
+    assert "Watchdog timeout" in journal, journal[-2000:]
+    ctl("status")
+    DROP_IN.unlink()
+    run("systemctl", "daemon-reload")
+    run("systemctl", "restart", UNIT)
+    return {
+        "restarts": shown("NRestarts"),
+        "seconds": round(time.monotonic() - began),
+        "stacks": "Thread 0x" in journal,
+    }
+
+
+def hook_of_death():
+    """Killed, it is started again, and its state is as it was."""
+    before = shown("MainPID")
+    run("systemctl", "kill", "--signal=KILL", "--kill-whom=main", UNIT)
+    until(lambda: shown("MainPID") not in {before, "0"} and shown("ActiveState") == "active", "the restart")
+    ctl("status")
+    return shown("NRestarts")
+
+
+def stopped():
+    """It stops within its limit and in order; a reload with a wrong file is refused in words, and changes nothing."""
+    began = time.monotonic()
+    run("systemctl", "stop", UNIT)
+    took = time.monotonic() - began
+    assert shown("Result") == "success", shown("Result")
+    assert took < 60, took
+    assert Path("/run/jindiskd").is_dir()
+    run("systemctl", "start", UNIT)
+    wrong = Path("/etc/jindiskd/jindiskd.toml.d/x.toml")
+    wrong.parent.mkdir(exist_ok=True)
+    wrong.write_text("[broker]\nallow_simulatd = true\n")
+    run("systemctl", "reload", UNIT)
+    journal = until(
+        lambda: (said := run("journalctl", "-u", UNIT, "--no-pager", "-o", "cat")) and "did you mean" in said and said,
+        "the word about the wrong setting",
+    )
+    assert "allow_simulated" in journal
+    wrong.unlink()
+    ctl("status")
+    return f"{took:.1f} s"
+
+
+def broker():
+    """The owner's broker in its own sandbox."""
+    run("systemctl", "start", "jindisk-broker.service")
+    card = ctl("broker", "card", timeout=600)
+    run("systemctl", "stop", "jindisk-broker.service")
+    assert shown("Result", "jindisk-broker.service") == "success"
+    return card[:200]
+
+
+# The real flow, with vsock from this kernel
+
+SETTINGS = """
+[images]
+platform = "simulated-snp"
+cpu_model = "EPYC-Milan"
+firmware = "/usr/local/share/ovmf/OVMF.fd"
+firmware_dirs = ["/usr/local/share/ovmf"]
+[broker]
+allow_simulated = true
+[domains]
+vsock = "kernel"
+memory_mib = 512
+launch_timeout_s = 3600
+"""
+
+
+def built():
+    """An image from a small root file system, under the sandbox."""
+    CONFIG.write_text(SETTINGS)
+    run("systemctl", "restart", UNIT)
+    for old in objects("image", "list")["images"]:
+        ctl("image", "remove", old["Name"], "--yes")
+    began = time.monotonic()
+    said = ctl("image", "build", "small", "--rootfs", "/root/root.tar", "--format", "luks2", timeout=LONG_S)
+    assert "simulated" in said
+    return {"seconds": round(time.monotonic() - began), "said": said.strip()}
+
+
+def launched():
+    """The guest attests over AF_VSOCK of this kernel, gets its key, and runs from its encrypted root."""
+    assert Path("/sys/class/misc/vhost-vsock").exists(), "the unit has vhost_vsock loaded"
+    began = time.monotonic()
+    try:
+        said = ctl("launch", "small", "--timeout", "3600", timeout=3700)
+    except AssertionError as exc:
+        raise AssertionError(f"{exc}\n{ctl('domain', 'console', 'small', status=None)[-1500:]}") from exc
+    took = round(time.monotonic() - began)
+    text = run("virsh", "-c", "qemu:///system", "dumpxml", "small")
+    cid = int(re.search(r"<cid auto='yes' address='(\d+)'/>", text)[1])
+    domain = objects("domain", "show", "small")["domain"]
+    assert (domain["State"], domain["Cid"]) == ("running", cid), domain
+    assert "vhost-user-vsock" not in text
+    console = until(
+        lambda: (seen := ctl("domain", "console", "small")) and "ROOT-SEES" in seen and seen,
+        "the root's own word",
+        LONG_S,
+    )
+    seen = json.loads(next(line for line in console.splitlines() if "ROOT-SEES" in line).partition("ROOT-SEES ")[2])
+    mounts = [mount[:3] for mount in seen["mounts"] if mount[1] == "/"]
+    assert seen["secret"] == "inside"
+    assert mounts == [["/dev/mapper/root", "/", "ext4"]], mounts
+    rows = objects("audit", "list")["rows"]
+    assert [row["kind"] for row in rows].count("released") == 1, rows
+    return {"seconds": took, "cid": cid, "said": said.strip()}
+
+
+def outlived():
+    """A restart of the service finds the guest by its record, with its context id; a kill too."""
+    cid = objects("domain", "show", "small")["domain"]["Cid"]
+    for action in (("restart",), ("kill", "--signal=KILL", "--kill-whom=main")):
+        before = shown("MainPID")
+        run("systemctl", *action, UNIT)
+        until(
+            lambda before=before: shown("MainPID") not in {before, "0"} and shown("ActiveState") == "active",
+            "the restart",
+        )
+        found = until(lambda: objects("domain", "list")["domains"], "the domain")
+        assert [(one["State"], one["Cid"]) for one in found] == [("running", cid)], found
+    # What is heard on the ports is heard for this guest alone: the host itself is nobody.
+    script = "import socket; s = socket.socket(40, 1); s.settimeout(20); s.connect((1, 19012)); print(len(s.recv(1)))"
+    run("modprobe", "vsock_loopback")
+    stranger = run("python3", "-c", script, status=None)
+    ctl("domain", "stop", "small", "--force")
+    assert objects("domain", "show", "small")["domain"]["State"] == "stopped"
+    assert not list(Path("/run/jindiskd/vsock").iterdir())
+    return stranger.strip()[-200:]
+
+
+def main():
+    with PORT.open("w") as port:
+
+        def tell(**words):
+            port.write(json.dumps(words) + "\n")
+            port.flush()
+
+        for name in sys.argv[1].split(","):
+            began = time.monotonic()
+            try:
+                tell(check=name, ok=True, found=globals()[name](), seconds=round(time.monotonic() - began))
+            except Exception as exc:  # noqa: BLE001 (whatever it is, it is told, and the next check made)
+                journal = subprocess.run(
+                    ["journalctl", "-u", UNIT, "-n", "40", "--no-pager", "-o", "cat"], capture_output=True, text=True
+                ).stdout
+                trace = traceback.format_exc() if not isinstance(exc, AssertionError) else str(exc)
+                tell(check=name, ok=False, found=trace[-3000:], journal=journal[-4000:])
+        tell(done=True)
+    os.sync()
+    subprocess.run(["systemctl", "poweroff"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The packages on a whole Debian host: a guest with its own kernel, systemd as process 1, libvirtd, and guests in it.
+
+What no container has: vhost-vsock, device mapper, nbd, partitions and udev of its own kernel. The guest is emulated,
+and so is the guest in it, which is slow. It boots several times, each time with some of the checks of `host_driver`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "guest"))
+
+import qemu_kernel
+import testroot
+
+from .conftest import MASKED, ROOT
+
+pytestmark = [pytest.mark.long, pytest.mark.guest]
+
+RELEASE = "bookworm"
+SYSTEM = (
+    "systemd-sysv,dbus,polkitd,udev,kmod,initramfs-tools,zstd,linux-image-amd64,libvirt-daemon-system,"
+    "libvirt-daemon-driver-qemu,libvirt-clients,qemu-system-x86,qemu-utils,dosfstools,mtools,e2fsprogs,python3,ovmf,"
+    "fdisk,gdisk,cryptsetup-bin,nbd-client,libnbd-bin,procps"
+)
+"""What our packages depend on, since the guest has no network, and what the checks use."""
+DISK_BYTES = 6 << 30
+MEMORY = "3G"
+FIRMWARE = ROOT / "build/tools/usr/share/ovmf/OVMF.fd"
+BOOT_S = 3500
+CMDLINE = "root=/dev/vda rw console=ttyS0 quiet noresume no_timer_check"
+NAP = "import time\nwhile True:\n    time.sleep(60)\n"
+DRIVER = """[Unit]
+Wants=multi-user.target
+After=multi-user.target libvirtd.service
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 /root/host_driver.py $CHECKS
+PassEnvironment=CHECKS
+TimeoutStartSec=infinity
+"""
+
+
+class HostGuest:
+    """The machine; its disk stays from boot to boot."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.disk = directory, directory / "disk.img"
+
+    def boot(self, *checks: str, disks: tuple[Path, ...] = ()) -> dict[str, dict[str, object]]:
+        """Boot, have the checks made, and wait for the end; returns what each found."""
+        told, console = self.directory / "told", self.directory / "console"
+        for path in (told, console):
+            path.unlink(missing_ok=True)
+        drives = [
+            word
+            for disk in (self.disk, *disks)
+            for word in ("-drive", f"if=virtio,format=raw,cache=unsafe,file={disk}")
+        ]
+        words = [
+            "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-svm",
+            "-smp", "2", "-m", MEMORY, "-nodefaults", "-display", "none", "-no-reboot",
+            "-device", "virtio-rng-pci", "-serial", f"file:{console}", "-serial", f"file:{told}",
+            "-kernel", self.directory / "vmlinuz", "-initrd", self.directory / "initrd",
+            "-append", f"{CMDLINE} systemd.unit=driver.service systemd.setenv=CHECKS={','.join(checks)}", *drives,
+        ]  # fmt: skip
+        try:
+            subprocess.run(words, check=True, timeout=BOOT_S, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            pass  # what it told until then says more
+        lines = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+        for line in lines:
+            print(json.dumps(line, indent=1))
+        assert lines, console.read_text(errors="replace")[-4000:]
+        assert lines[-1] == {"done": True}, f"{lines}\n{console.read_text(errors='replace')[-4000:]}"
+        return {line["check"]: line for line in lines[:-1]}
+
+
+def nested_root(directory: Path) -> Path:
+    """The root of the guest in the guest, as an archive: an init that says what it sees, and stays."""
+    kernel = qemu_kernel.find_kernel(directory / "debian")
+    assert kernel is not None, qemu_kernel.MISSING
+    init = testroot.INIT[: testroot.INIT.rindex("ctypes.CDLL(None).reboot")] + NAP
+    testroot.make_root(directory, init=init)
+    root = directory / "tree"
+    (root / "boot").mkdir()
+    shutil.copy(kernel.kernel, root / "boot")
+    shutil.copytree(kernel.modules, root / "usr/lib/modules" / kernel.modules.name, symlinks=True)
+    (root / "etc/fstab").write_text("LABEL=root / ext4 defaults 0 1\n")
+    (root / "etc/os-release").write_text('NAME="Small"\nPRETTY_NAME="Small Linux 1"\n')
+    with tarfile.open(directory / "root.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(root, arcname=".")
+    return directory / "root.tar"
+
+
+def base_system() -> Path:
+    """A Debian system with what our packages need. It is kept from run to run, and never booted or changed."""
+    root = ROOT / "build/host-guest/root"
+    if not (root / ".complete").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([ROOT / "scripts/debian-root", RELEASE, root, SYSTEM], check=True, timeout=1800)
+        (root / ".complete").touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def release() -> str:
+    if os.geteuid() != 0:
+        pytest.skip("making a system needs root")
+    return RELEASE
+
+
+@pytest.fixture(scope="module")
+def host(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGuest]:
+    """The machine, never booted; the packages lie in /packages."""
+    directory = tmp_path_factory.mktemp("host")
+    root = directory / "root"
+    subprocess.run(["cp", "-a", "--reflink=auto", base_system(), root], check=True, timeout=600)
+    (root / "packages").mkdir()
+    for package in packages:
+        shutil.copy(package, root / "packages")
+    shutil.copy(Path(__file__).with_name("host_driver.py"), root / "root")
+    shutil.copy(nested_root(directory), root / "root")
+    (root / "usr/local/share/ovmf").mkdir(parents=True)
+    shutil.copy(FIRMWARE, root / "usr/local/share/ovmf")
+    units = root / "etc/systemd/system"
+    for unit in MASKED:
+        (units / unit).symlink_to("/dev/null")
+    (units / "driver.service").write_text(DRIVER.replace("$CHECKS", "${CHECKS}"))
+    (root / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 1\n")
+    (root / "etc/hostname").write_text("host\n")
+    (root / "etc/initramfs-tools/modules").write_text("virtio_pci\nvirtio_blk\next4\n")
+    settings = root / "etc/initramfs-tools/initramfs.conf"
+    settings.write_text(settings.read_text().replace("MODULES=most", "MODULES=list"))
+    subprocess.run(
+        [ROOT / "scripts/in-root", root, "update-initramfs", "-u", "-k", "all"],
+        check=True, timeout=600, capture_output=True,
+    )  # fmt: skip
+    made = HostGuest(directory)
+    for name in ("vmlinuz", "initrd"):
+        shutil.copy((root / name if name != "initrd" else root / "initrd.img").resolve(), directory / name)
+    with made.disk.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", root, made.disk], check=True, timeout=600)
+    shutil.rmtree(root)
+    yield made
+    made.disk.unlink()
+
+
+def passed(found: dict[str, dict[str, object]], *checks: str) -> None:
+    """Each check was made and found what it should."""
+    assert list(found) == list(checks)
+    assert {name: line["found"] for name, line in found.items() if not line["ok"]} == {}
+
+
+def test_the_service_as_it_ships(host: HostGuest) -> None:
+    """Installed, started by the bus in its sandbox, asked by ordinary users through polkit, watched, and stopped."""
+    checks = (
+        "installed",
+        "activated",
+        "exposure",
+        "polkit",
+        "stopped",
+        "hook_of_death",
+        "watchdog",
+        "credential",
+        "broker",
+    )
+    passed(host.boot(*checks), *checks)
+
+
+def test_the_real_flow_over_the_kernels_vsock(host: HostGuest) -> None:
+    """A guest of this host attests over AF_VSOCK and runs from its encrypted root; restarts of the service find it."""
+    checks = ("built", "launched", "outlived")
+    passed(host.boot(*checks), *checks)
