@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from jindiskd.attest.vendors import Vendors
 from jindiskd.backend import GuestsBackend, ImagesBackend
 from jindiskd.base import log as logs
 from jindiskd.base.endpoint import Endpoint, parse_endpoint
+from jindiskd.base.notify import take_sockets
 from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import listen_unix
 from jindiskd.broker.relay import Relay, RelayLimits
@@ -175,8 +177,9 @@ def relay_settings(config: Config) -> tuple[Endpoint, BrokerCard]:
 class Service:
     """The parts of the service, started and stopped together."""
 
-    def __init__(self, loaded: Loaded[Config]) -> None:
-        self._loaded, self._config = loaded, loaded.config
+    def __init__(self, loaded: Loaded[Config], sockets: Sequence[socket.socket] = ()) -> None:
+        """Start nothing yet; `sockets` are the service manager's."""
+        self._loaded, self._config, self._sockets = loaded, loaded.config, sockets
         self._state = StateFiles(root=self._config.service.state_dir)
         self._stack = contextlib.AsyncExitStack()
         self.bus: Connection | None = None
@@ -320,6 +323,7 @@ class Service:
             open_broker=side.open_broker,
             key_problem=side.key_problem,
             sev=side.sev,
+            sockets=self._sockets,
             settings=DomainSettings(
                 runtime_dir=config.service.runtime_dir,
                 console_dir=state.console,
@@ -375,7 +379,7 @@ def tell_domains(domains: DomainService, event: BrokerEvent) -> None:
 
 async def serve(loaded: Loaded[Config], path: Path) -> int:
     """Run until a signal ends it (status 0) or the bus does (69)."""
-    service = Service(loaded)
+    service = Service(loaded, take_sockets())
     async with signals(lambda: load(path)) as ended:
         try:
             bus = await service.start()

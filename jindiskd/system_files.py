@@ -47,6 +47,7 @@ FILES = (
         for name in INTERFACES
     ),
     SystemFile(package="units", name="jindiskd.service", target="{units}/jindiskd.service"),
+    SystemFile(package="units", name="jindiskd.socket", target="{units}/jindiskd.socket"),
     SystemFile(package="units", name="jindiskd.sysusers", target="{sysusers}/jindiskd.conf"),
     SystemFile(package="units", name="jindiskd.tmpfiles", target="{tmpfiles}/jindiskd.conf"),
     SystemFile(package="units", name="jindisk-broker.service", target="{units}/jindisk-broker.service"),
@@ -59,7 +60,7 @@ NEXT_STEPS = (
     "systemd-tmpfiles --create jindiskd.conf jindisk-broker.conf",
     "busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus ReloadConfig",
     "systemctl daemon-reload",
-    "systemctl enable --now jindiskd.service",
+    "systemctl enable --now jindiskd.socket jindiskd.service",
 )
 
 

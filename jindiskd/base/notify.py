@@ -1,6 +1,6 @@
-"""The protocol of the service manager: readiness, reload, watchdog. Standard library only.
+"""The protocol of the service manager: readiness, reload, watchdog, sockets. Standard library only.
 
-sd_notify(3), sd_watchdog_enabled(3). Without a service manager each of these does nothing.
+sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3). Without a service manager each of these does nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+
+FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
 def notify(*lines: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -33,3 +35,16 @@ def watchdog_interval_s(environment: Mapping[str, str] = os.environ) -> float | 
     if not usec.isdecimal() or environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     return int(usec) / 2e6
+
+
+def take_sockets(environment: MutableMapping[str, str] = os.environ) -> list[socket.socket]:
+    """The sockets that the service manager listens on for us. Call once, before any program is started."""
+    mine, count = environment.get("LISTEN_PID") == str(os.getpid()), environment.get("LISTEN_FDS", "")
+    found = []
+    if mine and count.isdecimal():
+        for fd in range(FIRST_FD, FIRST_FD + int(count)):
+            os.set_inheritable(fd, False)
+            found.append(socket.socket(fileno=fd))
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        environment.pop(name, None)
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -29,7 +30,7 @@ from jindiskd.domain.judge import Judge, KeyProblem
 from jindiskd.domain.launch import Launcher
 from jindiskd.domain.starts import Starts
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView
-from jindiskd.domain.switch import Switch
+from jindiskd.domain.switch import Switch, listening_sockets
 from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
 from jindiskd.guest.codes import Code
 from jindiskd.image.store import ImageStore
@@ -58,9 +59,10 @@ class DomainService:
         settings: DomainSettings,
         key_problem: KeyProblem = lambda _image_id: "",
         sev: SevOwner | None = None,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
         """Nothing is connected or opened before `start`. `key_problem` tells why a key would not be released, `sev`
-        judges platforms that are measured before they run.
+        judges platforms that are measured before they run, `sockets` are those that guests come to already.
         """
         self._open_broker, self._settings = open_broker, settings
         self._bindings = Bindings(settings.bindings)
@@ -70,7 +72,8 @@ class DomainService:
         self.ready = asyncio.Event()
         """Set once the domains have been read for the first time."""
         self.connection = Connection(uri, on_event=self._on_event, on_connected=self._on_connected)
-        self._switch = Switch()
+        self._switch = Switch(lambda: listening_sockets(sockets))
+        self._listened_for = any(sock.family == socket.AF_VSOCK for sock in sockets)
         self._judge = Judge(images, key_problem=key_problem, simulation=settings.simulated_root is not None)
         self._starts = Starts(
             guests=self._guests,
@@ -109,6 +112,8 @@ class DomainService:
         """Connect in the background; domains appear once libvirt answers."""
         self._settings.vsock_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._settings.console_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        if self._listened_for:  # whoever is in the queue already is answered, strangers too
+            self._switch.start()
         await self._hook.start()
         await self.connection.start()
 

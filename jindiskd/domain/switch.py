@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -55,12 +55,15 @@ def _cid_of(taken: socket.socket) -> int:
     return int(taken.getpeername()[0])
 
 
-def listening_sockets() -> dict[int, socket.socket]:
-    """A listening socket for each port, on every context id of this host.
+def listening_sockets(given: Sequence[socket.socket] = ()) -> dict[int, socket.socket]:
+    """A listening socket for each port, on every context id of this host: those `given` by the service manager, or new.
 
     Raises:
         NotSupported: the kernel has no vsock, or another program has a port.
     """
+    ports = {sock.getsockname()[1]: sock for sock in given if sock.family == socket.AF_VSOCK}
+    if ports.keys() >= set(PORTS):
+        return {port: ports[port] for port in PORTS}
     found: dict[int, socket.socket] = {}
     try:
         for port in PORTS:

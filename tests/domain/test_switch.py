@@ -205,6 +205,28 @@ async def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert [one.closed for one in made] == [True]  # type: ignore[attr-defined]  # as above
 
 
+def test_what_the_service_manager_listens_on_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ports, or none: then it would have failed for a reason that is worth telling."""
+
+    class Given:
+        def __init__(self, family: int, port: int) -> None:
+            self.family, self.port = family, port
+
+        def getsockname(self) -> tuple[int, int]:
+            return 4294967295, self.port
+
+    given: Any = [Given(socket.AF_VSOCK, port) for port in reversed(PORTS)]
+    stranger: Any = Given(socket.AF_UNIX, 0)
+    assert switch.listening_sockets([stranger, *given]) == dict(zip(PORTS, reversed(given), strict=True))
+
+    def none(*_words: int) -> socket.socket:
+        raise OSError(97, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", none)
+    with pytest.raises(NotSupported, match="AF_VSOCK"):
+        switch.listening_sockets(given[:1])
+
+
 def test_the_kernel_is_chosen_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` follows what the kernel has; the others are the administrator's word."""
     assert "no vhost-vsock" in switch.why_not(tmp_path)

@@ -1,8 +1,10 @@
 """Starting, being watched, and ending: what a service manager and an administrator see."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +82,58 @@ def test_it_is_watched(unstarted):
     for _ in range(4):
         unstarted.told("WATCHDOG=1", seconds=60)
     assert 0.3 < time.monotonic() - began < 60
+
+
+BLOCKED = """
+import asyncio, time
+from jindiskd.program import until_first
+async def main():
+    asyncio.get_running_loop().call_later(1.0, lambda: (print("blocked", flush=True), time.sleep(3600)))
+    await until_first(ended=asyncio.Event())
+asyncio.run(main())
+"""
+
+
+def test_a_loop_that_is_blocked_gives_no_sign_of_life(tmp_path):
+    """While other threads of it would live on: so the service manager ends and restarts it."""
+    address = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(str(address))
+        environment = {**os.environ, "NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "200000"}
+        words = [sys.executable, "-c", BLOCKED]
+        with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as process:
+            heard.settimeout(120)
+            while heard.recv(4096) != b"WATCHDOG=1":
+                pass
+            assert process.stdout.readline() == b"blocked\n"
+            heard.settimeout(2)
+            said = 0
+            with contextlib.suppress(TimeoutError):
+                while said < 100:  # what it said before that
+                    assert heard.recv(4096) == b"WATCHDOG=1"
+                    said += 1
+            assert said < 100
+            process.kill()
+
+
+TAKEN = """
+import fcntl, os, socket, sys
+made = socket.socket(socket.AF_UNIX); made.bind(sys.argv[1]); made.listen()
+fd = fcntl.fcntl(made, fcntl.F_DUPFD, 10); made.close()
+os.dup2(fd, 3)
+os.environ.update(LISTEN_PID=str(os.getpid() + int(sys.argv[2])), LISTEN_FDS="1", LISTEN_FDNAMES="guests")
+from jindiskd.base.notify import take_sockets
+taken = take_sockets()
+print([sock.getsockname() for sock in taken], os.get_inheritable(3), [name for name in os.environ if "LISTEN" in name])
+"""
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_sockets_of_the_service_manager(tmp_path, other):
+    """Taken if they are meant for this process, and handed to no other program."""
+    words = [sys.executable, "-c", TAKEN, tmp_path / "socket", str(other)]
+    out = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert out == ("[] True []\n" if other else f"[{str(tmp_path / 'socket')!r}] False []\n")
 
 
 def test_it_ends_in_order_when_told(daemon):
