@@ -111,3 +111,24 @@ BACKUP = """
 Back up /var/lib/jindiskd/kek (or the credential jindisk.kek), keys.db and broker.pem together, while the service is
 stopped, and not beside the images: without them no disk can be opened, and with them all can.
 """
+
+# For jindiskd(8).
+
+UNIT = """
+jindiskd.service is started by the first call on the bus, by a guest that connects to jindiskd.socket, and with the
+machine where it is enabled. It says when it is ready, gives signs of life from its event loop, and is ended and
+started again where they stay out (WatchdogSec). When it stops, guests run on, and their vsock devices with them; when
+it comes back, it finds them. It is not started again where that cannot help: after the exit statuses 2, 3 and 8.
+
+The key-encryption key is drawn into a file beside the keys unless the service manager has it. To give it one, sealed
+to this machine, and to its TPM if it has one, before there are any keys:
+"""
+UNIT_COMMANDS = (
+    "mkdir -p -m 700 /etc/credstore.encrypted",
+    "head -c 32 /dev/urandom | systemd-creds encrypt --name=jindisk.kek - /etc/credstore.encrypted/jindisk.kek",
+    "systemctl restart jindiskd",
+)
+UNIT_COPY = """
+Where there are keys already, seal /var/lib/jindiskd/kek instead, and then remove it. Such a credential opens on this
+machine alone: systemd-creds decrypt gives the 32 bytes for a copy that is kept elsewhere.
+"""

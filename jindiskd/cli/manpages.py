@@ -118,6 +118,16 @@ def paragraphs(text: str) -> list[str]:
     return lines
 
 
+def verbatim(text: str) -> list[str]:
+    """Lines as they stand."""
+    return [".PP", ".nf", *(escape(line) for line in text.strip().splitlines()), ".fi"]
+
+
+def commands(words: Sequence[str]) -> list[str]:
+    """What root types, as it stands."""
+    return verbatim("\n".join(f"# {line}" for line in words))
+
+
 def leaves(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     """Every command that does something, with its words."""
     if isinstance(command, click.Group):
@@ -236,6 +246,8 @@ def jindiskd_page() -> str:
     for option in daemon.params:
         if isinstance(option, click.Option):
             lines += option_lines(option)
+    lines += [".SH THE UNIT", *paragraphs(guide.UNIT), *commands(guide.UNIT_COMMANDS)]
+    lines += paragraphs(guide.UNIT_COPY)
     lines += [".SH FILES"]
     for name, meaning in (
         (str(config.DEFAULT_FILE), "The configuration, see jindiskd.toml(5). Nothing needs to be in it."),
@@ -320,16 +332,6 @@ def settings(program: str = "jindiskd", file: Path = config.DEFAULT_FILE, schema
 def broker_settings() -> str:
     """The page of the broker's configuration."""
     return settings("jindisk-broker", broker_config.DEFAULT_FILE, broker_config.Config)
-
-
-def verbatim(text: str) -> list[str]:
-    """Lines as they stand."""
-    return [".PP", ".nf", *(escape(line) for line in text.strip().splitlines()), ".fi"]
-
-
-def commands(words: Sequence[str]) -> list[str]:
-    """What root types, as it stands."""
-    return verbatim("\n".join(f"# {line}" for line in words))
 
 
 def guide_page() -> str:

@@ -41,7 +41,7 @@ def test_the_page_is_clean(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     text = done.stdout.replace("\u2010", "-").replace("\u2212", "-")
-    for command in COMMANDS:
+    for command in (line for line in COMMANDS if line not in guide.UNIT_COMMANDS):
         assert f"# {command}\n" in text
     assert "[broker]" in text
 
