@@ -24,7 +24,8 @@ class Found:
     uuid: str
     name: str
     active: bool
-    paused: bool
+    coming_up: bool
+    """libvirt is at work on its start, which may still come to nothing; it counts as active."""
     claim: Binding | None
     """What our metadata element claims."""
     boot: BootInputs | None
@@ -60,12 +61,12 @@ def _read(dom: libvirt.virDomain, is_ours: Callable[[str], bool]) -> Found | Non
         boot: BootInputs | None = xml.boot_inputs(root)
     except MalformedDomain:
         boot = None
-    state = dom.state()[0]
+    coming_up = dom.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
     return Found(
         uuid=identity,
         name=dom.name(),
         active=bool(dom.isActive()),
-        paused=state == libvirt.VIR_DOMAIN_PAUSED,
+        coming_up=coming_up,
         claim=claim,
         boot=boot,
         root=root,

@@ -374,7 +374,7 @@ class DomainService:
                 await self._starts.abandon(guest)
         elif not item.active:
             await self._ended(guest)
-        else:
+        elif not item.coming_up:
             self._starts.started(guest)
 
     async def _look_at(self, guest: Guest, item: inventory.Found, binding: Binding) -> None:
