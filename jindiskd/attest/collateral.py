@@ -26,7 +26,8 @@ from pathlib import Path
 from cryptography import x509
 
 from jindiskd.attest.model import MalformedEvidence
-from jindiskd.attest.snp_certs import parse_certificate, parse_crl, parse_endorsement, to_der
+from jindiskd.attest.snp_certs import parse_certificate, parse_crl, to_der
+from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import Product, SnpReport, Tcb
 from jindiskd.attest.tdx import MAX_COLLATERAL_BYTES, parse_collateral
 from jindiskd.base.files import replace_file

@@ -7,7 +7,7 @@ against its container, lengths must be minimal, and nothing recurses.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -70,10 +70,20 @@ def whole(data: bytes, tag: int, what: str) -> Element:
 def children(element: Element) -> list[Element]:
     """The elements inside a constructed element, in order; at most `MAX_CHILDREN`."""
     found: list[Element] = []
-    offset = 0
-    while offset < len(element.content):
-        child, offset = read(element.content, offset)
-        found.append(child)
+    data, offset = element.content, 0
+    size = len(data)
+    while offset < size:
+        # The short form without a call, since that is what nearly all elements have; `read` judges all others.
+        start = offset + 2
+        if start <= size and (length := data[offset + 1]) < 0x80 and data[offset] & 0x1F != 0x1F:
+            end = start + length
+            if end > size:
+                raise MalformedEvidence("DER structure", f"the element at offset {offset} is longer than what holds it")
+            found.append(Element(data[offset], data[start:end], data[offset:end]))
+            offset = end
+        else:
+            child, offset = read(data, offset)
+            found.append(child)
         if len(found) > MAX_CHILDREN:
             raise MalformedEvidence("DER structure", f"it has more than {MAX_CHILDREN} parts")
     return found
@@ -84,26 +94,31 @@ class Fields:
 
     def __init__(self, element: Element, what: str) -> None:
         """`what` names the structure in errors."""
-        self._left = children(element)
+        self._parts = children(element)
+        self._next = 0
         self._what = what
 
     def take(self, tag: int) -> Element:
         """The next element, which must have tag `tag`."""
-        found = self.optional(tag)
-        if found is None:
-            raise MalformedEvidence(self._what, f"an element with tag 0x{tag:02x} is missing")
-        return found
+        at = self._next
+        if at < len(self._parts) and self._parts[at].tag == tag:
+            self._next = at + 1
+            return self._parts[at]
+        raise MalformedEvidence(self._what, f"an element with tag 0x{tag:02x} is missing")
 
     def optional(self, *tags: int) -> Element | None:
         """The next element if its tag is among `tags`, else None."""
-        if self._left and self._left[0].tag in tags:
-            return self._left.pop(0)
+        at = self._next
+        if at < len(self._parts) and self._parts[at].tag in tags:
+            self._next = at + 1
+            return self._parts[at]
         return None
 
     def end(self) -> None:
         """Refuse anything that was not taken."""
-        if self._left:
-            raise MalformedEvidence(self._what, f"an unexpected element with tag 0x{self._left[0].tag:02x}")
+        if self._next < len(self._parts):
+            tag = self._parts[self._next].tag
+            raise MalformedEvidence(self._what, f"an unexpected element with tag 0x{tag:02x}")
 
 
 def oid(element: Element) -> str:
@@ -136,6 +151,15 @@ def integer(element: Element) -> int:
     if len(content) > 1 and (content[0], content[1] >> 7) in {(0, 0), (0xFF, 1)}:
         raise MalformedEvidence("DER structure", "an integer is not minimal")
     return int.from_bytes(content, "big", signed=True)
+
+
+def octet(data: bytes, what: str) -> int:
+    """`data` as exactly one INTEGER from 0 to 255: it has two forms, with one byte of content or with two."""
+    if len(data) == 3 and data[0] == INTEGER and data[1] == 1 and data[2] < 0x80:
+        return data[2]
+    if len(data) == 4 and data[:3] == b"\x02\x02\x00" and data[3] >= 0x80:
+        return data[3]
+    raise MalformedEvidence(what, "a number is not one from 0 to 255")
 
 
 def boolean(element: Element) -> bool:
@@ -172,8 +196,7 @@ def time(element: Element) -> datetime:
             raise ValueError(digits)
         if not digits[:14].isdigit():
             raise ValueError(digits)
-        parts = [int(digits[0:4]), *(int(digits[at : at + 2]) for at in range(4, 14, 2))]
-        return datetime(*parts, tzinfo=UTC)  # type: ignore[misc,arg-type]  # six integers: year to second
+        return datetime.fromisoformat(f"{digits[:8]}T{digits[8:14]}+00:00")
     except ValueError as exc:
         raise MalformedEvidence("DER structure", "a time is not valid") from exc
 

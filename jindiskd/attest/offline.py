@@ -18,8 +18,10 @@ from jindiskd.attest.ccel import check_replay, parse_event_log
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
 from jindiskd.attest.offline_sev import SevExpectations, verify_sev_files
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
-from jindiskd.attest.snp_certs import parse_certificate, parse_crl, parse_endorsement, read_files, table_certificates
+from jindiskd.attest.snp_certs import parse_certificate, parse_crl, read_files
+from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import REPORT_BYTES, SnpReport, parse_report
+from jindiskd.attest.snp_table import table_certificates
 from jindiskd.attest.tdx import TdxExpectations, TdxVerifier, VerifiedTdx, appraise_tdx
 from jindiskd.attest.tdx_quote import TdAttributes, TdxQuote, parse_quote
 from jindiskd.attest.verdict import OfflineVerdict, Verdict, read_evidence_file, verdict_of

@@ -35,16 +35,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
-from jindiskd.attest.snp_certs import (
-    Certificate,
-    Endorsement,
-    RevocationList,
-    parse_certificate,
-    parse_crl,
-    parse_endorsement,
-    signed_by,
-    to_der,
-)
+from jindiskd.attest.snp_certs import Certificate, RevocationList, parse_certificate, parse_crl, signed_by, to_der
+from jindiskd.attest.snp_endorsement import Endorsement, parse_endorsement
 from jindiskd.attest.snp_report import (
     SIGNATURE_ECDSA_P384_SHA384,
     SIGNED_BYTES,

@@ -1,7 +1,7 @@
-"""AMD's certificates, revocation lists and certificate tables: reading them, and checking one signature at a time.
+"""AMD's certificates and revocation lists: reading them, and checking one signature at a time.
 
-Sources: AMD 57230 "VCEK Certificate and KDS Interface Specification" chapter 3 (certificates and extensions), RFC 5280
-(lists), GHCB specification 4.1.8.1 (table). Nothing here trusts anything; `jindiskd.attest.snp` builds the chain.
+Sources: AMD 57230 "VCEK Certificate and KDS Interface Specification" chapter 3, RFC 5280. Nothing here trusts anything;
+`attest.snp_chain` builds the chain, and `attest.snp_endorsement` reads what AMD's own extensions say.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import base64
 import binascii
 import hashlib
 import re
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -24,11 +23,9 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from jindiskd.attest import der
 from jindiskd.attest.model import MalformedEvidence
-from jindiskd.attest.snp_report import Product, Tcb
 from jindiskd.errors import NotFound
 
 MAX_CERTIFICATE_BYTES = 1 << 16
-MAX_TABLE_BYTES = 1 << 16
 MAX_FILES = 64
 
 OID_COMMON_NAME = "2.5.4.3"
@@ -38,28 +35,8 @@ OID_RSASSA_PSS = "1.2.840.113549.1.1.10"
 OID_MGF1 = "1.2.840.113549.1.1.8"
 OID_SHA384 = "2.16.840.1.101.3.4.2.2"
 
-OID_AMD = "1.3.6.1.4.1.3704.1"
-OID_STRUCTURE_VERSION = f"{OID_AMD}.1"
-OID_PRODUCT = f"{OID_AMD}.2"
-OID_BOOTLOADER = f"{OID_AMD}.3.1"
-OID_TEE = f"{OID_AMD}.3.2"
-OID_SNP = f"{OID_AMD}.3.3"
-OID_RESERVED_SPL = tuple(f"{OID_AMD}.3.{number}" for number in (4, 5, 6, 7))
-OID_MICROCODE = f"{OID_AMD}.3.8"
-OID_FMC = f"{OID_AMD}.3.9"
-OID_HARDWARE_ID = f"{OID_AMD}.4"
-OID_CSP_ID = f"{OID_AMD}.5"
-
 PSS = padding.PSS(padding.MGF1(hashes.SHA384()), 48)
 AMD_KEY_BITS = 4096
-
-TABLE_GUIDS: Mapping[str, str] = {
-    "c0b406a4-a803-4952-9743-3fb6014cd0ae": "ARK",
-    "4ab7b379-bbac-4fe4-a02f-05aef327c782": "ASK",
-    "63da758d-e664-4564-adc5-f4b93be8accd": "VCEK",
-    "a8074bc2-a25a-483e-aae6-39c045a0b8a1": "VLEK",
-    "92f81bc3-5811-4d3d-97ff-d19f88dc67ea": "CRL",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,18 +73,6 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Endorsement:
-    """What a VCEK or VLEK certificate vouches for, from its extensions."""
-
-    product: Product
-    tcb: Tcb
-    hardware_id: bytes | None
-    """VCEK: 64 bytes, or 8 from Turin on. None for a VLEK."""
-    csp_id: str | None
-    """VLEK: the provider, such as `CN=cc-us-east-2.amazonaws.com`. None for a VCEK."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RevocationList:
     """A certificate revocation list; not believed until its signature was checked."""
 
@@ -117,16 +82,6 @@ class RevocationList:
     next_update: datetime | None
     revoked: frozenset[int]
     signature: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableEntry:
-    """One entry of a certificate table that came with a report."""
-
-    guid: str
-    kind: str | None
-    """ARK, ASK (also an ASVK), VCEK, VLEK or CRL; None for an identifier we do not know."""
-    data: bytes
 
 
 def to_der(blob: bytes, what: str = "certificate") -> list[bytes]:
@@ -346,118 +301,3 @@ def signed_by(signed: Certificate | RevocationList, issuer: Certificate) -> bool
     except InvalidSignature:
         return False
     return True
-
-
-def _spl(certificate: Certificate, name: str) -> int:
-    _critical, value = certificate.extensions[name]
-    number = der.integer(der.whole(value, der.INTEGER, "certificate extension"))
-    if not 0 <= number <= 255:
-        raise MalformedEvidence("certificate", f"the security version {name} is {number}")
-    return number
-
-
-def parse_endorsement(certificate: Certificate) -> Endorsement:
-    """Read AMD's extensions of a VCEK or VLEK certificate.
-
-    Raises:
-        MalformedEvidence: one is missing, of another form, or critical; an unknown product; reserved versions set.
-    """
-    what = "endorsement certificate"
-    kind = certificate.subject_cn
-    if kind not in {"SEV-VCEK", "SEV-VLEK"}:
-        raise MalformedEvidence(what, f"its subject {kind!r} is neither SEV-VCEK nor SEV-VLEK")
-    critical = [name for name, (important, _value) in certificate.extensions.items() if important]
-    if critical:
-        raise MalformedEvidence(what, f"the critical extension {critical[0]} is not known")
-    try:
-        _flag, raw_name = certificate.extensions[OID_PRODUCT]
-        name = der.text(der.whole(raw_name, der.IA5_STRING, what))
-        product = Product(name.partition("-")[0])
-        version = _spl(certificate, OID_STRUCTURE_VERSION)
-        tcb = Tcb(
-            fmc=_spl(certificate, OID_FMC) if product.has_fmc else None,
-            bootloader=_spl(certificate, OID_BOOTLOADER),
-            tee=_spl(certificate, OID_TEE),
-            snp=_spl(certificate, OID_SNP),
-            microcode=_spl(certificate, OID_MICROCODE),
-        )
-        hardware_id = csp_id = None
-        if kind == "SEV-VCEK":
-            _flag, hardware_id = certificate.extensions[OID_HARDWARE_ID]
-        else:
-            _flag, raw_csp = certificate.extensions[OID_CSP_ID]
-            csp_id = der.text(der.whole(raw_csp, der.IA5_STRING, what))
-    except KeyError as exc:
-        raise MalformedEvidence(what, f"the extension {exc.args[0]} is missing") from exc
-    except ValueError as exc:
-        raise MalformedEvidence(what, f"the product {name!r} is not known") from exc
-    if version > 1:
-        raise MalformedEvidence(what, f"its structure version {version} is not known")
-    if any(_spl(certificate, reserved) for reserved in OID_RESERVED_SPL if reserved in certificate.extensions):
-        raise MalformedEvidence(what, "a reserved security version is not zero")
-    if not product.has_fmc and OID_FMC in certificate.extensions:
-        raise MalformedEvidence(what, f"it has an FMC security version, which {product} does not have")
-    if (OID_CSP_ID if csp_id is None else OID_HARDWARE_ID) in certificate.extensions:
-        raise MalformedEvidence(what, "it names both a chip and a provider")
-    if hardware_id is not None:
-        size = 8 if product.has_fmc else 64
-        if len(hardware_id) == size + 2 and hardware_id[:2] == bytes([der.OCTET_STRING, size]):
-            hardware_id = hardware_id[2:]
-        if len(hardware_id) != size:
-            raise MalformedEvidence(what, f"its hardware identity has {len(hardware_id)} bytes instead of {size}")
-    return Endorsement(product=product, tcb=tcb, hardware_id=hardware_id, csp_id=csp_id)
-
-
-def parse_certificate_table(blob: bytes) -> list[TableEntry]:
-    """Split a certificate table: what the host gives with a report (`auxblob`). May be empty.
-
-    Entries of 24 bytes (GUID in RFC 4122 byte order, offset u32, length u32, from the start of the table) end with a
-    zero entry. The host wrote it: every bound is checked.
-
-    Raises:
-        MalformedEvidence: longer than 64 KiB, no end, or an entry outside the table.
-    """
-    what = "certificate table"
-    if len(blob) > MAX_TABLE_BYTES:
-        raise MalformedEvidence(what, f"it is longer than {MAX_TABLE_BYTES} bytes")
-    found: list[TableEntry] = []
-    if not blob.strip(b"\0"):
-        return found
-    for at in range(0, 24 * MAX_FILES, 24):
-        entry = blob[at : at + 24]
-        if len(entry) < 24:
-            raise MalformedEvidence(what, "its entries have no end")
-        if not any(entry):
-            break
-        guid = str(uuid.UUID(bytes=entry[:16]))
-        offset, length = int.from_bytes(entry[16:20], "little"), int.from_bytes(entry[20:24], "little")
-        if offset + length > len(blob):
-            raise MalformedEvidence(what, f"the entry {guid} points outside of it")
-        found.append(TableEntry(guid=guid, kind=TABLE_GUIDS.get(guid), data=blob[offset : offset + length]))
-    else:
-        raise MalformedEvidence(what, f"it has more than {MAX_FILES - 1} entries")
-    if sum(len(entry.data) for entry in found) > MAX_TABLE_BYTES:
-        raise MalformedEvidence(what, "its entries overlap")
-    return found
-
-
-def table_certificates(blob: bytes) -> tuple[list[bytes], list[bytes]]:
-    """Certificates and revocation lists of a certificate table, as DER; unknown entries are left out."""
-    certificates: list[bytes] = []
-    lists: list[bytes] = []
-    for entry in parse_certificate_table(blob):
-        if entry.kind is not None and entry.data:
-            (lists if entry.kind == "CRL" else certificates).extend(to_der(entry.data))
-    return certificates, lists
-
-
-def encode_certificate_table(entries: Sequence[tuple[str, bytes]]) -> bytes:
-    """A certificate table with `entries` of (kind, DER), kinds as in `TableEntry`."""
-    guids = {kind: guid for guid, kind in TABLE_GUIDS.items()}
-    offset = 24 * (len(entries) + 1)
-    head, body = b"", b""
-    for kind, data in entries:
-        head += uuid.UUID(guids[kind]).bytes + (offset + len(body)).to_bytes(4, "little")
-        head += len(data).to_bytes(4, "little")
-        body += data
-    return head + bytes(24) + body

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from jindiskd.attest.snp_certs import encode_certificate_table
 from jindiskd.attest.snp_report import (
     SIGNATURE_ECDSA_P384_SHA384,
     SIGNED_BYTES,
@@ -26,6 +25,7 @@ from jindiskd.attest.snp_report import (
     encode_report,
     with_signature,
 )
+from jindiskd.attest.snp_table import encode_certificate_table
 from jindiskd.errors import InvalidArgument
 from jindiskd.sim.pki import SimulatedRoot
 

@@ -30,7 +30,8 @@ from cryptography.x509.oid import NameOID
 from jindiskd.attest import der
 from jindiskd.attest.model import MalformedEvidence
 from jindiskd.attest.snp import P384_ORDER
-from jindiskd.attest.snp_certs import (
+from jindiskd.attest.snp_certs import PSS, parse_certificate, parse_crl, signed_by, to_der
+from jindiskd.attest.snp_endorsement import (
     OID_BOOTLOADER,
     OID_FMC,
     OID_HARDWARE_ID,
@@ -40,11 +41,6 @@ from jindiskd.attest.snp_certs import (
     OID_SNP,
     OID_STRUCTURE_VERSION,
     OID_TEE,
-    PSS,
-    parse_certificate,
-    parse_crl,
-    signed_by,
-    to_der,
 )
 from jindiskd.attest.snp_report import Product, Tcb
 from jindiskd.attest.snp_roots import SIMULATED_MARK, SnpRoots

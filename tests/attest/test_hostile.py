@@ -17,18 +17,10 @@ from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.offline import snp_report_of
 from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain, verify_platform
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
-from jindiskd.attest.snp_certs import (
-    Certificate,
-    encode_certificate_table,
-    parse_certificate,
-    parse_certificate_table,
-    parse_crl,
-    parse_endorsement,
-    signed_by,
-    table_certificates,
-    to_der,
-)
+from jindiskd.attest.snp_certs import Certificate, parse_certificate, parse_crl, signed_by, to_der
+from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import encode_report, parse_report
+from jindiskd.attest.snp_table import encode_certificate_table, parse_certificate_table, table_certificates
 from jindiskd.attest.tdx import TdxVerifier, parse_collateral
 from jindiskd.attest.tdx_quote import parse_quote
 from jindiskd.errors import JindiskError

@@ -10,8 +10,8 @@ import pytest
 from jindiskd.attest.appraise import SnpExpectations
 from jindiskd.attest.model import MalformedEvidence
 from jindiskd.attest.offline import Verdict, snp_report_of, verify_files
-from jindiskd.attest.snp_certs import parse_certificate_table
 from jindiskd.attest.snp_report import parse_report
+from jindiskd.attest.snp_table import parse_certificate_table
 from jindiskd.attest.tdx import TdxExpectations
 from jindiskd.base.platform import Tee
 from jindiskd.errors import InvalidArgument, NotFound

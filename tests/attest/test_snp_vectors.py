@@ -12,15 +12,10 @@ from cryptography.hazmat.primitives import serialization
 from jindiskd.attest.appraise import SnpExpectations, appraise_snp
 from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
-from jindiskd.attest.snp_certs import (
-    encode_certificate_table,
-    parse_certificate,
-    parse_certificate_table,
-    parse_endorsement,
-    table_certificates,
-    to_der,
-)
+from jindiskd.attest.snp_certs import parse_certificate, to_der
+from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import encode_report, parse_report
+from jindiskd.attest.snp_table import encode_certificate_table, parse_certificate_table, table_certificates
 
 REASONS = {
     "chain_signature": {"snp.chain.signature", "snp.chain.root", "snp.chain.incomplete"},

@@ -19,8 +19,10 @@ from jindiskd.attest.offline import snp_report_of
 from jindiskd.attest.offline_sev import parse_launch
 from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
-from jindiskd.attest.snp_certs import parse_certificate, parse_crl, parse_endorsement, table_certificates, to_der
+from jindiskd.attest.snp_certs import parse_certificate, parse_crl, to_der
+from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import Product, encode_report, parse_report, reserved_faults
+from jindiskd.attest.snp_table import table_certificates
 from jindiskd.attest.tdx import parse_collateral
 from jindiskd.attest.tdx_quote import parse_quote
 from jindiskd.base.platform import Tee

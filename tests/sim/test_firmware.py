@@ -13,8 +13,10 @@ from cryptography import x509
 from jindiskd.attest.appraise import SnpExpectations, appraise_snp
 from jindiskd.attest.model import EvidenceRefused
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
-from jindiskd.attest.snp_certs import parse_certificate, parse_endorsement, table_certificates
+from jindiskd.attest.snp_certs import parse_certificate
+from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import Tcb, parse_report
+from jindiskd.attest.snp_table import table_certificates
 from jindiskd.sim.firmware import TCB, SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot, SimulatedRootDamaged
 

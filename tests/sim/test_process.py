@@ -17,7 +17,7 @@ import pytest
 
 from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
 from jindiskd.attest.snp import SnpVerifier
-from jindiskd.attest.snp_certs import table_certificates
+from jindiskd.attest.snp_table import table_certificates
 
 NOW = datetime(2026, 7, 15, tzinfo=UTC)
 DATA = bytes(range(64))
