@@ -29,6 +29,7 @@ demo: base
 	scripts/testenv $(PYTHON) scripts/demo.py
 
 bench: base
+	.venv/bin/pip install -q --disable-pip-version-check -e '.[bench]'
 	for file in bench/*/*.py; do $(PYTHON) $$file || exit 1; done
 
 clean:

@@ -24,6 +24,7 @@ from jindiskd.attest.snp_report import (
 )
 
 NO_MIGRATION_AGENT = b"\xff" * 32
+DEBUG, MIGRATE_MA = int(GuestPolicy.DEBUG), int(GuestPolicy.MIGRATE_MA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,10 +140,9 @@ def _appraise_code(report: SnpReport, wanted: SnpExpectations, findings: list[Fi
 
 
 def _appraise_guest(report: SnpReport, wanted: SnpExpectations, findings: list[Finding]) -> None:
-    policy = report.policy_flags
-    if GuestPolicy.DEBUG in policy and not wanted.allow_debug:
+    if report.policy & DEBUG and not wanted.allow_debug:
         findings.append(Finding("snp.debug", "the guest's policy lets the host read and change its memory (DEBUG)"))
-    migratable = GuestPolicy.MIGRATE_MA in policy or report.report_id_ma != NO_MIGRATION_AGENT
+    migratable = report.policy & MIGRATE_MA or report.report_id_ma != NO_MIGRATION_AGENT
     if migratable and not wanted.allow_migration_agent:
         text = "a migration agent could export the guest: launch it without MIGRATE_MA"
         findings.append(Finding("snp.migration_agent", text))
@@ -180,45 +180,57 @@ def _appraise_versions(verified: VerifiedSnp, wanted: SnpExpectations, findings:
         findings.append(Finding("snp.firmware.provisional", text))
 
 
+DEMANDS: tuple[tuple[str, bool, int, bool, str, str], ...] = (
+    # Field of `SnpExpectations`; True for a bit of POLICY, False for PLATFORM_INFO; the bit; its value; finding; text.
+    ("require_smt_off", False, PlatformInfo.SMT_EN, False, "smt", "simultaneous multithreading is on"),
+    (
+        "require_ciphertext_hiding",
+        False,
+        PlatformInfo.CIPHERTEXT_HIDING_DRAM_EN,
+        True,
+        "ciphertext_hiding",
+        "the host can read ciphertext in memory",
+    ),
+    (
+        "require_aes_256_xts",
+        True,
+        GuestPolicy.MEM_AES_256_XTS,
+        True,
+        "aes_256_xts",
+        "the guest's policy does not ask for AES-256-XTS",
+    ),
+    ("require_rapl_off", False, PlatformInfo.RAPL_DIS, True, "rapl", "the power measurement interface is on"),
+    (
+        "require_single_socket",
+        True,
+        GuestPolicy.SINGLE_SOCKET,
+        True,
+        "single_socket",
+        "the guest's policy allows several sockets",
+    ),
+    (
+        "require_page_swap_disabled",
+        True,
+        GuestPolicy.PAGE_SWAP_DISABLE,
+        True,
+        "page_swap",
+        "the guest's policy lets the host move and swap pages",
+    ),
+    ("require_no_cxl", True, GuestPolicy.CXL_ALLOW, False, "cxl", "the guest's policy allows CXL memory"),
+    (
+        "require_alias_check",
+        False,
+        PlatformInfo.ALIAS_CHECK_COMPLETE,
+        True,
+        "alias_check",
+        "memory was not checked for aliases since the platform's reset (AMD-SB-3015)",
+    ),
+)
+
+
 def _appraise_platform(report: SnpReport, wanted: SnpExpectations, findings: list[Finding]) -> None:
-    policy, platform = report.policy_flags, report.platform_flags
-    rows = (
-        (wanted.require_smt_off, PlatformInfo.SMT_EN not in platform, "smt", "simultaneous multithreading is on"),
-        (
-            wanted.require_ciphertext_hiding,
-            PlatformInfo.CIPHERTEXT_HIDING_DRAM_EN in platform,
-            "ciphertext_hiding",
-            "the host can read ciphertext in memory",
-        ),
-        (
-            wanted.require_aes_256_xts,
-            GuestPolicy.MEM_AES_256_XTS in policy,
-            "aes_256_xts",
-            "the guest's policy does not ask for AES-256-XTS",
-        ),
-        (wanted.require_rapl_off, PlatformInfo.RAPL_DIS in platform, "rapl", "the power measurement interface is on"),
-        (
-            wanted.require_single_socket,
-            GuestPolicy.SINGLE_SOCKET in policy,
-            "single_socket",
-            "the guest's policy allows several sockets",
-        ),
-        (
-            wanted.require_page_swap_disabled,
-            GuestPolicy.PAGE_SWAP_DISABLE in policy,
-            "page_swap",
-            "the guest's policy lets the host move and swap pages",
-        ),
-        (wanted.require_no_cxl, GuestPolicy.CXL_ALLOW not in policy, "cxl", "the guest's policy allows CXL memory"),
-        (
-            wanted.require_alias_check,
-            PlatformInfo.ALIAS_CHECK_COMPLETE in platform,
-            "alias_check",
-            "memory was not checked for aliases since the platform's reset (AMD-SB-3015)",
-        ),
-    )
-    for required, holds, name, text in rows:
-        if required and not holds:
+    for demand, of_policy, bit, value, name, text in DEMANDS:
+        if getattr(wanted, demand) and bool((report.policy if of_policy else report.platform_info) & bit) is not value:
             findings.append(Finding(f"snp.platform.{name}", text))
     for moment, vector in (("launch", report.launch_mit_vector), ("now", report.current_mit_vector)):
         missing = wanted.required_mitigations & ~(vector or 0)

@@ -70,22 +70,30 @@ def whole(data: bytes, tag: int, what: str) -> Element:
 def children(element: Element) -> list[Element]:
     """The elements inside a constructed element, in order; at most `MAX_CHILDREN`."""
     found: list[Element] = []
-    data, offset = element.content, 0
+    data, offset, make = element.content, 0, tuple.__new__
     size = len(data)
     while offset < size:
         # The short form without a call, since that is what nearly all elements have; `read` judges all others.
-        start = offset + 2
-        if start <= size and (length := data[offset + 1]) < 0x80 and data[offset] & 0x1F != 0x1F:
+        tag, start = data[offset], offset + 2
+        if start <= size and (length := data[offset + 1]) < 0x80 and tag & 0x1F != 0x1F and start + length <= size:
             end = start + length
-            if end > size:
-                raise MalformedEvidence("DER structure", f"the element at offset {offset} is longer than what holds it")
-            found.append(Element(data[offset], data[start:end], data[offset:end]))
+            found.append(make(Element, (tag, data[start:end], data[offset:end])))
             offset = end
         else:
             child, offset = read(data, offset)
             found.append(child)
         if len(found) > MAX_CHILDREN:
             raise MalformedEvidence("DER structure", f"it has more than {MAX_CHILDREN} parts")
+    return found
+
+
+def sequence(element: Element, what: str, *forms: tuple[int, ...]) -> list[Element]:
+    """The elements inside, whose tags must be exactly those of one of `forms`."""
+    found = children(element)
+    tags = tuple([part.tag for part in found])
+    if tags not in forms:
+        shown = " ".join(f"{tag:02x}" for tag in tags[:16]) or "none"
+        raise MalformedEvidence(what, f"its parts have the tags {shown}")
     return found
 
 

@@ -19,24 +19,20 @@ What a genuine report *says* (debug, versions, measurement …) is judged in `ji
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import hmac
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
-from jindiskd.attest.snp_certs import Certificate, RevocationList, parse_certificate, parse_crl, signed_by, to_der
-from jindiskd.attest.snp_endorsement import Endorsement, parse_endorsement
+from jindiskd.attest.model import EvidenceRefused, Finding
+from jindiskd.attest.snp_chain import SIGNING_NAMES, Chain, SnpChains
+from jindiskd.attest.snp_endorsement import Endorsement
 from jindiskd.attest.snp_report import (
     SIGNATURE_ECDSA_P384_SHA384,
     SIGNED_BYTES,
@@ -46,7 +42,7 @@ from jindiskd.attest.snp_report import (
     parse_report,
     reserved_faults,
 )
-from jindiskd.attest.snp_roots import AMD_ROOTS, SnpRoots, authority_product
+from jindiskd.attest.snp_roots import AMD_ROOTS, SnpRoots
 from jindiskd.base.platform import Tee
 
 if TYPE_CHECKING:  # it imports this module
@@ -55,23 +51,6 @@ if TYPE_CHECKING:  # it imports this module
 __all__ = ["AMD_ROOTS", "SnpRoots", "SnpVerifier", "VerifiedSnp"]
 
 P384_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973
-MAX_CERTIFICATES = 16
-CACHED = 512
-SIGNING_NAMES = {"SEV-VCEK": Signer.VCEK, "SEV-VLEK": Signer.VLEK}
-
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class _Memory(OrderedDict[K, V]):
-    """A dictionary that forgets its oldest entries; a thread that finds one forgotten works it out again."""
-
-    def __setitem__(self, key: K, value: V) -> None:
-        super().__setitem__(key, value)
-        while len(self) > CACHED:
-            with contextlib.suppress(KeyError):
-                self.popitem(last=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,25 +89,12 @@ class VerifiedSnp:
         return self.report.chip_id.hex()
 
 
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    """The certificates found, as far as they go."""
-
-    signing: Certificate | None
-    endorsement: Endorsement | None
-    key: ec.EllipticCurvePublicKey | None
-    intermediate: Certificate | None
-    root: Certificate | None
-    product: Product | None
-    crl_issued: int | None = None
-
-
 class SnpVerifier:
     """Decides whether reports are genuine, under fixed roots.
 
     Certificates that come with evidence and those given here are equally untrusted: only a chain to a root whose
-    digest is in `roots` counts. Safe to call from several threads; keeps a bounded memory of certificates read and of
-    signatures between certificates that were checked, by content, so a fleet's evidence costs one signature each.
+    digest is in `roots` counts. Safe to call from several threads; keeps a bounded memory of chains that led to a root,
+    by content, so a fleet's evidence costs one signature each.
 
     Args:
         roots: pinned root certificates.
@@ -154,15 +120,9 @@ class SnpVerifier:
     ) -> None:
         """Read the given certificates and lists; raises `MalformedEvidence` if one cannot be read."""
         self.roots = roots
-        self.require_crl = require_crl
         self.allow_vlek_csp = allow_vlek_csp
         self.allow_masked_chip_id = allow_masked_chip_id
-        self._parsed: _Memory[bytes, Certificate] = _Memory()
-        self._signatures: _Memory[tuple[str, str], bool] = _Memory()
-        self._endorsements: _Memory[str, Endorsement] = _Memory()
-        self._keys: _Memory[bytes, ec.EllipticCurvePublicKey] = _Memory()
-        self._intermediates = [parse_certificate(blob) for given in intermediates for blob in to_der(given)]
-        self._crls = [parse_crl(blob) for given in crls for blob in to_der(given, "revocation list")]
+        self._chains = SnpChains(roots, intermediates=intermediates, crls=crls, require_crl=require_crl)
 
     def verify(
         self, report: bytes, certificates: Sequence[bytes], *, report_data: bytes | None, now: datetime
@@ -181,8 +141,10 @@ class SnpVerifier:
             EvidenceRefused: it is not genuine; has every reason.
         """
         findings: list[Finding] = []
-        chain = self._chain(certificates, parse_report(report).signer, now, findings)
-        parsed = parse_report(report, product=chain.product)
+        parsed = parse_report(report)
+        chain, crl_issued = self._chains.find(certificates, parsed.signer, now, findings)
+        if parsed.version < 3 and chain.product is not None:
+            parsed = parse_report(report, product=chain.product)
         self._check_report(report, parsed, report_data, findings)
         self._check_signer(parsed, chain, findings)
         if chain.key is not None:
@@ -201,7 +163,7 @@ class SnpVerifier:
             simulated=self.roots.simulated,
             roots=self.roots.name,
             certificate_sha256=chain.signing.sha256,
-            crl_issued=chain.crl_issued,
+            crl_issued=crl_issued,
             report_data_checked=report_data is not None,
         )
 
@@ -223,7 +185,7 @@ class SnpVerifier:
             text = f"signature algorithm {report.signature_algorithm} is not ECDSA P-384 with SHA-384 (1)"
             findings.append(Finding("snp.signature.algorithm", text))
 
-    def _check_signer(self, report: SnpReport, chain: _Chain, findings: list[Finding]) -> None:
+    def _check_signer(self, report: SnpReport, chain: Chain, findings: list[Finding]) -> None:
         if report.signer not in {Signer.VCEK, Signer.VLEK}:
             findings.append(Finding("snp.signer", "the report says that no chip or provider key signed it"))
             return
@@ -249,7 +211,7 @@ class SnpVerifier:
             findings.append(Finding("snp.signature", "the report was not signed by the certificate's key, or altered"))
 
     def _check_agreement(
-        self, report: SnpReport, chain: _Chain, endorsement: Endorsement, findings: list[Finding]
+        self, report: SnpReport, chain: Chain, endorsement: Endorsement, findings: list[Finding]
     ) -> None:
         products = {"certificate": endorsement.product}
         if report.version >= 3 and report.product is not None:
@@ -273,184 +235,3 @@ class SnpVerifier:
                 findings.append(Finding("snp.chip_id.masked", text))
         elif report.chip_id != endorsement.hardware_id.ljust(64, b"\0"):
             findings.append(Finding("snp.chip_id", "the certificate belongs to another chip than the report"))
-
-    # The chain
-
-    def _chain(
-        self, given: Sequence[bytes], signer: Signer, now: datetime, findings: list[Finding]
-    ) -> _Chain:
-        pool = self._read(given, findings)
-        signing = self._choose(pool, signer)
-        if signing is None:
-            text = f"no {signer.upper()} certificate came with the report, and none was configured"
-            findings.append(Finding("snp.certificate.missing", text))
-            return _Chain(None, None, None, None, None, None)
-        endorsement = None
-        try:
-            endorsement = self._endorsement(signing)
-        except MalformedEvidence as exc:
-            findings.append(Finding("snp.certificate.malformed", str(exc)))
-        key = self._key(signing)
-        if key is None:
-            findings.append(Finding("snp.certificate.key", "the signing certificate's key is not one of curve P-384"))
-        intermediate, root = self._climb(signing, pool, findings)
-        product = self.roots.product_of(root) if root is not None else None
-        self._check_dates(signing, intermediate, root, now, findings)
-        issued = None
-        if intermediate is not None and root is not None and product is not None:
-            self._check_names(signing, intermediate, root, product, findings)
-            issued = self._check_revocation(intermediate, root, now, findings)
-        return _Chain(signing, endorsement, key, intermediate, root, product, issued)
-
-    def _read(self, given: Sequence[bytes], findings: list[Finding]) -> list[Certificate]:
-        pool: list[Certificate] = []
-        try:
-            blobs = [blob for item in given[: MAX_CERTIFICATES + 1] for blob in to_der(item)]
-            if len(blobs) > MAX_CERTIFICATES:
-                raise MalformedEvidence("certificate list", f"it has more than {MAX_CERTIFICATES} certificates")
-            pool = [self._parse(blob) for blob in blobs]
-        except MalformedEvidence as exc:
-            findings.append(Finding("snp.certificate.malformed", str(exc)))
-        return pool + self._intermediates
-
-    def _parse(self, blob: bytes) -> Certificate:
-        digest = hashlib.sha256(blob).digest()
-        known = self._parsed.get(digest)
-        if known is None:
-            known = self._parsed[digest] = parse_certificate(blob)
-        return known
-
-    def _endorsement(self, signing: Certificate) -> Endorsement:
-        """`parse_endorsement`, remembered: the answer depends on the certificate's bytes alone."""
-        known = self._endorsements.get(signing.sha256)
-        if known is None:
-            known = self._endorsements[signing.sha256] = parse_endorsement(signing)
-        return known
-
-    def _key(self, signing: Certificate) -> ec.EllipticCurvePublicKey | None:
-        known = self._keys.get(signing.spki)
-        if known is not None:
-            return known
-        try:
-            key = load_der_public_key(signing.spki)
-        except (ValueError, UnsupportedAlgorithm):
-            return None
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-            return None
-        self._keys[signing.spki] = key
-        return key
-
-    @staticmethod
-    def _choose(pool: list[Certificate], signer: Signer) -> Certificate | None:
-        """The signing certificate of the kind the report names, else one of the other kind, which is then refused."""
-        signing = [certificate for certificate in pool if certificate.subject_cn in SIGNING_NAMES]
-        return next(
-            (certificate for certificate in signing if SIGNING_NAMES[certificate.subject_cn] == signer),
-            signing[0] if signing else None,
-        )
-
-    def _signed(self, signed: Certificate, issuer: Certificate) -> bool:
-        """`signed_by`, remembered: the answer depends on the two certificates' bytes alone."""
-        pair = (signed.sha256, issuer.sha256)
-        answer = self._signatures.get(pair)
-        if answer is None:
-            answer = self._signatures[pair] = signed_by(signed, issuer)
-        return answer
-
-    def _list_signed(self, revoked: RevocationList, root: Certificate) -> bool:
-        """As `_signed`, for a revocation list: it stays the same for months."""
-        pair = (hashlib.sha256(revoked.tbs + revoked.signature).hexdigest(), root.sha256)
-        answer = self._signatures.get(pair)
-        if answer is None:
-            answer = self._signatures[pair] = signed_by(revoked, root)
-        return answer
-
-    def _climb(
-        self, signing: Certificate, pool: list[Certificate], findings: list[Finding]
-    ) -> tuple[Certificate | None, Certificate | None]:
-        named = [certificate for certificate in pool if certificate.subject == signing.issuer]
-        if not named:
-            text = f"the certificate of {signing.issuer_cn!r} is missing: configure it, or send it with the evidence"
-            findings.append(Finding("snp.chain.incomplete", text))
-            return None, None
-        issuers = [certificate for certificate in named if self._signed(signing, certificate)]
-        if not issuers:
-            text = f"the signing certificate was not signed by {signing.issuer_cn!r}"
-            findings.append(Finding("snp.chain.signature", text))
-            return None, None
-        parents = [candidate for candidate in pool if any(candidate.subject == one.issuer for one in issuers)]
-        pinned = [candidate for candidate in parents if self.roots.product_of(candidate) is not None]
-        for root in pinned:
-            for issuer in issuers:
-                if self._signed(issuer, root) and self._signed(root, root):
-                    return issuer, root
-        if pinned:
-            findings.append(Finding("snp.chain.signature", f"{signing.issuer_cn!r} was not signed by the pinned root"))
-        elif parents:
-            text = f"the root {parents[0].subject_cn!r} ({parents[0].sha256[:16]}…) is none of {self.roots.name}'s"
-            findings.append(Finding("snp.chain.root", text))
-        else:
-            text = f"the root certificate {issuers[0].issuer_cn!r} is missing: configure it, or send it along"
-            findings.append(Finding("snp.chain.incomplete", text))
-        return issuers[0], None
-
-    def _check_dates(
-        self,
-        signing: Certificate,
-        intermediate: Certificate | None,
-        root: Certificate | None,
-        now: datetime,
-        findings: list[Finding],
-    ) -> None:
-        for certificate in (signing, intermediate, root):
-            if certificate is None or certificate.not_before <= now <= certificate.not_after:
-                continue
-            where = "certificate" if certificate is signing else "chain"
-            text = f"{certificate.subject_cn} is valid from {certificate.not_before} to {certificate.not_after} only"
-            findings.append(Finding(f"snp.{where}.dates", text))
-
-    def _check_names(
-        self,
-        signing: Certificate,
-        intermediate: Certificate,
-        root: Certificate,
-        product: Product,
-        findings: list[Finding],
-    ) -> None:
-        prefix = "SEV-VLEK-" if signing.subject_cn == "SEV-VLEK" else "SEV-"
-        simulated = self.roots.simulated
-        try:
-            authority = intermediate.is_authority
-        except MalformedEvidence:
-            authority = False
-        if not authority or authority_product(root.subject_cn, "ARK-", simulated=simulated) != product:
-            findings.append(Finding("snp.chain.names", f"{intermediate.subject_cn!r} may not vouch for {product}"))
-        elif authority_product(intermediate.subject_cn, prefix, simulated=simulated) != product:
-            text = f"{intermediate.subject_cn!r} is not the authority for a {signing.subject_cn} of {product}"
-            findings.append(Finding("snp.chain.names", text))
-
-    def _check_revocation(
-        self, intermediate: Certificate, root: Certificate, now: datetime, findings: list[Finding]
-    ) -> int | None:
-        """Judge by the revocation lists of the root; returns when the newest current one was issued."""
-        lists = [revoked for revoked in self._crls if revoked.issuer == root.subject]
-        if not lists:
-            if self.require_crl:
-                text = f"no revocation list of {root.subject_cn} is at hand: configure one"
-                findings.append(Finding("snp.crl.missing", text))
-            return None
-        genuine = [candidate for candidate in lists if self._list_signed(candidate, root)]
-        if not genuine:
-            text = f"the revocation list of {root.subject_cn} is not signed by it"
-            findings.append(Finding("snp.crl.signature", text))
-        elif not any(_is_current(candidate, now) for candidate in genuine):
-            text = f"every revocation list of {root.subject_cn} is out of date: fetch a new one"
-            findings.append(Finding("snp.crl.dates", text))
-        serials = frozenset().union(*(candidate.revoked for candidate in genuine))
-        if intermediate.serial in serials or root.serial in serials:
-            findings.append(Finding("snp.revoked", f"{intermediate.subject_cn} is revoked"))
-        return max((int(one.this_update.timestamp()) for one in genuine if _is_current(one, now)), default=None)
-
-
-def _is_current(revoked: RevocationList, now: datetime) -> bool:
-    return revoked.next_update is not None and revoked.this_update <= now <= revoked.next_update

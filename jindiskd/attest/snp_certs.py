@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,14 @@ OID_RSASSA_PSS = "1.2.840.113549.1.1.10"
 OID_MGF1 = "1.2.840.113549.1.1.8"
 OID_SHA384 = "2.16.840.1.101.3.4.2.2"
 
+SIGNED_FORM = (der.SEQUENCE, der.SEQUENCE, der.BIT_STRING)
+EXTENSION_FORMS = ((der.OID, der.OCTET_STRING), (der.OID, der.BOOLEAN, der.OCTET_STRING))
+CERTIFICATE_FORMS = tuple(
+    (der.context(0), der.INTEGER, *[der.SEQUENCE] * 5, *extensions) for extensions in ((der.context(3),), ())
+)
+"""Version, serial number, algorithm, issuer, validity, subject, key, and extensions (RFC 5280 section 4.1)."""
+VALIDITY_FORMS = tuple(itertools.product((der.UTC_TIME, der.GENERALIZED_TIME), repeat=2))
+VERSION_3 = der.encode(der.INTEGER, b"\x02")
 PSS = padding.PSS(padding.MGF1(hashes.SHA384()), 48)
 AMD_KEY_BITS = 4096
 
@@ -82,6 +91,8 @@ class RevocationList:
     next_update: datetime | None
     revoked: frozenset[int]
     signature: bytes
+    sha256: str
+    """Digest of the whole list in hexadecimal."""
 
 
 def to_der(blob: bytes, what: str = "certificate") -> list[bytes]:
@@ -184,14 +195,11 @@ def _extensions(holder: der.Element | None) -> dict[str, tuple[bool, bytes]]:
     if holder is None:
         return found
     for entry in der.children(der.whole(holder.content, der.SEQUENCE, "extensions")):
-        parts = der.Fields(entry, "extension")
-        name = der.oid(parts.take(der.OID))
-        critical = parts.optional(der.BOOLEAN)
-        value = parts.take(der.OCTET_STRING).content
-        parts.end()
+        parts = der.sequence(entry, "extension", *EXTENSION_FORMS)
+        name = der.oid(parts[0])
         if name in found:
             raise MalformedEvidence("certificate", f"it has the extension {name} twice")
-        found[name] = (critical is not None and der.boolean(critical), value)
+        found[name] = (len(parts) == 3 and der.boolean(parts[1]), parts[-1].content)
     return found
 
 
@@ -202,42 +210,27 @@ def parse_certificate(blob: bytes) -> Certificate:
         MalformedEvidence: anything else, or bytes after its end.
     """
     what = "certificate"
-    outer = der.Fields(der.whole(blob, der.SEQUENCE, what), what)
-    tbs = outer.take(der.SEQUENCE)
-    algorithm = outer.take(der.SEQUENCE)
-    signature = der.bit_string(outer.take(der.BIT_STRING))
-    outer.end()
-    parts = der.Fields(tbs, what)
-    version = der.read(parts.take(der.context(0)).content)[0]
-    if der.integer(version) != 2:
+    tbs, algorithm, signature = der.sequence(der.whole(blob, der.SEQUENCE, what), what, SIGNED_FORM)
+    version, serial, inner, issuer, validity, subject, spki, *more = der.sequence(tbs, what, *CERTIFICATE_FORMS)
+    if version.content != VERSION_3:
         raise MalformedEvidence(what, "it is not of X.509 version 3")
-    serial = der.integer(parts.take(der.INTEGER))
-    if parts.take(der.SEQUENCE).raw != algorithm.raw:
+    if inner.raw != algorithm.raw:
         raise MalformedEvidence(what, "its two signature algorithms differ")
     _check_algorithm(algorithm, what)
-    issuer = parts.take(der.SEQUENCE)
-    validity = der.Fields(parts.take(der.SEQUENCE), what)
-    dates = [validity.optional(der.UTC_TIME, der.GENERALIZED_TIME) for _ in range(2)]
-    validity.end()
-    if dates[0] is None or dates[1] is None:
-        raise MalformedEvidence(what, "its validity is not two dates")
-    subject = parts.take(der.SEQUENCE)
-    spki = parts.take(der.SEQUENCE)
-    extensions = _extensions(parts.optional(der.context(3)))
-    parts.end()
+    not_before, not_after = der.sequence(validity, what, *VALIDITY_FORMS)
     return Certificate(
         der=bytes(blob),
         tbs=tbs.raw,
-        serial=serial,
+        serial=der.integer(serial),
         issuer=issuer.raw,
         subject=subject.raw,
         issuer_cn=_common_name(issuer),
         subject_cn=_common_name(subject),
-        not_before=der.time(dates[0]),
-        not_after=der.time(dates[1]),
+        not_before=der.time(not_before),
+        not_after=der.time(not_after),
         spki=spki.raw,
-        extensions=extensions,
-        signature=signature,
+        extensions=_extensions(more[0] if more else None),
+        signature=der.bit_string(signature),
     )
 
 
@@ -277,6 +270,7 @@ def parse_crl(blob: bytes) -> RevocationList:
         next_update=der.time(next_update) if next_update else None,
         revoked=frozenset(revoked),
         signature=signature,
+        sha256=hashlib.sha256(blob).hexdigest(),
     )
 
 

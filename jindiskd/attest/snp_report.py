@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from jindiskd.attest.model import MalformedEvidence
 
@@ -21,6 +22,9 @@ KNOWN_POLICY_BITS = (1 << 26) - 1
 KNOWN_PLATFORM_BITS = 0b1011_1111
 KNOWN_KEY_BITS = 0b1_1111
 HOST_REQUESTED_VMPL = 0xFFFFFFFF
+TCB_OFFSETS = (0x38, 0x180, 0x1E0, 0x1F0)
+LAYOUT = struct.Struct("<IIQ16s16sII8sQII64s48s32s48s48s32s32s8s24x64s8s4s4s8sQQ152x72s72s")
+"""Every field in its place; the processor's identity, 3 bytes at 0x188 since version 3, is read by itself."""
 
 
 class Product(enum.StrEnum):
@@ -52,6 +56,9 @@ class GuestPolicy(enum.IntFlag):
     PAGE_SWAP_DISABLE = 1 << 25
 
 
+RESERVED_ONE = int(GuestPolicy.RESERVED_ONE)
+"""The bit of POLICY that must be set."""
+
 class PlatformInfo(enum.IntFlag):
     """Bits of PLATFORM_INFO."""
 
@@ -73,6 +80,10 @@ class Signer(enum.StrEnum):
     RESERVED = "reserved"
 
 
+SIGNERS = {0: Signer.VCEK, 1: Signer.VLEK, 7: Signer.NONE}
+"""By KEY_INFO bits 4:2."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tcb:
     """Security versions of the platform's parts. Never ordered as one number: compare part by part."""
@@ -86,11 +97,14 @@ class Tcb:
 
     def below(self, minimum: Tcb) -> list[str]:
         """Names of the parts that are below those of `minimum`; a part that is missing counts as 0."""
-        return [
-            field.name
-            for field in fields(self)
-            if (getattr(self, field.name) or 0) < (getattr(minimum, field.name) or 0)
-        ]
+        parts = (
+            ("bootloader", self.bootloader, minimum.bootloader),
+            ("tee", self.tee, minimum.tee),
+            ("snp", self.snp, minimum.snp),
+            ("microcode", self.microcode, minimum.microcode),
+            ("fmc", self.fmc or 0, minimum.fmc or 0),
+        )
+        return [name for name, has, least in parts if has < least]
 
     def __str__(self) -> str:
         first = "" if self.fmc is None else f"fmc {self.fmc}, "
@@ -151,7 +165,7 @@ class SnpReport:
     @property
     def signer(self) -> Signer:
         """KEY_INFO bits 4:2."""
-        return {0: Signer.VCEK, 1: Signer.VLEK, 7: Signer.NONE}.get(self.key_info >> 2 & 7, Signer.RESERVED)
+        return SIGNERS.get(self.key_info >> 2 & 7, Signer.RESERVED)
 
     @property
     def author_key_enabled(self) -> bool:
@@ -192,6 +206,7 @@ def product_of(family: int, model: int) -> Product | None:
     return None
 
 
+@lru_cache(maxsize=256)
 def parse_tcb(raw: bytes, product: Product | None) -> Tcb:
     """Read the 8 bytes of TCB_VERSION in the layout of `product`; None has that of Milan and Genoa."""
     if product is not None and product.has_fmc:
@@ -234,46 +249,42 @@ def parse_report(blob: bytes, *, product: Product | None = None) -> SnpReport:
     elif product is None and any(chip_id) and not any(chip_id[8:]):
         product = Product.TURIN
 
-    def u32(at: int) -> int:
-        return int.from_bytes(blob[at : at + 4], "little")
-
-    def u64(at: int) -> int:
-        return int.from_bytes(blob[at : at + 8], "little")
-
-    def tcb(at: int) -> Tcb:
-        return parse_tcb(blob[at : at + 8], product)
-
+    (
+        _version, guest_svn, policy, family_id, image_id, vmpl, algorithm, current_tcb, platform_info, key_info, _zero,
+        report_data, measurement, host_data, id_key_digest, author_key_digest, report_id, report_id_ma, reported_tcb,
+        chip_id, committed_tcb, current, committed, launch_tcb, launch_mit, current_mit, r, s,
+    ) = LAYOUT.unpack_from(blob)  # fmt: skip
     return SnpReport(
         version=version,
-        guest_svn=u32(0x4),
-        policy=u64(0x8),
-        family_id=blob[0x10:0x20],
-        image_id=blob[0x20:0x30],
-        vmpl=u32(0x30),
-        signature_algorithm=u32(0x34),
-        current_tcb=tcb(0x38),
-        platform_info=u64(0x40),
-        key_info=u32(0x48),
-        report_data=blob[0x50:0x90],
-        measurement=blob[0x90:0xC0],
-        host_data=blob[0xC0:0xE0],
-        id_key_digest=blob[0xE0:0x110],
-        author_key_digest=blob[0x110:0x140],
-        report_id=blob[0x140:0x160],
-        report_id_ma=blob[0x160:0x180],
-        reported_tcb=tcb(0x180),
+        guest_svn=guest_svn,
+        policy=policy,
+        family_id=family_id,
+        image_id=image_id,
+        vmpl=vmpl,
+        signature_algorithm=algorithm,
+        current_tcb=parse_tcb(current_tcb, product),
+        platform_info=platform_info,
+        key_info=key_info,
+        report_data=report_data,
+        measurement=measurement,
+        host_data=host_data,
+        id_key_digest=id_key_digest,
+        author_key_digest=author_key_digest,
+        report_id=report_id,
+        report_id_ma=report_id_ma,
+        reported_tcb=parse_tcb(reported_tcb, product),
         cpuid_family=cpuid[0],
         cpuid_model=cpuid[1],
         cpuid_stepping=cpuid[2],
         chip_id=chip_id,
-        committed_tcb=tcb(0x1E0),
-        current_version=FirmwareVersion(blob[0x1EA], blob[0x1E9], blob[0x1E8]),
-        committed_version=FirmwareVersion(blob[0x1EE], blob[0x1ED], blob[0x1EC]),
-        launch_tcb=tcb(0x1F0),
-        launch_mit_vector=u64(0x1F8) if version >= 5 else None,
-        current_mit_vector=u64(0x200) if version >= 5 else None,
-        signature_r=int.from_bytes(blob[0x2A0:0x2E8], "little"),
-        signature_s=int.from_bytes(blob[0x2E8:0x330], "little"),
+        committed_tcb=parse_tcb(committed_tcb, product),
+        current_version=FirmwareVersion(current[2], current[1], current[0]),
+        committed_version=FirmwareVersion(committed[2], committed[1], committed[0]),
+        launch_tcb=parse_tcb(launch_tcb, product),
+        launch_mit_vector=launch_mit if version >= 5 else None,
+        current_mit_vector=current_mit if version >= 5 else None,
+        signature_r=int.from_bytes(r, "little"),
+        signature_s=int.from_bytes(s, "little"),
         product=product,
     )
 
@@ -281,8 +292,7 @@ def parse_report(blob: bytes, *, product: Product | None = None) -> SnpReport:
 def encode_report(report: SnpReport) -> bytes:
     """The 1184 bytes of a report, with zeros in every reserved place; the inverse of `parse_report`.
 
-    For any report with zeros there, `encode_report(parse_report(blob)) == blob`: the verifier uses exactly this to
-    find reserved bytes that are set.
+    For any report with zeros there, `encode_report(parse_report(blob)) == blob`.
     """
     out = bytearray(REPORT_BYTES)
     struct.pack_into("<IIQ", out, 0, report.version, report.guest_svn, report.policy)
@@ -323,6 +333,22 @@ def with_signature(report: SnpReport, r: int, s: int) -> SnpReport:
     return replace(report, signature_r=r, signature_s=s)
 
 
+@lru_cache(maxsize=16)
+def _reserved(version: int, fmc: bool) -> int:
+    """A report as one little-endian number with ones wherever its version and TCB layout have no field."""
+    places = [(0x4C, 0x50), (0x18B, 0x1A0), (0x1EB, 0x1EC), (0x1EF, 0x1F0), (0x208, SIGNED_BYTES)]
+    places.append((0x330, REPORT_BYTES))
+    places += [(at + 4, at + 7) if fmc else (at + 2, at + 6) for at in TCB_OFFSETS]
+    if version < 3:
+        places.append((0x188, 0x18B))
+    if version < 5:
+        places.append((0x1F8, 0x208))
+    mask = bytearray(REPORT_BYTES)
+    for start, end in places:
+        mask[start:end] = b"\xff" * (end - start)
+    return int.from_bytes(mask, "little")
+
+
 def reserved_faults(blob: bytes, report: SnpReport) -> list[str]:
     """Where `blob`, which was parsed into `report`, has bits set that its version must leave alone.
 
@@ -330,13 +356,13 @@ def reserved_faults(blob: bytes, report: SnpReport) -> list[str]:
     set, which the specification calls reserved.
     """
     faults = []
-    canonical = encode_report(report)
-    if canonical != blob:
-        first = next(at for at, (left, right) in enumerate(zip(canonical, blob, strict=True)) if left != right)
+    set_bits = int.from_bytes(blob, "little") & _reserved(report.version, report.reported_tcb.fmc is not None)
+    if set_bits:
+        first = ((set_bits & -set_bits).bit_length() - 1) // 8
         faults.append(f"reserved byte at offset 0x{first:03x}")
     if report.policy & ~KNOWN_POLICY_BITS:
         faults.append("POLICY above bit 25")
-    if not report.policy & GuestPolicy.RESERVED_ONE:
+    if not report.policy & RESERVED_ONE:
         faults.append("POLICY bit 17, which must be one")
     if report.key_info & ~KNOWN_KEY_BITS:
         faults.append("KEY_INFO")

@@ -10,6 +10,7 @@ from jindiskd.attest.model import MalformedEvidence
 from jindiskd.attest.snp_certs import Certificate, parse_certificate
 from jindiskd.attest.snp_report import Product
 
+PRODUCTS = {product.value: product for product in Product}
 SIMULATED_MARK = "Simulated-"
 """Stands before the product in the subject names of simulated authorities, for people who look at them."""
 
@@ -41,7 +42,10 @@ class SnpRoots:
     def product_of(self, ark: Certificate) -> Product | None:
         """The product that a certificate is the pinned root of; None if it is none."""
         digest = ark.sha256
-        return next((Product(product) for product, pinned in self.ark_sha256.items() if pinned == digest), None)
+        for product, pinned in self.ark_sha256.items():
+            if pinned == digest:
+                return PRODUCTS[product]
+        return None
 
 
 AMD_ROOTS = SnpRoots(
@@ -63,4 +67,4 @@ def authority_product(common_name: str, prefix: str, *, simulated: bool) -> Prod
     name = common_name.removeprefix(prefix)
     if simulated:
         name = name.removeprefix(SIMULATED_MARK)
-    return next((product for product in Product if product.value == name), None)
+    return PRODUCTS.get(name)

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from jindiskd.attest.memory import Memory
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
 from jindiskd.attest.tdx_quote import KNOWN_BITS, UNTRUSTED_BITS, TdAttributes, TdxQuote, parse_quote
 from jindiskd.errors import NotSupported
 
 MAX_COLLATERAL_BYTES = 1 << 20
+REMEMBERED = 16
 ZERO_REGISTER = bytes(48)
 COLLATERAL_MEMBERS = frozenset(
     {
@@ -124,6 +126,7 @@ class TdxVerifier:
         """Raises `NotSupported` where the library for TDX is not installed."""
         self._root = root_ca_der
         self._library = _library()
+        self._collateral: Memory[bytes, Any] = Memory(REMEMBERED)
 
     def verify(self, quote: bytes, *, collateral: bytes, report_data: bytes | None, now: datetime) -> VerifiedTdx:
         """Check one quote.
@@ -140,7 +143,6 @@ class TdxVerifier:
             EvidenceRefused: not genuine, or of a kind that is never accepted; has every reason.
         """
         parsed = parse_quote(quote)
-        given = parse_collateral(collateral)
         findings = _check_quote(parsed, report_data)
         seconds = int(now.timestamp())
         claims: dict[str, Any] | None = None
@@ -149,7 +151,7 @@ class TdxVerifier:
                 self._library.QuoteVerifier(self._root)
                 .verify_with_policy(
                     parsed.quote,
-                    self._library.QuoteCollateralV3.from_json(json.dumps(given)),
+                    self._read(collateral),
                     seconds,
                     self._library.QuotePolicy.claims_only(seconds),
                 )
@@ -175,6 +177,20 @@ class TdxVerifier:
             simulated=self._root is not None,
             report_data_checked=report_data is not None,
         )
+
+    def _read(self, collateral: bytes) -> Any:
+        """The library's form of collateral, remembered by content: one month's serves every guest of a platform.
+
+        Raises:
+            MalformedEvidence: see `parse_collateral`.
+            ValueError: the library cannot read a member.
+        """
+        digest = hashlib.sha256(collateral).digest()
+        found = self._collateral.get(digest)
+        if found is None:
+            found = self._library.QuoteCollateralV3.from_json(json.dumps(parse_collateral(collateral)))
+            self._collateral[digest] = found
+        return found
 
 
 def _library() -> types.ModuleType:

@@ -17,7 +17,8 @@ from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.offline import snp_report_of
 from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain, verify_platform
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
-from jindiskd.attest.snp_certs import Certificate, parse_certificate, parse_crl, signed_by, to_der
+from jindiskd.attest.snp_certs import parse_certificate, parse_crl, signed_by, to_der
+from jindiskd.attest.snp_chain import CACHED
 from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import encode_report, parse_report
 from jindiskd.attest.snp_table import encode_certificate_table, parse_certificate_table, table_certificates
@@ -287,15 +288,33 @@ def test_many_certificates(attestation):
         SnpVerifier(roots=AMD_ROOTS).verify(report, [certificate] * 17, report_data=None, now=NOW)
 
 
-def test_memory_is_bounded(attestation: Path):
-    """A verifier that sees ever new certificates forgets the oldest."""
+def test_nothing_that_anyone_can_make_is_remembered(attestation: Path):
+    """A flood of certificates, genuine but for one byte, leaves no trace in a verifier; a genuine chain does."""
     folder = attestation / "snp/milan-v3-vcek"
     report, blob = (folder / "report.bin").read_bytes(), (folder / "vek.der").read_bytes()
-    verifier = SnpVerifier(roots=AMD_ROOTS)
-    for number in range(700):
+    authorities = [(attestation / f"amd-roots/milan/{name}.pem").read_bytes() for name in ("ark", "ask")]
+    verifier = SnpVerifier(roots=AMD_ROOTS, intermediates=authorities)
+    for number in range(100):
         changed = bytearray(blob)
         changed[-4:] = number.to_bytes(4, "big")
         with pytest.raises(EvidenceRefused):
-            verifier.verify(report, [bytes(changed)], report_data=None, now=NOW)
-    assert len(verifier._parsed) == 512
-    assert isinstance(next(iter(verifier._parsed.values())), Certificate)
+            verifier.verify(report, [bytes(changed), b"\0" * 60000], report_data=None, now=NOW)
+    known = verifier._chains
+    assert not known._chains
+    assert not any(pair[0] == parse_certificate(bytes(changed)).sha256 for pair in known._signatures)
+    for _ in range(2):
+        verifier.verify(report, [blob], report_data=None, now=NOW)
+    assert [chain.signing.der for chain in known._chains.values()] == [blob]
+
+
+def test_memory_is_bounded(attestation: Path):
+    """A verifier that sees genuine certificates in ever new company forgets the oldest."""
+    folder = attestation / "snp/milan-v3-vcek"
+    report, blob = (folder / "report.bin").read_bytes(), (folder / "vek.der").read_bytes()
+    authorities = [(attestation / f"amd-roots/milan/{name}.pem").read_bytes() for name in ("ark", "ask")]
+    verifier = SnpVerifier(roots=AMD_ROOTS, intermediates=authorities)
+    padding = [blob + b"\0" * number for number in range(600)]
+    for padded in padding:
+        verifier.verify(report, [padded], report_data=None, now=NOW)
+    assert len(verifier._chains._chains) == CACHED
+    assert len(verifier._chains._authorities) == 2

@@ -14,7 +14,7 @@ from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, to_der
 from jindiskd.attest.snp_endorsement import parse_endorsement
-from jindiskd.attest.snp_report import encode_report, parse_report
+from jindiskd.attest.snp_report import REPORT_BYTES, encode_report, parse_report, reserved_faults
 from jindiskd.attest.snp_table import encode_certificate_table, parse_certificate_table, table_certificates
 
 REASONS = {
@@ -218,3 +218,26 @@ def test_flipped_bits(folder, entries):
             changed[at] ^= 1 << (at % 8)
             with pytest.raises((EvidenceRefused, MalformedEvidence)):
                 verifier.verify(bytes(changed), [certificate], report_data=None, now=now)
+
+
+@pytest.mark.parametrize("case", ["milan-v2-vcek", "milan-v3-vcek", "genoa-v5-vcek", "turin-v5-vcek"])
+def test_reserved_places(attestation, case):
+    """Each single bit of a genuine report: the mask of reserved places says what writing the fields anew says.
+
+    PLATFORM_INFO's own reserved bits are fields here; see `reserved_faults`.
+    """
+    blob = (attestation / "snp" / case / "report.bin").read_bytes()
+    report = parse_report(blob)
+    assert not reserved_faults(blob, report)
+    seen = 0
+    for at in range(REPORT_BYTES):
+        changed = bytearray(blob)
+        changed[at] ^= 0x10
+        try:
+            other = parse_report(bytes(changed))
+        except MalformedEvidence:
+            continue  # version or processor
+        faults = [fault for fault in reserved_faults(bytes(changed), other) if fault.startswith("reserved byte")]
+        assert faults == ([] if encode_report(other) == changed else [f"reserved byte at offset 0x{at:03x}"])
+        seen += bool(faults)
+    assert seen > 500
