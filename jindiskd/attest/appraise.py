@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from jindiskd.attest.model import Finding
 from jindiskd.attest.snp import VerifiedSnp
+from jindiskd.attest.snp_minimums import KNOWN_MINIMUMS
 from jindiskd.attest.snp_report import (
     HOST_REQUESTED_VMPL,
     FirmwareVersion,
@@ -46,6 +47,8 @@ class SnpExpectations:
     minimum_policy_abi: tuple[int, int] = (0, 0)
     minimum_tcb: Mapping[str, Tcb] = field(default_factory=dict)
     """By product name. Once one product is named, evidence of a product that is not named is refused."""
+    known_minimum_tcb: bool = False
+    """For products that `minimum_tcb` does not name, `snp_minimums.KNOWN_MINIMUMS` counts; genuine evidence only."""
     minimum_firmware: FirmwareVersion = field(default_factory=lambda: FirmwareVersion(0, 0, 0))
     vmpl: int = 0
     chip_ids: frozenset[bytes] | None = None
@@ -158,7 +161,10 @@ def _appraise_guest(report: SnpReport, wanted: SnpExpectations, findings: list[F
 def _appraise_versions(verified: VerifiedSnp, wanted: SnpExpectations, findings: list[Finding]) -> None:
     report = verified.report
     minimum = wanted.minimum_tcb.get(verified.product.value)
-    if minimum is None and wanted.minimum_tcb:
+    source, known = "", wanted.known_minimum_tcb and not verified.simulated
+    if minimum is None and known and (found := KNOWN_MINIMUMS.get(verified.product.value)):
+        minimum, source = found.tcb, f" of {found.bulletin}, {found.issued}"
+    if minimum is None and (wanted.minimum_tcb or known):
         text = f"no least firmware versions are configured for {verified.product}"
         findings.append(Finding("snp.tcb.no_minimum", text))
     if minimum is not None:
@@ -166,7 +172,8 @@ def _appraise_versions(verified: VerifiedSnp, wanted: SnpExpectations, findings:
         for name, tcb in levels.items():
             low = tcb.below(minimum)
             if low:
-                text = f"the {name} TCB ({tcb}) is below the least ({minimum}) in {', '.join(low)}: update the firmware"
+                parts = ", ".join(low)
+                text = f"the {name} TCB ({tcb}) is below the least{source} ({minimum}) in {parts}: update the firmware"
                 findings.append(Finding("snp.tcb.too_old", text))
     if min(report.current_version, report.committed_version) < wanted.minimum_firmware:
         text = (

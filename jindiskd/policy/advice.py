@@ -50,7 +50,8 @@ ADVICE = {
     "snp.signer": "Have the guest ask for a report signed by the chip's key (VCEK).",
     "snp.signer.vlek": "Name the provider in providers of the policy, if you trust it.",
     "snp.simulated": "Simulated firmware is allowed where broker and policy say so, and proves nothing.",
-    "snp.tcb": "Update the host's firmware and microcode, then fetch the certificate for the new versions.",
+    "snp.tcb": "Update the host's firmware and microcode, then fetch the certificate for the new versions; or name the "
+    "generation in minimum_tcb of the policy, if older firmware is to be accepted.",
     "snp.tcb.no_minimum": "Add the generation to minimum_tcb in the policy.",
     "snp.vmpl": "Have the guest itself ask for the report, at the level that the policy names.",
     "sev.api": "Update the host's SEV firmware.",

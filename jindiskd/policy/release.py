@@ -74,6 +74,7 @@ def snp_expectations(rules: ReleaseRules, digests: tuple[bytes, ...], *, allow_s
         host_data=frozenset(rules.host_data),
         minimum_guest_svn=rules.minimum_guest_svn,
         minimum_tcb=rules.tcb_minimums(),
+        known_minimum_tcb=rules.known_minimum_tcb,
         minimum_firmware=rules.firmware_minimum(),
         vmpl=rules.vmpl,
         chip_ids=frozenset(rules.chip_ids) if rules.chip_ids is not None else None,

@@ -188,10 +188,18 @@ class ReleaseRules:
         default_factory=dict,
         metadata={
             "section": "snp.minimum_tcb",
-            "help": "least firmware versions by generation, as in a report's TCB; a generation not named is refused",
-            "why": "none: right numbers are those of AMD's current bulletins, and one built in here would grow old "
-            "unseen. `jindiskctl attest verify` shows those of a real report",
+            "help": "least firmware versions by generation, as in a report's TCB; a generation not named has the known "
+            "minimum, or is refused where that is off or not known",
+            "why": "none: known_minimum_tcb has what is known; name here what newer bulletins demand, or less for "
+            "machines that cannot be mended. `jindiskctl attest verify` shows those of a real report",
         },
+    )
+    known_minimum_tcb: bool = setting(
+        "snp",
+        "for generations that minimum_tcb does not name, require the firmware by which the known holes are mended",
+        "on: a correct launch digest on firmware with a hole proves little. docs/policy.md has values and sources; "
+        "simulated firmware is left out",
+        default=True,
     )
     minimum_firmware: str = setting(
         "snp", "least SNP firmware, as 1.55 or 1.55.21", "none: minimum_tcb is what is signed for", default="",

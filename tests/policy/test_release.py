@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jindiskd.attest.appraise import SnpExpectations, appraise_snp
 from jindiskd.attest.snp import SnpVerifier, VerifiedSnp
+from jindiskd.attest.snp_minimums import AS_OF, KNOWN_MINIMUMS
+from jindiskd.attest.snp_report import Product, SnpReport, Tcb
 from jindiskd.base.platform import Platform
 from jindiskd.keys.store import ImageRecord, KeyState
 from jindiskd.policy.release import decide
@@ -16,6 +19,8 @@ from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
 
 DIGEST = bytes(range(48))
+TCBS = ("reported_tcb", "current_tcb", "committed_tcb", "launch_tcb")
+MENDED = dict.fromkeys(TCBS, Tcb(bootloader=4, tee=0, snp=29, microcode=222))
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +60,8 @@ def test_simulation_needs_image_and_broker(verified: VerifiedSnp) -> None:
     """Neither the image's platform nor the broker's configuration alone suffices; nor a genuine report."""
     assert "snp.simulated" in ids(record(), verified, allow_simulated=False)
     assert {"snp.simulated", "platform.simulation"} <= ids(record(platform=Platform.SNP), verified)
-    genuine = replace(verified, simulated=False, crl_issued=int(datetime.now(UTC).timestamp()))
+    mended = replace(verified.report, **MENDED)
+    genuine = replace(verified, report=mended, simulated=False, crl_issued=int(datetime.now(UTC).timestamp()))
     assert "platform.simulation" in ids(record(), genuine)
     assert ids(record(platform=Platform.SNP), genuine, allow_simulated=False) == set()
 
@@ -142,7 +148,8 @@ def test_the_defaults_are_those_of_the_appraisal(verified: VerifiedSnp) -> None:
         ),
         ({"report": {"chip_id": bytes(64)}}, "snp.chip_id.masked", {"allow_masked_chip_id": True}),
         ({"csp_id": "CN=x"}, "snp.signer.vlek", {"providers": ("CN=x",)}),
-        ({"simulated": False}, "snp.crl.missing", {"revocation_required": False}),
+        ({"simulated": False, "report": MENDED}, "snp.crl.missing", {"revocation_required": False}),
+        ({"simulated": False, "crl_issued": 1}, "snp.tcb.too_old", {"known_minimum_tcb": False}),
     ],
     ids=str,
 )
@@ -167,7 +174,53 @@ def test_age_of_revocation_lists(verified: VerifiedSnp) -> None:
     now = datetime.now(UTC)
     rules = ReleaseRules(revocation_maximum_age_days=30)
     for days, expected in ((29, set()), (31, {"snp.crl.old"})):
-        genuine = replace(verified, simulated=False, crl_issued=int((now - timedelta(days=days)).timestamp()))
+        issued = int((now - timedelta(days=days)).timestamp())
+        genuine = replace(
+            verified, report=replace(verified.report, **MENDED), simulated=False, crl_issued=issued
+        )
         found = decide(record(platform=Platform.SNP, rules=rules), genuine, allow_simulated=False, now=now)
         assert {finding.id for finding in found} == expected
     assert ids(record(rules=rules), verified) == set()
+
+
+def told(report: SnpReport, product: Product, rules: ReleaseRules) -> dict[str, str]:
+    """Findings about the TCB of a genuine report, changed by hand."""
+    genuine = VerifiedSnp(
+        report=report, product=product, signer=report.signer, csp_id=None, simulated=False, roots="AMD",
+        certificate_sha256="", crl_issued=1, report_data_checked=True,
+    )  # fmt: skip
+    image = record(platform=Platform.SNP, rules=rules)
+    found = decide(image, genuine, allow_simulated=False, now=datetime.fromtimestamp(2, UTC))
+    return {finding.id: finding.text for finding in found if finding.id.startswith("snp.tcb")}
+
+
+@pytest.mark.parametrize("product", list(Product), ids=str)
+@pytest.mark.parametrize("which", ["reported", "committed", "launch"])
+def test_known_holes(verified: VerifiedSnp, product: Product, which: str) -> None:
+    """A generation's known minimum counts in each of the three TCBs, until the owner names another or turns it off."""
+    known = KNOWN_MINIMUMS.get(product.value)
+    fmc = 0 if product.has_fmc else None
+    least = known.tcb if known else Tcb(fmc=fmc, bootloader=9, tee=9, snp=99, microcode=99)
+    good = replace(verified.report, **dict.fromkeys(TCBS, least))
+    low = replace(good, **{f"{which}_tcb": replace(least, snp=least.snp - 1)})
+    if known is None:
+        assert told(good, product, ReleaseRules()).keys() == {"snp.tcb.no_minimum"}
+    else:
+        assert told(good, product, ReleaseRules()) == {}
+        text = told(low, product, ReleaseRules())["snp.tcb.too_old"]
+        assert which in text
+        assert known.bulletin in text
+    named = {product.value: MinimumTcb(snp=least.snp - 1, fmc=fmc)}
+    assert told(low, product, ReleaseRules(minimum_tcb=named)) == {}
+    assert told(low, product, ReleaseRules(known_minimum_tcb=False)) == {}
+    stricter = {product.value: MinimumTcb(snp=least.snp, microcode=least.microcode + 1, fmc=fmc)}
+    assert told(good, product, ReleaseRules(minimum_tcb=stricter)).keys() == {"snp.tcb.too_old"}
+
+
+def test_known_minimums_are_documented() -> None:
+    """Value, bulletin and date of each stand in the page, and when they were compared."""
+    page = (Path(__file__).resolve().parents[2] / "docs/policy.md").read_text()
+    assert f"as of {AS_OF}" in page
+    for product, known in KNOWN_MINIMUMS.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| {product}") and "AMD-SB" in line)
+        assert f"| SNP {known.tcb.snp} | {known.bulletin}, {known.issued} |" in row
