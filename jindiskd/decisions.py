@@ -25,7 +25,7 @@ from jindiskd.broker.refused import decided_again, told
 from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.ports import AuditOrder
 from jindiskd.config import Config
-from jindiskd.errors import Cancelled, JindiskError
+from jindiskd.errors import Busy, Cancelled, JindiskError
 from jindiskd.image.measurement import cmdline_of, inputs_of
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import StoredImage
@@ -44,6 +44,7 @@ class DecisionsBackend:
 
     def __init__(self, images: ImageService, store: Store, config: Config) -> None:
         self._images, self._store, self._config = images, store, config
+        self._verifying = asyncio.Lock()
 
     # Policies
 
@@ -117,7 +118,17 @@ class DecisionsBackend:
         return await asyncio.to_thread(self._store.audit.last)
 
     async def verify(self, job: Job) -> str:
-        """Check the log's chain; number of rows and digest of the last, as JSON."""
+        """Check the log's chain; number of rows and digest of the last, as JSON.
+
+        Raises:
+            AuditBroken: it does not fit. Busy: it is being checked already; a check keeps a thread from guests.
+        """
+        if self._verifying.locked():
+            raise Busy("the audit log", "it is being checked already; wait for that job to end")
+        async with self._verifying:
+            return await self._verify(job)
+
+    async def _verify(self, job: Job) -> str:
         loop, total = asyncio.get_running_loop(), await self.last()
         stopped = threading.Event()
 

@@ -28,6 +28,8 @@ NAME_LIMIT = 128
 GUEST = re.compile(r"[0-9A-Fa-f-]{1,128}")
 VERDICTS = ("released", "refused", "waiting")
 INTERVAL_S = 0.2
+EXPLAINED_AT_ONCE = 2
+"""Each takes a processor for a while."""
 LATEST = 253_402_300_799_000_000
 """The end of the year 9999, microseconds: the last moment that a row can have."""
 
@@ -38,6 +40,7 @@ class AuditObject(Object, spec="org.jindisk1.Audit"):
     def __init__(self, audit: Audit, jobs: JobManager) -> None:
         self._audit, self._jobs = audit, jobs
         self._last = 0
+        self._explaining = asyncio.Semaphore(EXPLAINED_AT_ONCE)
 
     def _reached(self, last: int) -> None:
         """Tell of a newest row, if it is one."""
@@ -63,7 +66,9 @@ class AuditObject(Object, spec="org.jindisk1.Audit"):
         row = number(options, "row")
 
         async def work(job: Job) -> str:
-            return await self._audit.explain(image_id=image or None, domain=domain or None, row=row, job=job)
+            job.progress("waiting")
+            async with self._explaining:
+                return await self._audit.explain(image_id=image or None, domain=domain or None, row=row, job=job)
 
         job = self._jobs.start(Operation.REFUSAL_EXPLAIN, [image or domain or "refusal"], caller.uid, work)
         return job_path(job.number)

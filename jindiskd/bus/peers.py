@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -54,6 +55,9 @@ class Descriptors:
         if index >= len(self._all):
             raise BusFault(INVALID_ARGS, "there is no such file descriptor in the message")
         return self._all[index]
+
+    def __len__(self) -> int:
+        return len(self._all)
 
     def close(self) -> None:
         """Close all that nobody took."""
@@ -121,6 +125,13 @@ class Peers:
 
         return end
 
+    def presence(self, name: str) -> Presence:
+        """Whether the peer is still there, from now on. To be asked for when its message is taken from the socket:
+
+        the news that it left comes after that, and would be missed by whoever begins to listen later.
+        """
+        return Presence(self, name)
+
     def on_signal(self, message: Any) -> None:
         """Look at a signal; the bus daemon lets nobody else sign as itself."""
         if (message.sender, message.member, message.signature) != (FDO, "NameOwnerChanged", "sss"):
@@ -132,17 +143,31 @@ class Peers:
                 entry[0]()
 
 
+class Presence:
+    """Whether a peer has left the bus since this was made; `end` it when that no longer matters."""
+
+    def __init__(self, peers: Peers, name: str) -> None:
+        self.peers, self.name = peers, name
+        self.left = False
+        self.end = peers.watch(name, self._gone)
+
+    def _gone(self) -> None:
+        self.left = True
+
+
 class Caller:
     """Who calls a method."""
 
-    def __init__(self, *, sender: str, uid: int, interactive: bool, peers: Peers, authorize: Authorize) -> None:
-        self.sender, self.uid, self.interactive = sender, uid, interactive
-        self._peers, self._authorize = peers, authorize
+    def __init__(self, *, uid: int, interactive: bool, presence: Presence, authorize: Authorize) -> None:
+        self.sender, self.uid, self.interactive = presence.name, uid, interactive
+        self._presence, self._authorize = presence, authorize
 
     async def authorize(self, action: str, details: Mapping[str, str]) -> None:
         """Raise unless the caller has the right `action`."""
         await self._authorize(self, action, details)
 
     def on_leave(self, gone: Callable[[], None]) -> Callable[[], None]:
-        """Have `gone()` called once when the caller leaves the bus; the function returned ends that."""
-        return self._peers.watch(self.sender, gone)
+        """Have `gone()` called once when the caller leaves the bus, soon if it has; the function returned ends that."""
+        if self._presence.left:
+            return asyncio.get_running_loop().call_soon(gone).cancel
+        return self._presence.peers.watch(self.sender, gone)

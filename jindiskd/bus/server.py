@@ -8,10 +8,11 @@ that reference alone: no text, path or traceback.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jindiskd.bus.contract import DOCTYPE, ERROR_PREFIX, FDO, Method, standard
 from jindiskd.bus.faults import BusFault
 from jindiskd.bus.lib import Message, MessageFlag, MessageType
 from jindiskd.bus.objects import Object, as_variant
-from jindiskd.bus.peers import Authorize, Caller, Descriptor, Descriptors, Peers
+from jindiskd.bus.peers import Authorize, Caller, Descriptor, Descriptors, Peers, Presence
 from jindiskd.bus.transport import Connection, MessageTooLarge, close_all
 from jindiskd.errors import Internal, InvalidArgument, JindiskError
 
@@ -30,7 +31,9 @@ log = structlog.get_logger(__name__)
 CALLS = 256
 """Calls under way in all …"""
 CALLS_PER_PEER = 32
-"""… and for one peer."""
+"""… for one peer …"""
+CALLS_PER_USER = 64
+"""… and for one user but root, who has as many peers as he likes, and who may let polkit wait for a password."""
 ERROR_TEXT_LIMIT = 1024
 MANAGER = FDO + ".ObjectManager"
 Answer = tuple[str, list[Any], list[int]]
@@ -46,6 +49,7 @@ class Server:
         self._objects: dict[str, dict[str, Object]] = {root: {}}
         self._tasks: set[asyncio.Task[None]] = set()
         self._per_peer: dict[str, int] = {}
+        self._per_user: dict[int, int] = {}
         self._closing = False
         bus.add_message_handler(self._on_message)
 
@@ -116,15 +120,16 @@ class Server:
             self._error(message, faults.LIMITS_EXCEEDED, refusal)
             return True
         self._per_peer[message.sender] = busy + 1
-        task = asyncio.get_running_loop().create_task(self._run(message))
+        presence = self.peers.presence(message.sender)
+        task = asyncio.get_running_loop().create_task(self._run(message, presence))
         self._tasks.add(task)  # the loop alone would not keep it alive
         task.add_done_callback(self._tasks.discard)
         return True
 
-    async def _run(self, message: Any) -> None:
+    async def _run(self, message: Any, presence: Presence) -> None:
         descriptors = Descriptors(message.unix_fds or ())
         try:
-            signature, body, fds = await self._dispatch(message, descriptors)
+            signature, body, fds = await self._dispatch(message, descriptors, presence)
             try:
                 self._reply(message, Message.new_method_return(message, signature, body, fds))
             finally:
@@ -144,13 +149,14 @@ class Server:
             self._error(message, ERROR_PREFIX + Internal.code, str(Internal(reference)))
         finally:
             descriptors.close()
+            presence.end()
             left = self._per_peer[message.sender] - 1
             if left:
                 self._per_peer[message.sender] = left
             else:
                 del self._per_peer[message.sender]
 
-    async def _dispatch(self, message: Any, descriptors: Descriptors) -> Answer:
+    async def _dispatch(self, message: Any, descriptors: Descriptors, presence: Presence) -> Answer:
         interface, key = message.interface, (message.interface, message.member, message.signature)
         if key == (FDO + ".Introspectable", "Introspect", ""):
             return "s", [self._introspect(message.path)], []
@@ -174,26 +180,33 @@ class Server:
         method = here[interface].contract.methods.get(message.member) if interface else None
         if method is None:
             raise BusFault(faults.UNKNOWN_METHOD, "there is no such method")
-        return await self._call(message, here[interface], method, descriptors)
+        return await self._call(message, here[interface], method, descriptors, presence)
 
-    async def _call(self, message: Any, target: Object, method: Method, descriptors: Descriptors) -> Answer:
+    async def _call(
+        self, message: Any, target: Object, method: Method, descriptors: Descriptors, presence: Presence
+    ) -> Answer:
+        if len(descriptors) > sum(argument.type == "h" for argument in method.takes):
+            # They would be held until polkit has answered, and there is an end to how many a process can hold.
+            raise BusFault(faults.INVALID_ARGS, f"{method.name} takes fewer file descriptors")
         if message.signature != method.in_signature:
             raise BusFault(faults.INVALID_ARGS, f"{method.name} takes ({method.in_signature})")
         arguments = [
             _argument(method, argument.type, value, descriptors)
             for argument, value in zip(method.takes, message.body, strict=True)
         ]
+        uid = await self.peers.uid(message.sender)
+        if presence.left:  # the answer about it was on its way before it went
+            raise BusFault(faults.ACCESS_DENIED, "the caller has left")
         caller = Caller(
-            sender=message.sender,
-            uid=await self.peers.uid(message.sender),
+            uid=uid,
             interactive=bool(message.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION),
-            peers=self.peers,
+            presence=presence,
             authorize=self._authorize,
         )
         action = method.action
         if method.action_unless_owner and caller.uid != target.job_owner():
             action = method.action_unless_owner
-        with structlog.contextvars.bound_contextvars(caller=caller.sender, uid=caller.uid):
+        with structlog.contextvars.bound_contextvars(caller=caller.sender, uid=uid), self._one_more_of(uid):
             if action:
                 await caller.authorize(action, target.polkit_details())
             result = await target.handler(method.name)(caller, *arguments)
@@ -201,6 +214,20 @@ class Server:
         fds: list[int] = []
         body = [_result(gives.type, value, fds) for gives, value in zip(method.gives, results, strict=True)]
         return method.out_signature, body, fds
+
+    @contextlib.contextmanager
+    def _one_more_of(self, uid: int) -> Iterator[None]:
+        """A call of this user is under way, unless too many are."""
+        busy = self._per_user.get(uid, 0)
+        if uid and busy >= CALLS_PER_USER:
+            raise BusFault(faults.LIMITS_EXCEEDED, "too many calls of this user are under way")
+        self._per_user[uid] = busy + 1
+        try:
+            yield
+        finally:
+            self._per_user[uid] -= 1
+            if not self._per_user[uid]:
+                del self._per_user[uid]
 
     def _managed(self) -> dict[str, Any]:
         return {

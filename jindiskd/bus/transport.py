@@ -50,6 +50,9 @@ PAUSE_ABOVE_BYTES = 4 * 1024 * 1024
 RESUME_BELOW_BYTES = 1024 * 1024
 """… and starts it again."""
 GIVE_UP_ABOVE_BYTES = 64 * 1024 * 1024
+STUCK_S = 60.0
+"""The bus takes nothing more from whose messages fill its memory, because others do not read them, until they do.
+After that long without a byte taken the connection is given up: a new one is taken from at once."""
 MESSAGES_PER_WAKEUP = 64
 MAX_FDS = 253
 """SCM_MAX_FD of the kernel: descriptors one datagram can carry."""
@@ -77,6 +80,8 @@ class _Writer(MessageWriter):  # type: ignore[misc]  # the library has no types
     def __init__(self, bus: Connection) -> None:
         super().__init__(bus)
         self.queued = 0
+        self._taken = 0
+        self._watch: asyncio.TimerHandle | None = None
 
     def buffer_message(self, msg: Any, future: Future[None] | None = None) -> None:
         data = msg._marshall(negotiate_unix_fd=True)  # noqa: SLF001 (what the method overridden does)
@@ -85,7 +90,21 @@ class _Writer(MessageWriter):  # type: ignore[misc]  # the library has no types
         fds = [os.dup(fd) for fd in msg.unix_fds or ()]
         self.queued += len(data)
         self.messages.put_nowait((data, fds, future))
+        if self._watch is None:
+            self._watch = self.loop.call_later(STUCK_S, self._look, self._taken)
         self.bus.throttle()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def _look(self, taken: int) -> None:
+        """Give up if nothing was taken since `taken` bytes were."""
+        if self._taken == taken:
+            self.bus._finalize(BufferError("the bus does not take our messages any more"))  # noqa: SLF001 (ours)
+        else:
+            self._watch = self.loop.call_later(STUCK_S, self._look, self._taken)
 
     def write_callback(self) -> None:
         try:
@@ -95,6 +114,7 @@ class _Writer(MessageWriter):  # type: ignore[misc]  # the library has no types
                 except (BlockingIOError, InterruptedError):
                     return  # the loop calls again once there is room
                 self.offset += sent
+                self._taken += sent
                 if self.offset < len(self.buf):
                     return
                 self.queued -= len(self.buf)
@@ -103,6 +123,7 @@ class _Writer(MessageWriter):  # type: ignore[misc]  # the library has no types
                     self.fut.set_result(None)
                 self.bus.throttle()
             self.loop.remove_writer(self.fd)
+            self._end_watch()
         except Exception as exc:  # noqa: BLE001 (whatever it is, the connection is over and says so)
             self.bus._finalize(exc)  # noqa: SLF001 (ours)
 
@@ -127,6 +148,7 @@ class _Writer(MessageWriter):  # type: ignore[misc]  # the library has no types
 
     def abort(self, error: BaseException) -> None:
         """Drop what is queued, and tell who waits for it."""
+        self._end_watch()
         self._close_fds()
         waiting = [self.fut]
         while not self.messages.empty():

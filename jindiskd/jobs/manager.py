@@ -16,6 +16,8 @@ KEEP_S = 60.0
 LIMIT = 64
 """Jobs that run at once."""
 LIMIT_PER_OWNER = 32
+KEPT_FOR_ROOT = 16
+"""Of those, how many the administrator can have when all others have theirs."""
 KEEP_LIMIT = 256
 """Jobs that have ended and can still be looked at."""
 Work = Callable[[Job], Awaitable[str | None]]
@@ -75,7 +77,8 @@ class JobManager:
         running = [job for job in self._jobs.values() if not job.state.final]
         if self._closing:
             raise Busy("the service", "it is stopping")
-        if len(running) >= self._limit or sum(job.owner_uid == owner_uid for job in running) >= self._limit_per_owner:
+        most = self._limit - (min(KEPT_FOR_ROOT, self._limit // 4) if owner_uid else 0)
+        if len(running) >= most or sum(job.owner_uid == owner_uid for job in running) >= self._limit_per_owner:
             raise Busy("the service", f"{len(running)} jobs are running already; wait for one to end")
         self._last += 1
         job = Job(

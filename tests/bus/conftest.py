@@ -68,6 +68,7 @@ class Probe(Object, spec=PROBE):
 
     async def guarded(self, caller: Caller) -> None:
         self._ran.append("guarded")
+        caller.on_leave(lambda: self._ran.append("left"))
 
     @property
     def level(self) -> int:

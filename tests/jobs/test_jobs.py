@@ -226,6 +226,24 @@ def test_rates_and_fractions_are_kept_in_bounds():
     assert (job.fraction, job.done_bytes, job.rate) == (1.0, 0, 0)
 
 
+async def test_others_leave_room_for_root():
+    """When ordinary users have all the jobs they can, the administrator can still have his."""
+    jobs = JobManager(limit=8, limit_per_owner=4)
+
+    async def work(job: Job) -> None:
+        await asyncio.sleep(60)
+
+    for owner in (1, 1, 1, 2, 2, 2):
+        jobs.start(BUILD, [], owner, work)
+    with pytest.raises(Busy):
+        jobs.start(BUILD, [], 3, work)
+    for _ in range(2):
+        jobs.start(BUILD, [], 0, work)
+    with pytest.raises(Busy):
+        jobs.start(BUILD, [], 0, work)
+    await jobs.close()
+
+
 def test_speed_and_end_are_those_of_the_last_seconds():
     """What was slow long ago counts no longer; a new stage begins anew; what is over has no end to come."""
     now = [0.0]
