@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import jindiskd.daemon  # noqa: F401 (registers the errors of all its parts)
 from jindiskd.bus import faults
 from jindiskd.errors import JindiskError
 
