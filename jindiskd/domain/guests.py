@@ -5,6 +5,7 @@ Used in the event loop alone. It calls nothing: neither libvirt nor files.
 
 from __future__ import annotations
 
+import shutil
 import uuid as uuid_module
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base.platform import Platform
+from jindiskd.base.process import ENVIRONMENT
 from jindiskd.domain import switch, vsock
 from jindiskd.domain.binding import Binding
 from jindiskd.domain.guest import Guest
@@ -62,11 +64,20 @@ class DomainSettings:
         """The program to start for a definition; None where it asks libvirt for the kernel's device.
 
         Raises:
-            NotSupported: it asks for the kernel's, and the kernel has none.
+            NotSupported: it asks for the kernel's, and the kernel has none; or there is no such program.
         """
-        if root.find("devices/vsock") is None:
-            return self.vhost_device_vsock
         problem = switch.why_not()
+        if root.find("devices/vsock") is None:
+            if shutil.which(self.vhost_device_vsock, path=ENVIRONMENT["PATH"]) is None:
+                found = f"its vsock device: there is no program {self.vhost_device_vsock}"
+                if not problem:  # it was made for another kernel, or another setting
+                    raise NotSupported(
+                        found, "install it, or undefine the domain and launch its image, or adopt it again"
+                    )
+                raise NotSupported(
+                    f"{found}, and {problem}", "install vhost-device-vsock, or load the module vhost_vsock"
+                )
+            return self.vhost_device_vsock
         if problem:
             raise NotSupported(f"its vsock device: {problem}", switch.REMEDY)
         return None

@@ -60,8 +60,8 @@ mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mv {emulator} {emulator}.real
 cp {standin} {emulator}
 printf 'namespaces = []\\nsecurity_driver = "none"\\ncgroup_controllers = []\\n' >etc/libvirt/qemu.conf
-chroot . virtlogd -d
-exec chroot . libvirtd --timeout 0
+chroot . virtlogd --daemon --pid-file /run/libvirt/virtlogd.pid
+exec chroot . libvirtd --timeout 0 --pid-file /run/libvirt/libvirtd.pid
 """
 
 

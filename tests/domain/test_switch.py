@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,17 +242,24 @@ def test_the_kernel_is_chosen_where_it_can(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_definition_keeps_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the setting is by now: an adopted domain says itself which device it has."""
+    program = Path("/bin/true")
     settings = DomainSettings(
-        runtime_dir=tmp_path, console_dir=tmp_path, simulated_root=None, vhost_device_vsock=Path("program")
+        runtime_dir=tmp_path, console_dir=tmp_path, simulated_root=None, vhost_device_vsock=program
     )
+    without = replace(settings, vhost_device_vsock=Path("no-such-program"))
     of_kernel = xml.parse("<domain><devices><vsock model='virtio'><cid auto='yes'/></vsock></devices></domain>")
     assert xml.kernel_cid(of_kernel) is None
     monkeypatch.setattr(switch, "why_not", lambda: "")
     assert settings.device_program(of_kernel) is None
-    assert settings.device_program(xml.parse("<domain><devices/></domain>")) == Path("program")
+    of_program = xml.parse("<domain><devices/></domain>")
+    assert settings.device_program(of_program) == program
+    with pytest.raises(NotSupported, match="no-such-program: .*adopt it again"):
+        without.device_program(of_program)
     monkeypatch.setattr(switch, "why_not", lambda: "the kernel has none")
     with pytest.raises(NotSupported, match="the kernel has none"):
         settings.device_program(of_kernel)
+    with pytest.raises(NotSupported, match="no-such-program, and the kernel has none: install"):
+        without.device_program(of_program)
 
 
 @pytest.mark.parametrize(
