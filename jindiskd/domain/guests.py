@@ -67,20 +67,17 @@ class DomainSettings:
             NotSupported: it asks for the kernel's, and the kernel has none; or there is no such program.
         """
         problem = switch.why_not()
-        if root.find("devices/vsock") is None:
-            if shutil.which(self.vhost_device_vsock, path=ENVIRONMENT["PATH"]) is None:
-                found = f"its vsock device: there is no program {self.vhost_device_vsock}"
-                if not problem:  # it was made for another kernel, or another setting
-                    raise NotSupported(
-                        found, "install it, or undefine the domain and launch its image, or adopt it again"
-                    )
-                raise NotSupported(
-                    f"{found}, and {problem}", "install vhost-device-vsock, or load the module vhost_vsock"
-                )
-            return self.vhost_device_vsock
-        if problem:
-            raise NotSupported(f"its vsock device: {problem}", switch.REMEDY)
-        return None
+        if root.find("devices/vsock") is not None:
+            if problem:
+                what = f"the kernel's vsock device, which the definition asks for, ({problem})"
+                raise NotSupported(what, switch.REMEDY)
+            return None
+        if shutil.which(self.vhost_device_vsock, path=ENVIRONMENT["PATH"]) is None:
+            remedy = "install the program, or load the module vhost_vsock and adopt or launch the domain anew"
+            if not problem:  # it was made for another kernel, or by another setting
+                remedy = "install the program, or adopt or launch the domain anew: the kernel has vhost-vsock now"
+            raise NotSupported(f"a vsock device by {self.vhost_device_vsock}, which is not installed,", remedy)
+        return self.vhost_device_vsock
 
     def console(self, uuid: str) -> Path:
         """Where a domain's console log is."""
