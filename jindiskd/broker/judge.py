@@ -14,7 +14,7 @@ from jindiskd.base.platform import Tee
 from jindiskd.kbs import initdata, jwk
 from jindiskd.kbs.binding import report_data
 from jindiskd.kbs.evidence import snp_from_json, tdx_from_json
-from jindiskd.kbs.messages import MalformedMessage, parse_attestation
+from jindiskd.kbs.messages import VERSION, VERSION_0_2, MalformedMessage, parse_attestation
 
 HOST_DATA_BYTES, MR_CONFIG_ID_BYTES = 32, 48
 
@@ -30,7 +30,13 @@ class Attested:
 
 
 def judge(
-    body: bytes, nonce: str, verifiers: Sequence[Verifier], now: datetime, tee: Tee = Tee.SNP
+    body: bytes,
+    nonce: str,
+    verifiers: Sequence[Verifier],
+    now: datetime,
+    tee: Tee = Tee.SNP,
+    *,
+    version: str = VERSION,
 ) -> Attested:
     """Judge the body of an `/attest`; blocks for a millisecond or two.
 
@@ -40,26 +46,29 @@ def judge(
         verifiers: one for each set of roots; the first that accepts the report decides.
         now: to judge dates by.
         tee: the kind of evidence that the guest said it would send.
+        version: of the protocol, as the guest said.
 
     Raises:
         EvidenceRefused: with every reason that could be found.
     """
     try:
-        return _judge(body, nonce, verifiers, now, tee)
+        return _judge(body, nonce, verifiers, now, tee, version)
     except (MalformedMessage, MalformedEvidence) as exc:
         raise EvidenceRefused([Finding("evidence.malformed", str(exc))]) from exc
 
 
-def _judge(body: bytes, nonce: str, verifiers: Sequence[Verifier], now: datetime, tee: Tee) -> Attested:
-    told = parse_attestation(body)
-    if told.nonce != nonce:
+def _judge(
+    body: bytes, nonce: str, verifiers: Sequence[Verifier], now: datetime, tee: Tee, version: str
+) -> Attested:
+    told = parse_attestation(body, version)
+    if version != VERSION_0_2 and told.nonce != nonce:  # there the report alone has it
         raise EvidenceRefused([Finding("session.nonce", "the nonce is not the one that was sent")])
     if told.additional_evidence not in {"", "{}"}:
         raise EvidenceRefused([Finding("evidence.additional", "evidence of devices is not judged by this broker")])
     jwk.public_key(told.tee_pubkey)
     evidence = read_evidence(tee, told.primary_evidence)
     digest, entries = initdata.read(told.init_data["body"]) if told.init_data else (None, None)
-    bound = report_data(nonce, told.tee_pubkey, told.additional_evidence)
+    bound = report_data(nonce, told.tee_pubkey, told.additional_evidence, version)
     verified = judge_any(verifiers, evidence, report_data=bound, now=now)
     if digest is not None and not _binds(verified, digest):
         text = "the report binds other init-data than was sent"

@@ -1,4 +1,4 @@
-"""The key broker: Trustee KBS protocol 0.4.0 as a server, with the freshness messages of JinDisk volumes.
+"""The key broker: Trustee KBS protocol 0.4.0 and 0.2.0 as a server, with the freshness messages of JinDisk volumes.
 
 `/auth` gives a nonce, `/attest` judges the evidence, `/resource` and `/jindisk/release` decide and release. A guest is
 told that it was refused, never why: the reasons go to the audit log and to whoever runs the broker.
@@ -31,7 +31,7 @@ from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
 from jindiskd.errors import InvalidArgument, JindiskError, NotFound
 from jindiskd.kbs import jwe
 from jindiskd.kbs.freshness import parse_release
-from jindiskd.kbs.messages import COOKIE, PREFIX, VERSION, MalformedMessage, check_resource, parse_request
+from jindiskd.kbs.messages import COOKIE, PREFIX, VERSION, VERSIONS, MalformedMessage, check_resource, parse_request
 from jindiskd.keys.store import (
     ApprovalWaiting,
     ImageRecord,
@@ -155,7 +155,7 @@ class Broker:
 
     async def _auth(self, request: web.BaseRequest, peer: Peer) -> web.Response:
         asked = parse_request(await body_of(request))
-        if asked.version != VERSION:
+        if asked.version not in VERSIONS:
             raise Refusal(
                 "AttestationError",
                 f"KBS Client Protocol Version Mismatch: expect ={VERSION} while the request is {asked.version}",
@@ -163,7 +163,9 @@ class Broker:
         if asked.tee not in self._tees:
             raise Refusal("AttestationError", "this broker does not judge that kind of TEE")
         self._turn_away(peer)
-        name, session = await self._keep(self._sessions.new, peer.description, self._tees[asked.tee])
+        name, session = await self._keep(
+            self._sessions.new, peer.description, self._tees[asked.tee], asked.version
+        )
         self._on_event(BrokerEvent(peer=peer, kind="challenged"))
         told = answer({"nonce": session.nonce, "extra-params": ""})
         return with_cookie(told, name, self.limits.session_lifetime_s)
@@ -178,7 +180,7 @@ class Broker:
         try:
             with self.metrics.timed("jindisk_broker_judge_seconds"):
                 arguments = (body, session.nonce, self._verifiers, self._now(), session.tee)
-                found = await asyncio.to_thread(judge, *arguments)
+                found = await asyncio.to_thread(judge, *arguments, version=session.version)
         except EvidenceRefused as exc:
             self.metrics.count("jindisk_broker_attestations_total", outcome="refused")
             await self._keep(self._sessions.end, session)

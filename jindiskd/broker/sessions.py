@@ -21,6 +21,7 @@ from jindiskd.attest.kept import Verified
 from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import BrokerLimits
 from jindiskd.errors import EXIT_BUSY, JindiskError
+from jindiskd.kbs.messages import VERSION
 
 
 class TooManySessions(JindiskError, code="TooManySessions", exit_code=EXIT_BUSY):
@@ -51,6 +52,8 @@ class Session:
     """On the keeper's clock, seconds."""
     tee: Tee = Tee.SNP
     """What kind of evidence the guest said it would send."""
+    version: str = VERSION
+    """Of the protocol that the guest speaks."""
     stage: Stage = Stage.CHALLENGED
     asked: int = 0
     tee_pubkey: dict[str, str] = field(default_factory=dict)
@@ -62,11 +65,14 @@ def session_id(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def draw(peer: str, expires: float, tee: Tee = Tee.SNP) -> tuple[str, Session]:
+def draw(peer: str, expires: float, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
     """A name and a session of that name, with a fresh nonce."""
     name = uuid.uuid4().hex
     nonce = base64.b64encode(secrets.token_bytes(32)).decode()
-    return name, Session(session_id=session_id(name), peer=peer, nonce=nonce, expires=expires, tee=tee)
+    made = Session(
+        session_id=session_id(name), peer=peer, nonce=nonce, expires=expires, tee=tee, version=version
+    )
+    return name, made
 
 
 class SessionKeeper(Protocol):
@@ -75,7 +81,7 @@ class SessionKeeper(Protocol):
     blocking: bool
     """Whether calls block, and belong in a thread."""
 
-    def new(self, peer: str, tee: Tee = Tee.SNP) -> tuple[str, Session]:
+    def new(self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
 
     def find(self, session_id: str, peer: str) -> Session | None:
@@ -109,14 +115,14 @@ class MemorySessions:
         self._of_peer: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def new(self, peer: str, tee: Tee = Tee.SNP) -> tuple[str, Session]:
+    def new(self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
         with self._lock:
             self._expire()
             full = len(self._open) >= self._limits.sessions
             if full or self._of_peer[peer] >= self._limits.sessions_per_peer:
                 raise TooManySessions(peer)
-            name, session = draw(peer, self._clock() + self._limits.session_lifetime_s, tee)
+            name, session = draw(peer, self._clock() + self._limits.session_lifetime_s, tee, version)
             self._open[session.session_id] = session
             self._of_peer[peer] += 1
             return name, session

@@ -15,6 +15,7 @@ from jindiskd.attest.kept import Kept, Verified, keep, restore
 from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import BrokerLimits
 from jindiskd.broker.sessions import Session, Stage, TooManySessions, draw
+from jindiskd.kbs.messages import VERSION
 from jindiskd.keys.database import Database, sessions_table
 
 
@@ -30,10 +31,10 @@ class DatabaseSessions:
     def _now(self) -> float:
         return self._database.now().timestamp()
 
-    def new(self, peer: str, tee: Tee = Tee.SNP) -> tuple[str, Session]:
+    def new(self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
         table, now = sessions_table, self._now()
-        name, session = draw(peer, now + self._limits.session_lifetime_s, tee)
+        name, session = draw(peer, now + self._limits.session_lifetime_s, tee, version)
         counts = sa.select(
             sa.func.count(), sa.func.coalesce(sa.func.sum(sa.case((table.c.peer == peer, 1), else_=0)), 0)
         )
@@ -51,7 +52,7 @@ class DatabaseSessions:
                     expires=session.expires,
                     asked=0,
                     tee_pubkey={},
-                    facts={"tee": tee.value},
+                    facts={"tee": tee.value, "version": version},
                     report=b"",
                 )
             )
@@ -113,6 +114,7 @@ def _session(row: Mapping[Any, Any]) -> Session:
         nonce=row["nonce"],
         expires=row["expires"],
         tee=tee,
+        version=row["facts"].get("version", VERSION),
         stage=Stage(row["stage"]),
         asked=row["asked"],
         tee_pubkey=row["tee_pubkey"],

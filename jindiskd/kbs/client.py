@@ -27,7 +27,16 @@ from jindiskd.errors import EXIT_REFUSED, JindiskError
 from jindiskd.kbs import jwe, jwk
 from jindiskd.kbs.binding import report_data
 from jindiskd.kbs.freshness import VolumeGrant, VolumeState, dump_release
-from jindiskd.kbs.messages import COOKIE, PREFIX, VERSION, MalformedMessage, check_resource, read_object
+from jindiskd.kbs.messages import (
+    COOKIE,
+    PREFIX,
+    VERSION,
+    VERSION_0_2,
+    VERSIONS,
+    MalformedMessage,
+    check_resource,
+    read_object,
+)
 
 MAX_ANSWER_BYTES = 4 << 20
 MAX_HEADER_BYTES = 16 << 10
@@ -115,11 +124,14 @@ class KbsClient:
             connection, and must itself return within a few seconds.
         spki_sha256: SHA-256 (32 bytes) of the DER SubjectPublicKeyInfo of the broker's certificate.
         deadline: `time.monotonic()` after which everything gives up.
+
+    It speaks version 0.4.0, and 0.2.0 with a broker that says it speaks that alone: it is the pinned one that says so.
     """
 
     def __init__(self, connect: Callable[[], socket.socket], *, spki_sha256: bytes, deadline: float) -> None:
         """Connect nothing yet."""
         self._connect, self._pin, self._deadline = connect, spki_sha256, deadline
+        self._version = VERSION
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._context.minimum_version = ssl.TLSVersion.TLSv1_3
         self._context.check_hostname = False
@@ -223,6 +235,9 @@ class KbsClient:
             except MalformedMessage as exc:
                 problem = BrokerMisbehaved(exc.problem)
             except BrokerRefused as exc:
+                if exc.versions and exc.versions[0] in VERSIONS and exc.versions[0] != self._version == VERSION:
+                    self._version = exc.versions[0]
+                    continue
                 if not may_try_again(exc, refusals):
                     raise
                 refusals += exc.kind in ONCE_MORE
@@ -241,7 +256,8 @@ class KbsClient:
         evidence: Callable[[bytes], Mapping[str, Any]],
     ) -> str:
         """Run request, challenge, attestation; returns the session's cookie."""
-        request = {"version": VERSION, "tee": tee, "extra-params": {"supported-hash-algorithms": ["sha384"]}}
+        version = self._version
+        request = {"version": version, "tee": tee, "extra-params": {"supported-hash-algorithms": ["sha384"]}}
         body, cookie = self._answer(channel, "POST", f"{PREFIX}/auth", json.dumps(request).encode(), None)
         challenge = read_object(body, "the challenge")
         nonce, extra = challenge.get("nonce"), challenge.get("extra-params")
@@ -250,11 +266,14 @@ class KbsClient:
         if isinstance(extra, dict) and str(extra.get("selected-hash-algorithm", "sha384")).lower() != "sha384":
             raise MalformedMessage("the challenge", "a digest was chosen that was not offered")
         public = jwk.tee_jwk(key.public_key())
-        attestation = {
+        made = evidence(report_data(nonce, public, version=version))
+        attestation: dict[str, Any] = {
             "init-data": None,
             "runtime-data": {"nonce": nonce, "tee-pubkey": public},
-            "tee-evidence": {"primary_evidence": evidence(report_data(nonce, public)), "additional_evidence": ""},
+            "tee-evidence": {"primary_evidence": made, "additional_evidence": ""},
         }
+        if version == VERSION_0_2:
+            attestation = {"tee-pubkey": public, "tee-evidence": made}
         self._answer(channel, "POST", f"{PREFIX}/attest", json.dumps(attestation).encode(), cookie)
         return cookie
 

@@ -1,4 +1,8 @@
-"""The protocol's messages, read strictly: size, depth, duplicates, types (Trustee KBS protocol 0.4.0)."""
+"""The protocol's messages, read strictly: size, depth, duplicates, types (Trustee KBS protocol 0.4.0, and 0.2.0).
+
+Version 0.2.0 differs in the attestation alone: no nonce in it, no wrapper around key and evidence, no additional
+evidence, no init-data (section 16.1). Older ones sealed keys in another way, and are not spoken.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from typing import Any
 from jindiskd.errors import InvalidArgument, JindiskError
 
 VERSION = "0.4.0"
+VERSION_0_2 = "0.2.0"
+VERSIONS = (VERSION, VERSION_0_2)
 MAX_BODY_BYTES = 1 << 20  # a TDX event log fits
 MAX_DEPTH = 16
 PREFIX = "/kbs/v0"
@@ -96,26 +102,37 @@ def parse_request(body: bytes) -> AuthRequest:
     return AuthRequest(version=_text(value, "version", "the request", 32), tee=_text(value, "tee", "the request", 32))
 
 
-def parse_attestation(body: bytes) -> Attestation:
-    """Read the body of `/attest` (section 5)."""
+def parse_attestation(body: bytes, version: str = VERSION) -> Attestation:
+    """Read the body of `/attest` (section 5; in version 0.2.0 section 16.1, whose `nonce` is empty here)."""
     what = "the attestation"
     value = read_object(body, what)
+    if version == VERSION_0_2:
+        return Attestation(
+            nonce="",
+            tee_pubkey=_key(value.get("tee-pubkey"), what),
+            primary_evidence=value.get("tee-evidence"),
+            additional_evidence="",
+            init_data=None,
+        )
     runtime, evidence = value.get("runtime-data"), value.get("tee-evidence")
     if not isinstance(runtime, dict) or not isinstance(evidence, dict):
         raise MalformedMessage(what, "runtime-data or tee-evidence is not an object")
-    key = runtime.get("tee-pubkey")
-    if not isinstance(key, dict) or not all(isinstance(part, str) for part in key.values()):
-        raise MalformedMessage(what, "tee-pubkey is not an object of strings")
     init = value.get("init-data")
     if init is not None and (not isinstance(init, dict) or set(init) != {"format", "body"} or init["format"] != "toml"):
         raise MalformedMessage(what, "init-data is neither null nor a TOML document")
     return Attestation(
         nonce=_text(runtime, "nonce", what, 256),
-        tee_pubkey=key,
+        tee_pubkey=_key(runtime.get("tee-pubkey"), what),
         primary_evidence=evidence.get("primary_evidence"),
         additional_evidence=_text(evidence, "additional_evidence", what, MAX_BODY_BYTES),
         init_data=init,
     )
+
+
+def _key(value: object, what: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(part, str) for part in value.values()):
+        raise MalformedMessage(what, "tee-pubkey is not an object of strings")
+    return value
 
 
 def check_resource(resource: str) -> str:

@@ -201,12 +201,26 @@ def test_trouble_at_the_broker_is_waited_out(broker: Scripted, kind: str) -> Non
 
 def test_a_version_mismatch_names_both_versions(broker: Scripted) -> None:
     """And is not tried again."""
-    detail = "KBS Client Protocol Version Mismatch: expect =0.2.0 while the request is 0.4.0"
+    detail = "KBS Client Protocol Version Mismatch: expect =0.3.0 while the request is 0.4.0"
     broker.answers["auth"] = [refusal("AttestationError", detail)]
-    with pytest.raises(BrokerRefused, match=r"version 0\.2\.0, this guest 0\.4\.0") as refused:
+    with pytest.raises(BrokerRefused, match=r"version 0\.3\.0, this guest 0\.4\.0") as refused:
         broker.fetch()
-    assert refused.value.versions == ("0.2.0", "0.4.0")
+    assert refused.value.versions == ("0.3.0", "0.4.0")
     assert broker.asked == ["auth"]
+
+
+def test_the_other_version_is_tried_once(broker: Scripted) -> None:
+    """A broker that wants whatever is not said does not keep a guest busy."""
+
+    def contrary(told: dict[str, Any]) -> Answer:
+        other = "0.2.0" if told["version"] == "0.4.0" else "0.4.0"
+        detail = f"KBS Client Protocol Version Mismatch: expect ={other} while the request is {told['version']}"
+        return refusal("AttestationError", detail)
+
+    broker.answers["auth"] = [contrary]
+    with pytest.raises(BrokerRefused, match=r"version 0\.4\.0, this guest 0\.2\.0"):
+        broker.fetch()
+    assert broker.asked == ["auth", "auth"]
 
 
 def test_a_broker_with_another_key_is_told_nothing(broker: Scripted) -> None:
