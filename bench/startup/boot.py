@@ -41,7 +41,7 @@ from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import listen_unix
 from jindiskd.broker.service import Broker, BrokerLimits, Peer
 from jindiskd.guest.config import BrokerPin, GuestConfig, JindiskExpectation, RootVolume
-from jindiskd.image import initrd
+from jindiskd.image import initrd, python_closure
 from jindiskd.image.cpio import Archive
 from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys.store import Store
@@ -115,7 +115,7 @@ class Bench:
         made = initrd.build_initrd(config=config, modules_dir=self.kernel.modules, output=path)
         if way == "plain":
             # The same archive, and another archive behind it with another /init: the kernel unpacks both in turn.
-            text = PLAIN.format(python=initrd.python_name(), modules=made.modules)
+            text = PLAIN.format(python=python_closure.python_name(), modules=made.modules)
             archive = Archive()
             archive.file("init", text.encode(), 0o755)
             files.replace_file(path, path.read_bytes() + archive.to_gzip(0))

@@ -20,7 +20,7 @@ from small_broker import SmallBroker, firmware
 
 from jindiskd.guest.codes import Code
 from jindiskd.guest.config import BrokerPin, GuestConfig, RootVolume
-from jindiskd.image import cpio, initrd
+from jindiskd.image import cpio, initrd, python_closure
 from jindiskd.image.initrd import build_initrd
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
@@ -340,12 +340,12 @@ def test_panic_ends_the_machine(boot, guest_kernel) -> None:
     archive = cpio.Archive()
     for directory in initrd.EMPTY:
         archive.directory(directory)
-    for name in initrd.MERGED:
+    for name in python_closure.MERGED:
         archive.directory(f"usr/{name}")
         archive.link(name, f"usr/{name}")
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3)
-    initrd.add_python(archive, (initrd.ENTRY, *initrd.LATE_IMPORTS))
+    python_closure.add_python(archive, (initrd.ENTRY, *python_closure.LATE_IMPORTS))
     archive.file("etc/jindisk/guest.json", b"{}")
     archive.file("init", initrd.init_script(), 0o755)
     path = boot.tmp_path / "damaged"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import testroot
 
-from jindiskd.image import cpio, initrd, kmod
+from jindiskd.image import cpio, initrd, kmod, python_closure
 
 AGENT = Path(__file__).with_name("setup_agent.py")
 PROGRAM = Path(sys.executable).with_name("jindisksetup")
@@ -22,7 +22,7 @@ def make_initrd(target: Path, modules_dir: Path) -> Path:
     archive = cpio.Archive()
     for directory in initrd.EMPTY:
         archive.directory(directory)
-    for name in initrd.MERGED:
+    for name in python_closure.MERGED:
         archive.directory(f"usr/{name}")
         archive.link(name, f"usr/{name}")
     archive.node("dev/console", 5, 1)
@@ -31,7 +31,7 @@ def make_initrd(target: Path, modules_dir: Path) -> Path:
         "jindiskd.jindisksetup.main", "jindiskd.jindisksetup.format1", "jindiskd.jindisksetup.format2",
         "jindiskd.guest.modules", "jindiskd.guest.mounts", "ctypes", "json", "click.shell_completion", "encodings.idna",
     )  # fmt: skip
-    initrd.add_python(archive, (*entries, *initrd.LATE_IMPORTS))
+    python_closure.add_python(archive, (*entries, *python_closure.LATE_IMPORTS))
     listed = []
     for file in kmod.needed_modules(modules_dir, [*initrd.BASE_MODULES, "nbd", "ext4", "dm_mod"]):
         listed.append(f"/mod/{file.name.partition('.ko')[0]}.ko")
@@ -42,7 +42,7 @@ def make_initrd(target: Path, modules_dir: Path) -> Path:
     archive.file("key", KEY, 0o600)
     archive.file("agent/setup_agent.py", AGENT.read_bytes())
     script = "import sys; sys.path.append('/agent')\nfrom setup_agent import main\nmain()\n"
-    archive.file("init", f"#!/usr/bin/{initrd.python_name()} -ISB\n{script}".encode(), 0o755)
+    archive.file("init", f"#!/usr/bin/{python_closure.python_name()} -ISB\n{script}".encode(), 0o755)
     target.write_bytes(archive.to_gzip())
     return target
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import testroot
 
-from jindiskd.image import cpio, initrd, kmod
+from jindiskd.image import cpio, initrd, kmod, python_closure
 
 AGENT = Path(__file__).with_name("storage_agent.py")
 
@@ -66,12 +66,12 @@ def make_initrd(target: Path, modules_dir: Path, device: str, init: str) -> Path
     archive = cpio.Archive()
     for directory in initrd.EMPTY:
         archive.directory(directory)
-    for name in initrd.MERGED:
+    for name in python_closure.MERGED:
         archive.directory(f"usr/{name}")
         archive.link(name, f"usr/{name}")
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3)
-    initrd.add_python(archive, (initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))
+    python_closure.add_python(archive, (initrd.ENTRY, *initrd.STORAGE_ENTRIES, *python_closure.LATE_IMPORTS))
     listed = []
     for file in kmod.needed_modules(modules_dir, [*initrd.BASE_MODULES, *initrd.JINDISK_MODULES, "ext4"]):
         listed.append(f"/mod/{file.name.partition('.ko')[0]}.ko")
@@ -79,7 +79,7 @@ def make_initrd(target: Path, modules_dir: Path, device: str, init: str) -> Path
     archive.file("modules.list", "\n".join(listed).encode())
     archive.file("agent/storage_agent.py", AGENT.read_bytes())
     script = f"import sys; sys.path.append('/agent')\nfrom storage_agent import main\nmain({device!r}, {init!r})\n"
-    archive.file("init", f"#!/usr/bin/{initrd.python_name()} -ISB\n{script}".encode(), 0o755)
+    archive.file("init", f"#!/usr/bin/{python_closure.python_name()} -ISB\n{script}".encode(), 0o755)
     archive.file("shutdown", initrd.shutdown_script(), 0o755)
     target.write_bytes(archive.to_gzip())
     return target

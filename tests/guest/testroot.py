@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jindiskd.base.secret import Secret
 from jindiskd.guest.config import Luks2Expectation
-from jindiskd.image import initrd
+from jindiskd.image import python_closure
 from jindiskd.image.cpio import Archive
 from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.create import create_volume
@@ -77,20 +77,20 @@ def make_root(
 ) -> Path:
     """An ext4 file with an interpreter, its further `modules`, the init above, and `files`."""
     archive = Archive()
-    for name in initrd.MERGED:
+    for name in python_closure.MERGED:
         archive.directory(f"usr/{name}")
         archive.link(name, f"usr/{name}")
     for name in ("dev", "proc", "sys", "run", "etc", "tmp"):
         archive.directory(name)
     plain = ("json", "ctypes", "os", "signal", "socket", "time", "encodings.ascii", "struct")
-    initrd.add_python(archive, (*plain, *modules))
+    python_closure.add_python(archive, (*plain, *modules))
     for folder in sorted({str(Path(name).parent) for name in files or ()} - {"."}):
         archive.directory(folder)
     for name, content in (files or {}).items():
         archive.file(name, content)
     archive.file("etc/secret", b"inside")
     archive.file("etc/broken-init", b"no program", 0o755)
-    archive.file(init_path, init.format(python=initrd.python_name()).encode(), 0o755)
+    archive.file(init_path, init.format(python=python_closure.python_name()).encode(), 0o755)
     tree, image = directory / "tree", directory / "root.ext4"
     write_tree(archive, tree)
     with image.open("wb") as file:

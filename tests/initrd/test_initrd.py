@@ -16,8 +16,9 @@ import pytest
 from jindiskd.base import document
 from jindiskd.errors import JindiskError
 from jindiskd.guest.config import BrokerPin, GuestConfig, JindiskExpectation, Luks2Expectation, RootVolume
-from jindiskd.image import initrd
-from jindiskd.image.initrd import InitrdFailed, build_initrd, closure, library_place
+from jindiskd.image import initrd, python_closure
+from jindiskd.image.initrd import build_initrd
+from jindiskd.image.python_closure import InitrdFailed, closure, library_place
 
 CLOSURE = Path(__file__).with_name("closure.txt")
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ def test_nothing_else_is_inside(built) -> None:
     """No shell, no second program, no writable or setuid file, no certificate, no network tool."""
     names = listing(built[0])
     programs = [name for name in names if name.startswith(("usr/bin/", "usr/sbin/"))]
-    assert programs == [f"usr/bin/{initrd.python_name()}"]
+    assert programs == [f"usr/bin/{python_closure.python_name()}"]
     for name, columns in names.items():
         assert columns[0][0] in "-dlc", name
         assert not set(columns[0]) & set("sStT"), name
@@ -130,7 +131,7 @@ def test_lsinitramfs_agrees(built) -> None:
 
 def test_closure_is_pinned() -> None:
     """These modules of others are in the initrd. If a change is wanted, JINDISK_REGENERATE=1 writes it down."""
-    names = [module.name for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))]
+    names = [module.name for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *python_closure.LATE_IMPORTS))]
     names = [name for name in names if name.partition(".")[0] != "jindiskd"]
     versions = f"# Python {sys.version_info.major}.{sys.version_info.minor}, cryptography {cryptography.__version__}"
     text = "\n".join([versions, *names]) + "\n"
@@ -144,7 +145,7 @@ def test_closure_is_pinned() -> None:
 
 def test_closure_respects_the_layers() -> None:
     """Of our own packages the guest has only those that the agent may import, and no heavy library."""
-    names = [module.name for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))]
+    names = [module.name for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *python_closure.LATE_IMPORTS))]
     ours = {".".join(name.split(".")[:2]) for name in names if name.startswith("jindiskd.")}
     assert ours <= {f"jindiskd.{name}" for name in ("errors", "base", "guest", "kbs", "luks2", "jindisk")}
     assert not {"jindiskd.base.log", "jindiskd.base.process", "jindiskd.luks2.populate"} & set(names)
@@ -161,7 +162,7 @@ def test_engine_only_where_it_is_used(built, kernel_modules, tmp_path) -> None:
     build_initrd(config=dataclasses.replace(CONFIG, root=root), modules_dir=kernel_modules, output=tmp_path / "initrd")
     names = listing(tmp_path / "initrd")
     assert names["shutdown"][0] == "-rwxr-xr-x"
-    assert f"usr/lib/{initrd.python_name()}/jindiskd/jindisk/session.pyc" in names
+    assert f"usr/lib/{python_closure.python_name()}/jindiskd/jindisk/session.pyc" in names
 
 
 def test_module_choice(kernel_modules) -> None:
@@ -214,13 +215,13 @@ def test_compiled_form(tmp_path) -> None:
     """Bytecode that is not checked against a source, with the path it will have in the guest."""
     source = tmp_path / "m.py"
     source.write_text("def f():\n    return {'a', 'b', 'c'}, frozenset((1, 2)), 1.5, b'x', ...\n")
-    first = initrd.compiled(source, "/usr/lib/m.py")
+    first = python_closure.compiled(source, "/usr/lib/m.py")
     assert first[4:8] == b"\1\0\0\0"
     assert os.fsencode(tmp_path) not in first
     target = tmp_path / "lib" / "m.pyc"
     target.parent.mkdir()
     target.write_bytes(first)
-    command = [os.fspath(initrd.base_interpreter()), "-ISc"]
+    command = [os.fspath(python_closure.base_interpreter()), "-ISc"]
     program = f"import sys; sys.path = [{os.fspath(target.parent)!r}, *sys.path]; import m; print(sorted(m.f()[0]))"
     assert subprocess.check_output([*command, program], text=True) == "['a', 'b', 'c']\n"
 
@@ -245,11 +246,11 @@ def test_shared_libraries_against_readelf(built) -> None:
         pytest.skip("the program readelf is missing; install the package binutils")
     files = [
         module.file
-        for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *initrd.LATE_IMPORTS))
+        for module in closure((initrd.ENTRY, *initrd.STORAGE_ENTRIES, *python_closure.LATE_IMPORTS))
         if module.file.suffix == ".so"
     ]
     present = {Path(name).name for name in listing(built[0])}
-    for file in [initrd.base_interpreter(), *files]:
+    for file in [python_closure.base_interpreter(), *files]:
         shown = subprocess.check_output(["readelf", "-d", os.fspath(file)], text=True)
         needed = [line.partition("[")[2].rstrip("]") for line in shown.splitlines() if "(NEEDED)" in line]
         assert set(needed) <= present, file
@@ -258,7 +259,7 @@ def test_shared_libraries_against_readelf(built) -> None:
 def test_types_of_entries(built) -> None:
     """The links of a merged /usr and the mount points are there."""
     names = listing(built[0])
-    for name in initrd.MERGED:
+    for name in python_closure.MERGED:
         assert names[name][0][0] == "l"
     for name in initrd.EMPTY:
         assert names[name][0][0] == "d"
@@ -280,7 +281,7 @@ def test_plug_ins_of_the_guest(kernel_modules, tmp_path, monkeypatch):
     assert extract(output, initrd.KEY_PROGRAM) == b"#!program"
     names = listing(output)
     assert names[initrd.KEY_PROGRAM][0] == "-rwxr-xr-x"
-    library = f"usr/lib/{initrd.python_name()}"
+    library = f"usr/lib/{python_closure.python_name()}"
     for module in ("sample_source", "colorsys", "jindiskd/guest/script"):
         assert f"{library}/{module}.pyc" in names
     plain = listing(build_plain(kernel_modules, tmp_path))
