@@ -44,8 +44,8 @@ DEVICE_WAIT_S = 15.0
 class Agent:
     """One boot."""
 
-    def __init__(self) -> None:
-        self.progress = Progress()
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = progress or Progress()
         self._began_s = time.monotonic()
 
     def run(self) -> NoReturn:
@@ -56,17 +56,36 @@ class Agent:
         """
         with failing_with(Code.MOUNTS):
             mounts.mount_kernel_filesystems()
-        with failing_with(Code.CONFIG):
-            config = document.load(
-                GuestConfig, Path("/", guest_config.PATH).read_bytes(), document="guest configuration"
-            )
-            platform = Platform(config.platform)
-            root = config.root
-            luks2, jindisk, jindisk1 = root.luks2, root.jindisk, root.jindisk1
-            if config.schema != guest_config.SCHEMA or [luks2, jindisk, jindisk1].count(None) != 2:
-                raise GuestFailure(Code.CONFIG)
+        config = measured_config()
         watchdog = power.Watchdog(config.timeout_s, self.progress)
         settings = harden_kernel()
+        node = self.open_root(config)
+        with failing_with(Code.ROOT_MOUNT):
+            mounts.mount_root(os.fspath(node), SYSROOT, config.root.filesystem, config.root.options)
+        if not switch_root.find_init(SYSROOT, config.init):
+            raise GuestFailure(Code.INIT_MISSING)
+        with failing_with(Code.SWITCH_ROOT):
+            soften_kernel(settings)
+            self.progress.stage(Stage.RUNNING)
+            self.progress.close()
+            if config.root.jindisk is not None:
+                switch_root.keep_initrd()
+            switch_root.move_mounts(SYSROOT)
+            old = switch_root.enter(SYSROOT)
+            if config.root.jindisk is None:
+                switch_root.delete_files(old)
+            os.close(old)
+            watchdog.stop()
+            switch_root.start_init(config.init)
+
+    def open_root(self, config: GuestConfig) -> Path:
+        """Load the modules, attest, and open the root volume; returns the node of the block device.
+
+        Raises:
+            GuestFailure: with the code for what went wrong.
+        """
+        platform = Platform(config.platform)
+        luks2, jindisk, jindisk1 = config.root.luks2, config.root.jindisk, config.root.jindisk1
         with failing_with(Code.MODULES):
             modules.load_modules(Path(module) for module in config.modules)
         if platform in {Platform.SNP, Platform.TDX}:
@@ -90,24 +109,7 @@ class Agent:
             assert jindisk1 is not None, "checked with the configuration"
             node = self._open_jindisk1(config, jindisk1, broker)
         self.progress.stage(Stage.UNLOCKED)
-        with failing_with(Code.ROOT_MOUNT):
-            mounts.mount_root(os.fspath(node), SYSROOT, config.root.filesystem, config.root.options)
-        if not switch_root.find_init(SYSROOT, config.init):
-            raise GuestFailure(Code.INIT_MISSING)
-        with failing_with(Code.SWITCH_ROOT):
-            for path, value in settings.items():
-                path.write_text(value, encoding="ascii")
-            self.progress.stage(Stage.RUNNING)
-            self.progress.close()
-            if jindisk is not None:
-                switch_root.keep_initrd()
-            switch_root.move_mounts(SYSROOT)
-            old = switch_root.enter(SYSROOT)
-            if jindisk is None:
-                switch_root.delete_files(old)
-            os.close(old)
-            watchdog.stop()
-            switch_root.start_init(config.init)
+        return node
 
     def _key_source(self, config: GuestConfig, platform: Platform) -> GuestBroker:
         """Where the key comes from: the broker, or a program that takes its place for volumes with a raw key."""
@@ -188,6 +190,21 @@ class Agent:
         self.progress.stage(Stage.KEY)
 
 
+def measured_config(path: Path = Path("/", guest_config.PATH)) -> GuestConfig:
+    """The configuration in the initrd.
+
+    Raises:
+        GuestFailure: `CONFIG`: it is missing, or not what this agent understands.
+    """
+    with failing_with(Code.CONFIG):
+        config = document.load(GuestConfig, path.read_bytes(), document="guest configuration")
+        Platform(config.platform)
+        root = config.root
+        if config.schema != guest_config.SCHEMA or [root.luks2, root.jindisk, root.jindisk1].count(None) != 2:
+            raise GuestFailure(Code.CONFIG)
+        return config
+
+
 def harden_kernel() -> Mapping[Path, str]:
     """No core dumps of ours, no limping on after an oops, a quiet console; returns what to put back at the end.
 
@@ -202,6 +219,12 @@ def harden_kernel() -> Mapping[Path, str]:
         PANIC.write_text("1", encoding="ascii")
     PRINTK.write_text("3", encoding="ascii")  # what is worse than an error
     return settings
+
+
+def soften_kernel(settings: Mapping[Path, str]) -> None:
+    """Put back what `harden_kernel` returned."""
+    for path, value in settings.items():
+        path.write_text(value, encoding="ascii")
 
 
 def main() -> NoReturn:

@@ -31,6 +31,7 @@ class Code(enum.StrEnum):
     ROOT_MOUNT = "E44"
     INIT_MISSING = "E45"
     SWITCH_ROOT = "E46"
+    INITRAMFS = "E47"
     VOLUME = "E50"
     STALE = "E51"
     STORAGE = "E52"
@@ -72,6 +73,8 @@ SENTENCES = {
     Code.ROOT_MOUNT: "the root file system could not be mounted; the disk's content may be damaged or altered",
     Code.INIT_MISSING: "the root file system has no init program at the place the image names",
     Code.SWITCH_ROOT: "the guest could not hand over to the system's init",
+    Code.INITRAMFS: "the initramfs that the guest's distribution made did not come to the root, or was told to open a"
+    " shell; its own words are on the guest's console",
     Code.VOLUME: "the JinDisk volume is damaged, or not the one the image was built with",
     Code.STALE: "the JinDisk volume is not in its latest state: an old copy of the disk was attached",
     Code.STORAGE: "the guest could not start the JinDisk volume's storage process",

@@ -34,6 +34,8 @@ DM_LIST_VERSIONS = 0xC138FD0D
 DM_PERSISTENT_DEV_FLAG = 1 << 3
 DM_BUFFER_FULL_FLAG = 1 << 8
 DM_SECURE_DATA_FLAG = 1 << 15  # the kernel wipes its copy of the buffer
+PRIMARY_SOURCE = 0x40 << 16
+"""The flag of libdevmapper.h by which udev's rules know a mapping that was activated properly, as an event's number."""
 
 # Above 1024 bytes Python hands the kernel our buffer itself; below, a copy of its own that nobody wipes.
 BUFFER_BYTES = 4096
@@ -56,7 +58,9 @@ class Mapping:
         return Path(f"/dev/dm-{self.minor}")
 
 
-def pack_header(name: str, *, uuid: str = "", targets: int = 0, flags: int = 0, total_bytes: int) -> bytes:
+def pack_header(
+    name: str, *, uuid: str = "", targets: int = 0, flags: int = 0, event: int = 0, total_bytes: int
+) -> bytes:
     """A `struct dm_ioctl`, 312 bytes, for a buffer of `total_bytes` whose payload begins right behind it.
 
     Raises:
@@ -65,7 +69,7 @@ def pack_header(name: str, *, uuid: str = "", targets: int = 0, flags: int = 0, 
     raw_name, raw_uuid = name.encode(), uuid.encode()
     if len(raw_name) >= NAME_BYTES or len(raw_uuid) >= UUID_BYTES:
         raise ValueError("the name or UUID of a mapping is too long")
-    return HEADER.pack(*VERSION, total_bytes, HEADER.size, targets, 0, flags, 0, 0, 0, raw_name, raw_uuid)
+    return HEADER.pack(*VERSION, total_bytes, HEADER.size, targets, 0, flags, event, 0, 0, raw_name, raw_uuid)
 
 
 def pack_table(name: str, sectors: int, kind: str, parameters: bytearray) -> bytearray:
@@ -154,7 +158,7 @@ def activate(
         ioctl(descriptor, DM_DEV_CREATE, _padded(pack_header(name, uuid=uuid, total_bytes=BUFFER_BYTES)))
         try:
             ioctl(descriptor, DM_TABLE_LOAD, table)
-            answer = _padded(pack_header(name, total_bytes=BUFFER_BYTES))
+            answer = _padded(pack_header(name, event=PRIMARY_SOURCE, total_bytes=BUFFER_BYTES))
             ioctl(descriptor, DM_DEV_SUSPEND, answer)  # without DM_SUSPEND_FLAG this resumes
         except OSError:
             ioctl(descriptor, DM_DEV_REMOVE, _padded(pack_header(name, total_bytes=BUFFER_BYTES)))

@@ -71,7 +71,4 @@ class Jindisk1Root:
             kind=TARGET,
             parameters=dm.jindisk_parameters(key.reveal(), os.fspath(self._device)),
         )
-        path = Path("/dev/mapper") / mapping
-        path.symlink_to(f"../{active.node.name}")
-        udev.remember_mapping(active)
-        return path
+        return udev.publish(active)

@@ -20,6 +20,7 @@ MS_BIND = 4096
 MS_MOVE = 8192
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
+CLONE_NEWNS = 0x00020000  # linux/sched.h
 MNT_DETACH = 2
 
 # linux/reboot.h; the C library's reboot() supplies the magic numbers.
@@ -70,6 +71,11 @@ def mount(source: str, target: Path, kind: str, flags: int = 0, options: str = "
 def unmount(target: Path, flags: int = 0) -> None:
     """umount2(2)."""
     _call("umount2", os.fsencode(target), flags)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2), which Python's `os` has from 3.12."""
+    _call("unshare", flags)
 
 
 def load_module(descriptor: int, parameters: str = "") -> None:

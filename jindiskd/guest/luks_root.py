@@ -58,7 +58,4 @@ class LuksRoot:
                 sector_bytes=checked.sector_bytes,
             ),
         )
-        path = Path("/dev/mapper") / mapping
-        path.symlink_to(f"../{active.node.name}")
-        udev.remember_mapping(active)
-        return path
+        return udev.publish(active)

@@ -28,6 +28,7 @@ from jindiskd.jindisk import nbd_kernel
 NODE = Path("/dev/nbd0")
 CONTROL = Path("/run/jindisk/storage")
 BLOCK_BYTES = 4096
+ROOT_GROUPS = tuple(Path("/sys/fs/cgroup", *name, "cgroup.procs") for name in ((), ("unified",), ("systemd",)))
 READ_AHEAD = Path("/sys/class/block", NODE.name, "queue/read_ahead_kb")
 READ_AHEAD_KIB = 1024
 OOM_NEVER = "-1000"
@@ -114,6 +115,7 @@ def _run(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes
 def harden() -> None:
     """Make this process one that survives, stays in memory and leaves no dump."""
     mark_survivor()
+    leave_unit()
     os.setsid()
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
@@ -129,6 +131,13 @@ def mark_survivor() -> None:
     """Begin our command line with `@`, in place: the kernel shows others the bytes that are there."""
     fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     ctypes.memset(int(fields[45]), ord("@"), 1)  # arg_start, field 48 of proc(5); the split begins at field 3
+
+
+def leave_unit() -> None:
+    """Belong to no unit, where an init that has units runs already: stopping the unit would end us."""
+    for group in ROOT_GROUPS:
+        with contextlib.suppress(OSError):  # there are none, as in our own initrd
+            group.write_text("0", encoding="ascii")
 
 
 def read_ahead() -> None:

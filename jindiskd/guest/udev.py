@@ -2,16 +2,32 @@
 
 The device-mapper rules (10-dm.rules, udev/12-dm-permissions in LVM2) ignore a mapping at cold plug that no udev saw
 when it was activated, and systemd then waits in vain for its device unit. A distribution's initramfs hands its udev
-database over in /run/udev; this writes the one record that the rules import from there.
+database over in /run/udev; this writes the one record that the rules import from there. Where a udev runs already, in
+such an initramfs, it hears of the mapping from the kernel, and makes link and record itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 from jindiskd.guest.dm import Mapping
 
 DATABASE = Path("/run/udev/data")
+CONTROL = Path("/run/udev/control")
+"""A udev that runs listens there."""
+MAPPER = Path("/dev/mapper")
+
+
+def publish(mapping: Mapping) -> Path:
+    """Make the link that an active mapping is known by, and see to it that udev takes the mapping for what it is."""
+    path = MAPPER / mapping.name
+    with contextlib.suppress(FileExistsError):
+        path.symlink_to(os.path.relpath(mapping.node, MAPPER))
+    if not CONTROL.exists():
+        remember_mapping(mapping)
+    return path
 
 
 def remember_mapping(mapping: Mapping, database: Path = DATABASE) -> None:

@@ -100,6 +100,20 @@ def test_nothing_is_left_after_a_refusal(tmp_path, failing) -> None:
     assert parameters == bytes(6)
 
 
+def test_udev_is_told_that_it_was_activated_properly(tmp_path) -> None:
+    """The flag that the rules of the device mapper look for is in the event of the resumed mapping, and there alone."""
+    control, events = tmp_path / "control", {}
+    control.touch()
+
+    def note(_descriptor: int, request: int, buffer: bytearray) -> int:
+        events[request] = struct.unpack_from("<I", buffer, 32)[0]
+        return 0
+
+    dm.activate("root", "U", sectors=8, kind="crypt", parameters=bytearray(1), control=control, ioctl=note)
+    # libdevmapper.h: DM_UDEV_PRIMARY_SOURCE_FLAG 0x0040, DM_UDEV_FLAGS_SHIFT 16
+    assert events == {dm.DM_DEV_CREATE: 0, dm.DM_TABLE_LOAD: 0, dm.DM_DEV_SUSPEND: 0x0040 << 16}
+
+
 def test_jindisk_table() -> None:
     """As in `docs/formats/jindisk1.md`, section 13: key, IV, path, flag."""
     parameters = dm.jindisk_parameters(bytearray(range(28)), "/dev/vda3")

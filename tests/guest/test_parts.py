@@ -143,3 +143,20 @@ def test_udev_record(tmp_path) -> None:
     """The record that 10-dm.rules import has the property they ask for."""
     udev.remember_mapping(Mapping(name="root", major=253, minor=7), tmp_path / "data")
     assert "E:DM_UDEV_PRIMARY_SOURCE_FLAG=1\n" in (tmp_path / "data/b253:7").read_text()
+
+
+def test_a_mapping_is_published_once(tmp_path, monkeypatch) -> None:
+    """With a udev running, link and record are its own; without, both are made; a link that is there is no error."""
+    monkeypatch.setattr(udev, "MAPPER", tmp_path / "mapper")
+    monkeypatch.setattr(udev, "CONTROL", tmp_path / "control")
+    told: list[Mapping] = []
+    monkeypatch.setattr(udev, "remember_mapping", told.append)
+    (tmp_path / "mapper").mkdir()
+    mapping = Mapping(name="root", major=254, minor=3)
+    path = udev.publish(mapping)
+    assert path == tmp_path / "mapper/root"
+    assert os.path.normpath(tmp_path / "mapper" / path.readlink()) == "/dev/dm-3"
+    assert told == [mapping]
+    (tmp_path / "control").touch()
+    assert udev.publish(mapping) == path
+    assert told == [mapping]
