@@ -29,7 +29,7 @@ from jindiskd.domain.state import ACTIVE, DomainView
 from jindiskd.errors import EXIT_INTEGRITY, Busy, InvalidArgument, JindiskError, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of
-from jindiskd.image.request import BaseKind, BuildRequest, Progress, VolumeFormat
+from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress, VolumeFormat
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import verify
 from jindiskd.jobs.job import Job
@@ -161,7 +161,7 @@ class ImagesBackend:
         return json.dumps({"launch_digest": digest.hex(), **found}, ensure_ascii=False)
 
 
-def _choice(kind: type[Platform | BaseKind | VolumeFormat], what: str, value: str) -> str:
+def _choice(kind: type[Platform | BaseKind | VolumeFormat | InitrdKind], what: str, value: str) -> str:
     names = [member.value for member in kind]
     if value not in names:
         raise InvalidArgument(what, value, f"it is one of {', '.join(names)}")
@@ -174,6 +174,7 @@ def _request(order: BuildOrder) -> BuildRequest:
         name=order.name,
         platform=Platform(_choice(Platform, "platform", order.platform)),
         format=VolumeFormat(_choice(VolumeFormat, "format", order.format)),
+        initrd=InitrdKind(_choice(InitrdKind, "initrd", order.initrd or InitrdKind.OWN)),
         base_kind=BaseKind(_choice(BaseKind, "kind of base", order.base_kind)),
         firmware=order.firmware,
         vcpus=order.vcpus,

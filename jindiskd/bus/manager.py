@@ -205,6 +205,7 @@ def build_order(name: str, options: Options) -> BuildOrder:
         base_kind=text(options, "base-kind") or "disk",
         platform=text(options, "platform"),
         format=text(options, "format"),
+        initrd=text(options, "initrd"),
         vcpus=number(options, "vcpus"),
         cpu_model=text(options, "cpu-model"),
         firmware=text(options, "firmware"),

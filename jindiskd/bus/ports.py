@@ -54,6 +54,7 @@ class BuildOrder:
     base_kind: str = "disk"
     platform: str = ""
     format: str = ""
+    initrd: str = ""
     vcpus: int | None = None
     cpu_model: str = ""
     firmware: str = ""

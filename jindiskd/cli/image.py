@@ -55,6 +55,11 @@ def image() -> None:
     type=click.Choice(["jindisk", "luks2", "jindisk1"]),
     help="How its root is encrypted; jindisk1, for the reference's kernel module, protects nothing from the host.",
 )
+@click.option(
+    "--initrd",
+    type=click.Choice(["own", "system"]),
+    help="What opens its root: our own initrd, or what the base's system made with the package jindisk-initramfs.",
+)
 @click.option("--vcpus", type=click.IntRange(1), help="Processors of its guests; enters the launch digest.")
 @click.option("--cpu-model", help="Processor model of its guests; enters the launch digest.")
 @click.option("--firmware", type=click.Path(path_type=Path), help="Firmware of its guests; enters the launch digest.")
@@ -78,6 +83,7 @@ def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
     kinds = {
         "platform_": ("platform", "s"),
         "format_": ("format", "s"),
+        "initrd": ("initrd", "s"),
         "vcpus": ("vcpus", "u"),
         "cpu_model": ("cpu-model", "s"),
         "firmware": ("firmware", "s"),

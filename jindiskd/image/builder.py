@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jindiskd.attest.firmware import FirmwareInfo
@@ -27,17 +27,17 @@ from jindiskd.base.process import ToolFailed
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace, NotFound
 from jindiskd.guest import config as guest
-from jindiskd.image import base, bootparts, gpt, initrd, randomness, tarroot
+from jindiskd.image import base, bootparts, gpt, initrd, randomness, system_initrd, tarroot
 from jindiskd.image import kernel as kernels
 from jindiskd.image import manifest as manifests
-from jindiskd.image.amend import amend
+from jindiskd.image.amend import amend, put_file
 from jindiskd.image.cmdline import ROOT, command_line
 from jindiskd.image.debugfs import FileSystem, FileSystemNotWritten
 from jindiskd.image.ext4 import Superblock, read_superblock, used_ranges
 from jindiskd.image.manifest import BootFile, Manifest, Partition, Shape
 from jindiskd.image.measurement import launch_digest, suitable_firmware
 from jindiskd.image.refusals import RootDamaged
-from jindiskd.image.request import BaseKind, BuildTask, Progress, VolumeFormat, resource_of
+from jindiskd.image.request import BaseKind, BuildTask, InitrdKind, Progress, VolumeFormat, resource_of
 from jindiskd.image.sparse import copy_ranges, data_ranges, path_of, unlinked_file
 from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL
 from jindiskd.image.tools import tool
@@ -108,13 +108,17 @@ class _Build:
 
     def run(self, base_fd: int) -> Manifest:
         firmware = self.firmware = suitable_firmware(self.request)
-        line = command_line(self.request.format, self.request.cmdline, debug=self.request.debug)
+        line = command_line(
+            self.request.format, self.request.cmdline, debug=self.request.debug, system_initrd=self.system_initrd
+        )
         self.work.mkdir()
         root = self.clear_root(base_fd)
         self.report(Progress(stage="boot", fraction=None))
         volume = self.stack.enter_context(
             prepare_volume(self.task, self.key, root.size_bytes, root.superblock.write_time)
         )
+        if self.system_initrd:
+            root = self.configured(root, volume)
         self.boot_files(root, volume, line)
         digest = launch_digest(self.request, self.staging, line)
         partitions, disk_uuid, contents = self.lay_out(root, volume)
@@ -199,9 +203,15 @@ class _Build:
             changes = (*changes, "root on JinDisk 1: whoever has the disk can read and change all of it")
         found_kernel = kernels.find_kernel(system, others)
         kernels.extract_kernel(found_kernel, self.staging / KERNEL)
-        kernels.extract_modules(
-            system, found_kernel.release, self.work, lambda tree: initrd.wanted_modules(self.guest_config(None), tree)
-        )
+        if self.system_initrd:
+            path = system_initrd.extract(found_kernel, self.work / INITRD)
+            system_initrd.require_agent(self.work / INITRD, path)
+            changes = (*changes, f"started with {path}, which its own system made")
+        else:
+            kernels.extract_modules(
+                system, found_kernel.release, self.work,
+                lambda tree: initrd.wanted_modules(self.guest_config(None), tree),
+            )  # fmt: skip
         problem = system.check()
         if problem is not None:
             raise RootDamaged(f"after the builder's alterations: {problem}")
@@ -272,6 +282,24 @@ class _Build:
             secret=secret,
         )
 
+    @property
+    def system_initrd(self) -> bool:
+        """Whether the initrd is the one that the base's system made."""
+        return self.request.initrd is InitrdKind.SYSTEM
+
+    def configured(self, root: ClearRoot, volume: SealedVolume) -> ClearRoot:
+        """The root with the configuration in it, so that its system puts that into each initramfs it makes."""
+        system = FileSystem(root.fd, now=root.superblock.write_time)
+        if not system.list(system_initrd.CONFIG_FOLDER) and system.find(system_initrd.CONFIG_FOLDER) is None:
+            text = f"has no {system_initrd.CONFIG_FOLDER}: install the package jindisk-initramfs in the base"
+            raise system_initrd.InitramfsRefused(f"its system {text}")
+        put_file(system, f"/{guest.PATH}", document.dump(self.guest_config(volume)))
+        problem = system.check()
+        superblock = read_superblock(root.fd)
+        if problem is not None or superblock is None:
+            raise RootDamaged(f"after the configuration was written: {problem}")
+        return replace(root, superblock=superblock)
+
     def key_program(self) -> bytes | None:
         """The program that gives the key in the guest, if one was asked for."""
         path = self.request.key_program
@@ -288,13 +316,16 @@ class _Build:
 
     def boot_files(self, root: ClearRoot, volume: SealedVolume, line: str) -> None:
         """Write initrd and command line; the latter without its NUL or a line end, as QEMU is given it."""
-        initrd.build_initrd(
-            config=self.guest_config(volume),
-            modules_dir=self.work / root.kernel_release,
-            output=self.staging / INITRD,
-            source_date_epoch=0,
-            key_program=self.key_program(),
-        )
+        if self.system_initrd:
+            system_initrd.append(self.work / INITRD, self.guest_config(volume), self.staging / INITRD)
+        else:
+            initrd.build_initrd(
+                config=self.guest_config(volume),
+                modules_dir=self.work / root.kernel_release,
+                output=self.staging / INITRD,
+                source_date_epoch=0,
+                key_program=self.key_program(),
+            )
         replace_file(self.staging / CMDLINE, line.encode("ascii"))
 
     def lay_out(self, root: ClearRoot, volume: SealedVolume) -> tuple[tuple[gpt.Entry, ...], str, tuple[int, int]]:

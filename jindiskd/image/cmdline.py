@@ -27,9 +27,19 @@ _FIXED = (
     "systemd.getty_auto=no",
     "sysctl.kernel.sysrq=0",
 )
+_SYSTEM = (
+    "cryptopts=",  # an entry of /etc/crypttab in the initramfs would ask for a passphrase on the console
+    "rd.shell=0",
+    "rd.emergency=poweroff",
+    # Nothing is assembled from whatever disks the host attaches.
+    *(f"rd.{kind}=0" for kind in ("luks", "lvm", "md", "dm")),
+)
+"""For an initrd that a distribution made."""
 _OURS = {"root", "ro", "rw", "resume", "noresume", "panic", "systemd.gpt_auto", "rd.systemd.gpt_auto"} | {
     "systemd.getty_auto",
     "sysctl.kernel.sysrq",
+    "cryptopts",
+    *(f"rd.{kind}" for kind in ("luks", "lvm", "md", "dm", "auto")),
 }
 _SHELLS = {"break", "init", "rdinit", "rd.break", "rd.shell", "rd.emergency", "single", "s", "1", "rescue", "emergency"}
 _SYSTEMD = {"debug-shell", "debug_shell", "unit", "set_credential", "set_credential_binary", "import_credentials"}
@@ -62,13 +72,14 @@ class UnsafeCommandLine(JindiskError, code="UnsafeCommandLine", exit_code=EXIT_U
         self.words = tuple(words)
 
 
-def command_line(volume: VolumeFormat, extra: str, *, debug: bool = False) -> str:
+def command_line(volume: VolumeFormat, extra: str, *, debug: bool = False, system_initrd: bool = False) -> str:
     """The whole command line of an image, without its NUL.
 
     Args:
         volume: the format of the root.
         extra: words to add.
         debug: accept words that open shells. Such an image measures differently and is for looking inside only.
+        system_initrd: the initrd is one that a distribution made.
 
     Raises:
         UnsafeCommandLine: names every word that is refused.
@@ -85,7 +96,7 @@ def command_line(volume: VolumeFormat, extra: str, *, debug: bool = False) -> st
     unsafe = [word for word in words if _unsafe(word)]
     if unsafe and not debug:
         raise UnsafeCommandLine(unsafe, "would open the guest to its host; build a debug image if that is wanted")
-    line = " ".join((f"root={ROOT[volume]}", *_FIXED, *words))
+    line = " ".join((f"root={ROOT[volume]}", *_FIXED, *(_SYSTEM if system_initrd else ()), *words))
     if len(line) > MAX_BYTES:
         raise UnsafeCommandLine([words[-1][:40]], f"makes the line longer than the {MAX_BYTES} bytes a kernel keeps")
     return line

@@ -44,6 +44,15 @@ class VolumeFormat(enum.StrEnum):
         return ROOT_BYTES if self is VolumeFormat.JINDISK1 else KEY_BYTES
 
 
+class InitrdKind(enum.StrEnum):
+    """Who made what opens the root."""
+
+    OWN = "own"
+    """Our own initrd: the agent and nothing else."""
+    SYSTEM = "system"
+    """The one that the base's system made, by initramfs-tools or dracut, with the agent in it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
     """A build, without the base itself. `check` refuses what cannot be built."""
@@ -71,6 +80,7 @@ class BuildRequest:
     """`module:attribute` of a report source in the guest instead of the platform's own; empty for that."""
     key_program: str = ""
     """Path on this host of a program that gives the key in the guest instead of the broker; empty for the broker."""
+    initrd: InitrdKind = InitrdKind.OWN
     vouch_firmware: bool = False
     """The owner knows that a firmware of an unknown build checks the kernel against the measured hashes."""
 
@@ -103,6 +113,12 @@ class BuildRequest:
         if self.key_program and self.format is VolumeFormat.JINDISK:
             text = "JinDisk 2 needs the broker, which remembers the volume's state: build with another format"
             raise InvalidArgument("key program", self.key_program, text)
+        if self.initrd is InitrdKind.SYSTEM:
+            text = f"build with initrd {InitrdKind.OWN}"
+            if self.format is VolumeFormat.JINDISK1:
+                raise NotSupported(f"a root of format {self.format} opened by the system's initrd", text)
+            if self.key_program or self.report_source:
+                raise NotSupported("a key program or a report source of one's own in the system's initrd", text)
         if self.report_source and not SOURCE.fullmatch(self.report_source):
             raise InvalidArgument("report source", self.report_source, "it is module:attribute")
         if not self.firmware.startswith("/"):
