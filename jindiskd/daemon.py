@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ import click
 import structlog
 
 import jindiskd
-from jindiskd.attest.collateral import CollateralCache, warnings_of
+from jindiskd.attest.collateral import CollateralCache, Entry, warnings_of
 from jindiskd.attest.collecting import Collector, genuine_verifiers
 from jindiskd.attest.plugins import plugged_in
 from jindiskd.attest.snp import SnpVerifier
@@ -34,6 +34,7 @@ from jindiskd.broker.listener import listen_unix
 from jindiskd.broker.relay import Relay, RelayLimits
 from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
 from jindiskd.broker.sev import SevOwner
+from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.lib import BusType
 from jindiskd.bus.ports import Keys, ServiceFacts
 from jindiskd.bus.service import BusService
@@ -118,26 +119,36 @@ def open_store(config: Config, state: StateFiles) -> Store:
     return Store.open(config.database_url, load_kek(state.kek, credentials_directory(), create=fresh))
 
 
-def warnings(config: Config, state: StateFiles) -> tuple[str, ...]:
+def status(config: Config, state: StateFiles) -> dict[str, object]:
+    """What Manager.Status tells. Blocks on files."""
+    relayed = config.broker.deployment is Deployment.RELAY
+    credentials = credentials_directory()
+    credential = credentials is not None and (credentials / CREDENTIAL).exists()
+    entries = [] if relayed else CollateralCache(config.collateral_dir).entries()
+    expiries = [entry.expires for entry in entries if entry.expires is not None]
+    return {
+        "key-encryption": "owner" if relayed else "credential" if credential else "file",
+        "collateral": len(entries),
+        "collateral-expires": microseconds(min(expiries)) if expiries else 0,
+        "warnings": list(warnings(config, state, credential=credential, collateral=entries)),
+    }
+
+
+def warnings(config: Config, state: StateFiles, *, credential: bool, collateral: Sequence[Entry]) -> Iterator[str]:
     """What an administrator should know, a sentence each."""
     relayed = config.broker.deployment is Deployment.RELAY
     if relayed:
-        found = ["the key of an image that is built here is in this host's memory meanwhile: build where you trust"]
+        yield "the key of an image that is built here is in this host's memory meanwhile: build where you trust"
     else:
-        found = ["the key broker runs in this service: whoever rules this host can read the keys of its images"]
-    credentials = credentials_directory()
-    if not relayed and (credentials is None or not (credentials / CREDENTIAL).exists()):
-        found.append(
-            f"the key-encryption key is a file beside the keys, {state.kek}: better give the unit {CREDENTIAL}"
-        )
+        yield "the key broker runs in this service: whoever rules this host can read the keys of its images"
+    if not relayed and not credential:
+        yield f"the key-encryption key is a file beside the keys, {state.kek}: better give the unit {CREDENTIAL}"
     if config.broker.allow_simulated:
-        found.append("reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing")
+        yield "reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing"
     if not relayed:
-        entries = CollateralCache(config.collateral_dir).entries()
-        found += [f"collateral: {line}" for line in warnings_of(entries, datetime.now(UTC))]
+        yield from (f"collateral: {line}" for line in warnings_of(collateral, datetime.now(UTC)))
     if os.geteuid() == 0:
-        found.append("the service runs as root: nothing it does needs that; use its unit")
-    return tuple(found)
+        yield "the service runs as root: nothing it does needs that; use its unit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +236,7 @@ class Service:
                 deployment=config.broker.deployment.value,
                 allow_simulated=config.broker.allow_simulated,
                 broker_spki_sha256=side.spki_sha256,
-                warnings=warnings(config, state),
+                status=lambda: status(config, state),
                 relay_broker=config.relay.broker if side.relay is not None else "",
                 settings=tuple((item.name, item.value, item.origin) for item in self._loaded.settings),
             ),

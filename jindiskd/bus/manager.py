@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -158,6 +159,10 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         image, domain, platform = (text(options, name) for name in ("image", "domain", "platform"))
         return await self._diagnosis.diagnose(image=image, domain=domain, platform=platform)
 
+    async def status(self, caller: Caller, options: Options) -> Options:  # noqa: ARG002 (as above)
+        """How the service is."""
+        return await asyncio.to_thread(self._facts.status)
+
     async def configuration(self, caller: Caller, options: Options) -> Sequence[tuple[str, str, str]]:  # noqa: ARG002
         """The settings in effect."""
         return self._facts.settings
@@ -191,11 +196,6 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
     def libvirt_connected(self) -> bool:
         """Whether libvirt is connected."""
         return self._guests.connected
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What an administrator should know."""
-        return list(self._facts.warnings)
 
 
 def build_order(name: str, options: Options) -> BuildOrder:

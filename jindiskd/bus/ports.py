@@ -244,7 +244,8 @@ class ServiceFacts:
     deployment: str
     allow_simulated: bool
     broker_spki_sha256: bytes
-    warnings: tuple[str, ...]
+    status: Callable[[], Mapping[str, object]]
+    """What Manager.Status tells; blocks on files."""
     relay_broker: str
     settings: tuple[tuple[str, str, str], ...]
     """Name, value as JSON, origin."""

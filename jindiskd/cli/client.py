@@ -7,7 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ def plain(value: Any) -> Any:
 class Client:
     """A connection to the service."""
 
-    def __init__(self, bus: Connection, *, auto_start: bool = True) -> None:
-        self._bus, self._auto_start = bus, auto_start
+    def __init__(self, bus: Connection, *, auto_start: bool = True, interactive: bool = True) -> None:
+        self._bus, self.auto_start = bus, auto_start
         self._signals: asyncio.Queue[Any] = asyncio.Queue()
-        self._interactive = sys.stdin.isatty()
+        self._interactive = interactive and sys.stdin.isatty()
         bus.add_message_handler(self._on_message)
 
     def _on_message(self, message: Any) -> bool:
@@ -72,7 +72,7 @@ class Client:
         fds: Sequence[int] = (),
     ) -> Any:
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if self._interactive else MessageFlag.NONE
-        if not self._auto_start:
+        if not self.auto_start:
             flags |= MessageFlag.NO_AUTOSTART
         message = Message(
             destination=destination,
@@ -112,11 +112,18 @@ class Client:
         found: dict[str, Any] = plain(reply.body[0])
         return found
 
+    async def managed(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """All objects but the service itself: interface to path to properties."""
+        reply = await self._send(BUS_NAME, ROOT_PATH, FDO + ".ObjectManager", "GetManagedObjects", "", [])
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for path, there in plain(reply.body[0]).items():
+            for iface, properties in there.items():
+                found.setdefault(iface, {})[path] = properties
+        return found
+
     async def objects(self, iface: str) -> dict[str, dict[str, Any]]:
         """All objects with an interface: path to properties."""
-        reply = await self._send(BUS_NAME, ROOT_PATH, FDO + ".ObjectManager", "GetManagedObjects", "", [])
-        managed: Mapping[str, Mapping[str, Any]] = plain(reply.body[0])
-        return {path: there[iface] for path, there in managed.items() if iface in there}
+        return (await self.managed()).get(iface, {})
 
     async def subscribe(self) -> None:
         """Have the bus deliver our service's signals, and the news that it is gone. Before the call they belong to."""
@@ -133,12 +140,27 @@ class Client:
         Raises:
             ServiceUnavailable: the service has gone.
         """
+        async for path, member, body in self.news():
+            if not path and not body[2]:
+                raise ServiceUnavailable("jindiskd.service", "it has stopped meanwhile; look at its journal")
+            if path:
+                yield path, member, body
+
+    async def news(self) -> AsyncIterator[tuple[str, str, list[Any]]]:
+        """The signals as they come: path, member, arguments; and with an empty path that the service came or went.
+
+        That is NameOwnerChanged with the bus name, its owner before, and its owner now; empty for none.
+        """
         while True:
             message = await self._signals.get()
-            if message.member == "NameOwnerChanged" and message.sender == FDO and not message.body[2]:
-                raise ServiceUnavailable("jindiskd.service", "it has stopped meanwhile; look at its journal")
-            if message.path.startswith(ROOT_PATH):
+            if message.member == "NameOwnerChanged" and message.sender == FDO:
+                yield "", message.member, message.body
+            elif message.path.startswith(ROOT_PATH):
                 yield message.path, message.member, plain(message.body)
+
+    async def ended(self) -> str:
+        """Wait until the connection to the bus has ended; why."""
+        return await self._bus.wait_disconnected()
 
 
 @contextlib.asynccontextmanager
@@ -151,7 +173,7 @@ async def connected(*, agent: bool = True, auto_start: bool = True) -> AsyncIter
     bus = await connect_to(BusType.SYSTEM)
     asking = await asyncio.to_thread(_start_agent) if agent else None
     try:
-        yield Client(bus, auto_start=auto_start)
+        yield Client(bus, auto_start=auto_start, interactive=agent)
     finally:
         if asking is not None:
             asking.terminate()

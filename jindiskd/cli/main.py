@@ -19,6 +19,7 @@ from jindiskd.cli.image import image
 from jindiskd.cli.job import job
 from jindiskd.cli.key import key
 from jindiskd.cli.measure import measure
+from jindiskd.cli.monitor import monitor
 from jindiskd.cli.policy import policy
 from jindiskd.cli.service import daemon, status
 from jindiskd.cli.shells import completion
@@ -35,8 +36,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    status, doctor, image, launch, domain, job, key, audit, attest, policy, collateral, broker, daemon, system_files,
-    completion,
+    status, monitor, doctor, image, launch, domain, job, key, audit, attest, policy, collateral, broker, daemon,
+    system_files, completion,
 )  # fmt: skip
 image.add_command(measure)
 for _command in _COMMANDS:

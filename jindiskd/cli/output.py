@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import click
 from rich.cells import cell_len
 
 NONE = "-"
@@ -16,6 +19,16 @@ RIGHT = "right"
 def clean(text: str) -> str:
     """Text of others on one line, without anything that could steer a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class Styled(str):
+    """Text that is clean, but for colours of ours."""
+
+
+def styled(text: str, colour: str) -> Styled:
+    """Text in a colour, where a person looks at it on a terminal and has not set NO_COLOR (no-color.org)."""
+    plain = not colour or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return Styled(clean(text) if plain else click.style(clean(text), fg=colour))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, legend: bool, right: Sequence[int] = ()) -> str:
@@ -37,7 +50,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, legend: bool, r
 def fields(pairs: Mapping[str, str]) -> str:
     """Names and values, a line each, the values in one column."""
     width = max(cell_len(name) for name in pairs)
-    return "\n".join(f"{name:>{width}}: {clean(value) or NONE}" for name, value in pairs.items())
+    return "\n".join(f"{name:>{width}}: {_cleaned(value) or NONE}" for name, value in pairs.items())
+
+
+def _cleaned(value: str) -> str:
+    """A value that `styled` made as it is, any other without what could steer a terminal."""
+    return value if isinstance(value, Styled) else clean(value)
 
 
 def size(count: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from typing import Any
 
 import click
@@ -13,7 +15,9 @@ from jindiskd.cli.client import connected
 from jindiskd.cli.domain import DOMAIN
 from jindiskd.cli.image import IMAGE, MANAGER
 from jindiskd.cli.jobs import FINAL, JOB
-from jindiskd.cli.output import fields, table
+from jindiskd.cli.output import clean, fields, moment, styled, table
+
+DAY_S = 86_400
 
 
 def _counted(items: list[dict[str, Any]], what: str) -> str:
@@ -41,31 +45,66 @@ def status(app: App) -> None:
     run(_status(app))
 
 
+DEPLOYMENTS = {
+    "embedded": "in this service (embedded): this host can read the keys",
+    "relay": "the owner's, elsewhere (relay): guests are passed on to it",
+}
+KEY_ENCRYPTION = {
+    "credential": "a credential of the unit",
+    "file": "a file beside the keys",
+    "owner": "at the owner's broker",
+}
+
+
+def _collateral(count: int, expires: int) -> str:
+    """How long the certificates and revocation lists last."""
+    if not count:
+        return "none: jindiskctl collateral fetch"
+    left = round((expires / 1e6 - time.time()) / DAY_S)
+    when = f"the first expires on {moment(expires)[:10]}, in {left} days" if left >= 0 else "one has expired"
+    return f"{count} certificates and lists; {when}"
+
+
 async def _status(app: App) -> None:
     async with connected() as client:
         service = await client.properties(ROOT_PATH, MANAGER)
-        images = list((await client.objects(IMAGE)).values())
-        domains = list((await client.objects(DOMAIN)).values())
-        jobs = [item for item in (await client.objects(JOB)).values() if item["State"] not in FINAL]
-    running = [item for item in domains if item["State"] == "running"]
+        told = await client.call(ROOT_PATH, MANAGER, "Status", {})
+        objects = await client.managed()
+    images, domains, jobs = (list(objects.get(kind, {}).values()) for kind in (IMAGE, DOMAIN, JOB))
+    jobs = [item for item in jobs if item["State"] not in FINAL]
+    states = Counter(item["State"] for item in domains)
+    embedded = service["Deployment"] == "embedded"
     pairs = {
         "version": service["Version"],
-        "broker": service["Deployment"],
+        "broker": styled(DEPLOYMENTS.get(service["Deployment"], service["Deployment"]), "yellow" if embedded else ""),
         **_relay(service, domains),
-        "simulated reports": "accepted: they prove nothing" if service["AllowSimulated"] else "refused",
-        "libvirt": "connected" if service["LibvirtConnected"] else "not connected",
+        "simulated reports": (
+            styled("accepted: they prove nothing", "yellow") if service["AllowSimulated"] else "refused"
+        ),
+        "key-encryption key": KEY_ENCRYPTION.get(told["key-encryption"], told["key-encryption"]),
+        **({"collateral": _collateral(told["collateral"], told["collateral-expires"])} if embedded else {}),
+        "libvirt": "connected" if service["LibvirtConnected"] else "not connected; it is when first needed",
         "images": _counted(images, "image"),
-        "domains": f"{_counted(domains, 'domain')}; {len(running)} running",
-        "jobs": f"{len(jobs)} running",
+        "domains": "; ".join(
+            [_counted(domains, "domain"), *(f"{count} {state}" for state, count in sorted(states.items()))]
+        ),
+        "jobs": "; ".join(
+            [f"{len(jobs)} running", *(f"{item['Operation']} {' '.join(item['Objects'])}" for item in jobs)]
+        ),
     }
-    warnings = "".join(f"\nwarning: {line}" for line in service["Warnings"])
+    warnings = "".join(f"\n{styled('warning', 'yellow')}: {clean(line)}" for line in told["warnings"])
     document = {
         "service": service,
+        "key_encryption": told["key-encryption"],
+        "collateral": told["collateral"],
+        "collateral_expires": told["collateral-expires"] or None,
+        "warnings": told["warnings"],
         "images": len(images),
         "images_simulated": sum(bool(item["Simulated"]) for item in images),
         "domains": len(domains),
         "domains_simulated": sum(bool(item["Simulated"]) for item in domains),
-        "domains_running": len(running),
+        "domains_running": states["running"],
+        "domain_states": dict(sorted(states.items())),
         "jobs_running": len(jobs),
     }
     app.show(document, lambda: fields(pairs) + warnings)

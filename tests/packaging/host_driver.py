@@ -62,7 +62,7 @@ def objects(*words):
 
 
 def warnings():
-    return objects("status")["service"]["Warnings"]
+    return objects("status")["warnings"]
 
 
 # What the packages do

@@ -198,7 +198,7 @@ def test_it_runs_without_any_privilege(unstarted, rootfs):
     assert Path(f"/proc/{unstarted.process.pid}/environ").stat().st_uid == 0
     unstarted.ctl("image", "build", "demo", "--rootfs", str(rootfs))
     unstarted.ctl("image", "measure", "demo")
-    assert not [line for line in unstarted.json("status")["service"]["Warnings"] if "runs as root" in line]
+    assert not [line for line in unstarted.json("status")["warnings"] if "runs as root" in line]
     for secret in ("kek", "keys.db", "broker.pem"):
         assert (unstarted.state / secret).stat().st_mode & 0o077 == 0
         assert (unstarted.state / secret).stat().st_uid == 5
