@@ -15,14 +15,14 @@ from jindiskd.cli.client import connected
 TIMEOUT_S = 2.0
 
 
-async def _names(interface: str) -> list[str]:
+async def _names(interface: str, property_: str) -> list[str]:
     async with asyncio.timeout(TIMEOUT_S), connected(agent=False, auto_start=False) as client:
-        return sorted(str(item["Name"]) for item in (await client.objects(interface)).values())
+        return sorted(str(item[property_]) for item in (await client.objects(interface)).values())
 
 
-def _complete(interface: str, incomplete: str) -> list[CompletionItem]:
+def _complete(interface: str, incomplete: str, property_: str = "Name") -> list[CompletionItem]:
     try:
-        names = asyncio.run(_names(interface))
+        names = asyncio.run(_names(interface, property_))
     except Exception:  # noqa: BLE001 (whoever presses a key wants no message)
         return []
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
@@ -41,3 +41,8 @@ def domains(_context: click.Context, _parameter: click.Parameter, incomplete: st
 def keys(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of images whose keys are known."""
     return _complete("org.jindisk1.Key", incomplete)
+
+
+def jobs(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Numbers of jobs."""
+    return _complete("org.jindisk1.Job", incomplete, "Id")

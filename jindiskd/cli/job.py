@@ -9,6 +9,7 @@ import click
 
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, RemoteError, connected
+from jindiskd.cli.completion import jobs
 from jindiskd.cli.jobs import FINAL, JOB, follow, job_path, pace_text, result
 from jindiskd.cli.output import fields, moment, table
 from jindiskd.errors import EXIT_UNCHANGED, NotFound
@@ -35,7 +36,7 @@ def list_(app: App) -> None:
 
 async def _list(app: App) -> None:
     async with connected() as client:
-        jobs = sorted((await client.objects(JOB)).values(), key=lambda item: item["Id"])
+        found = sorted((await client.objects(JOB)).values(), key=lambda item: item["Id"])
     head = ("JOB", "OPERATION", "OBJECTS", "STATE", "STAGE", "PROGRESS", "STARTED")
     rows = [
         (
@@ -47,13 +48,13 @@ async def _list(app: App) -> None:
             progress_text(item),
             moment(item["StartTime"]),
         )
-        for item in jobs
+        for item in found
     ]
-    app.show({"jobs": jobs}, lambda: table(head, rows, legend=app.legend, right=(0, 5)))
+    app.show({"jobs": found}, lambda: table(head, rows, legend=app.legend, right=(0, 5)))
 
 
 @job.command()
-@click.argument("number", type=click.IntRange(1))
+@click.argument("number", type=click.IntRange(1), shell_complete=jobs)
 @click.option("--wait", is_flag=True, help="Wait until it has ended, and end as it does.")
 @common
 @pass_app
@@ -95,7 +96,7 @@ async def _show(app: App, number: int, wait: bool) -> None:
 
 
 @job.command()
-@click.argument("number", type=click.IntRange(1))
+@click.argument("number", type=click.IntRange(1), shell_complete=jobs)
 @common
 @pass_app
 def cancel(app: App, number: int) -> None:
