@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jindiskd.config import CollateralConfig, LogLevel
+from jindiskd.config import CollateralConfig, KekConfig, LogLevel
 
 DEFAULT_FILE = Path("/etc/jindisk-broker/broker.toml")
 GUEST_PORT = 19012
-
-
-class KekSource(enum.StrEnum):
-    """Where the key-encryption key comes from."""
-
-    AUTO = "auto"
-    CREDENTIAL = "credential"
-    FILE = "file"
-    TPM2 = "tpm2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +78,7 @@ class BrokerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeysConfig:
+class KeysConfig(KekConfig):
     """[keys]: the key store and the key that all others are wrapped by."""
 
     database: str = field(
@@ -98,21 +88,6 @@ class KeysConfig:
             " PostgreSQL: postgresql://user@host/name",
             "secret": True,
         },
-    )
-    kek: KekSource = field(
-        default=KekSource.AUTO,
-        metadata={"help": "where the key-encryption key is; `auto`: the unit's credential, else a file"},
-    )
-    kek_file: Path | None = field(default=None, metadata={"help": "the file; `kek` in the state directory if unset"})
-    tpm2_dir: Path | None = field(
-        default=None, metadata={"help": "for `tpm2`: the directory of what is sealed; `tpm2` in the state directory"}
-    )
-    tpm2_pcrs: str = field(
-        default="sha256:7",
-        metadata={"help": "for `tpm2`: registers whose state the key is sealed to (7: Secure Boot); none if empty"},
-    )
-    tpm2_tcti: str = field(
-        default="device:/dev/tpmrm0", metadata={"help": "for `tpm2`: how the TPM is reached, as for tpm2-tools"}
     )
 
 
@@ -138,14 +113,9 @@ class Config:
         return self.keys.database or f"sqlite:///{self.service.state_dir}/keys.db"
 
     @property
-    def kek_file(self) -> Path:
-        """The file of the key-encryption key."""
-        return self.keys.kek_file or self.service.state_dir / "kek"
-
-    @property
-    def tpm2_dir(self) -> Path:
-        """The directory of the sealed key-encryption key."""
-        return self.keys.tpm2_dir or self.service.state_dir / "tpm2"
+    def database_file(self) -> Path | None:
+        """The SQLite file that the service makes itself; None for another database."""
+        return None if self.keys.database else self.service.state_dir / "keys.db"
 
     @property
     def admin_socket(self) -> Path:

@@ -19,7 +19,6 @@ import grp
 import json
 import os
 import pwd
-import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +39,6 @@ from jindiskd.attest.vendors import Vendors
 from jindiskd.attest.verifier import Verifier
 from jindiskd.base import log as logs
 from jindiskd.base.endpoint import Endpoint, parse_endpoint
-from jindiskd.base.secret import Secret
 from jindiskd.broker.admin import Admin, MetricsPage
 from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import Listener, Serves, listen_local, listen_tcp, listen_unix, listen_vsock
@@ -48,65 +46,29 @@ from jindiskd.broker.metrics import Metrics
 from jindiskd.broker.peer import BrokerLimits, Peer
 from jindiskd.broker.service import Broker
 from jindiskd.broker.shared import DatabaseSessions
-from jindiskd.broker_config import DEFAULT_FILE, Config, KekSource
+from jindiskd.broker_config import DEFAULT_FILE, Config
 from jindiskd.cli.serving import broker_command
 from jindiskd.config import Loaded, load_as
 from jindiskd.errors import InvalidArgument, JindiskError, NotFound
 from jindiskd.keys import handover
-from jindiskd.keys.database import KekWrong
+from jindiskd.keys.kek import KekPlace, open_store, rotate_kek, seal_kek
 from jindiskd.keys.store import Store
-from jindiskd.keys.tpm import Tpm
-from jindiskd.keys.wrap import CREDENTIAL, KEK_BYTES, KekMissing, KekUnusable, load_kek
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
 
 log = structlog.get_logger(__name__)
 IDENTITY = "broker.pem"
 
 
-def kek_of(config: Config, *, create: bool) -> Secret:
-    """The key-encryption key from where the configuration says; drawn there where it may be and none is yet."""
-    credentials = credentials_directory()
-    if config.keys.kek is KekSource.TPM2:
-        return tpm_of(config).unseal()
-    if config.keys.kek is KekSource.CREDENTIAL:
-        if credentials is None or not (credentials / CREDENTIAL).exists():
-            raise KekMissing(f"the unit's credential {CREDENTIAL}")
-        create = False
-    return load_kek(config.kek_file, None if config.keys.kek is KekSource.FILE else credentials, create=create)
-
-
-def tpm_of(config: Config) -> Tpm:
-    """The TPM that the configuration names."""
-    return Tpm(config.tpm2_dir, config.keys.tpm2_tcti, config.keys.tpm2_pcrs)
-
-
-def open_store(config: Config) -> Store:
-    """Open the key store. A database file is made readable for us alone before anything is in it.
-
-    With a shared database a key-encryption key is drawn for the first broker alone: the next one must be given a copy.
-    """
-    database, fresh = config.service.state_dir / "keys.db", True
-    if not config.keys.database:
-        fresh = not database.exists() or database.stat().st_size == 0
-        os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    had = config.kek_file.exists()
-    kek = kek_of(config, create=fresh)
-    try:
-        return Store.open(config.database_url, kek)
-    except KekWrong as exc:
-        if had or not config.kek_file.exists():
-            raise
-        config.kek_file.unlink()  # it was drawn just now, for a database that has one already
-        raise KekMissing(str(config.kek_file)) from exc
+def kek_place(config: Config) -> KekPlace:
+    """Where the key-encryption key is."""
+    return config.keys.place(config.service.state_dir, credentials_directory())
 
 
 def warnings(config: Config) -> tuple[str, ...]:
     """What an administrator should know, a sentence each."""
     found = []
-    credentials = credentials_directory()
-    credential = credentials is not None and (credentials / CREDENTIAL).exists()
-    if config.keys.kek is KekSource.FILE or (config.keys.kek is KekSource.AUTO and not credential):
-        found.append(f"the key-encryption key is a file, {config.kek_file}: better give the unit {CREDENTIAL}")
+    if kek := kek_place(config).warning():
+        found.append(kek)
     if config.broker.allow_simulated:
         found.append("reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing")
     if os.geteuid() == 0:
@@ -150,7 +112,7 @@ class Service:
         for directory, mode in ((config.service.state_dir, 0o700), (config.service.runtime_dir, 0o755)):
             directory.mkdir(parents=True, exist_ok=True, mode=mode)
         verifiers = verifiers_of(config)
-        store = await asyncio.to_thread(open_store, config)
+        store = await asyncio.to_thread(open_store, kek_place(config), config.database_url, config.database_file)
         stack.callback(store.close)
         identity = await asyncio.to_thread(TlsIdentity.load_or_create, config.service.state_dir / IDENTITY)
         limits = BrokerLimits(
@@ -277,39 +239,6 @@ def _health(store: Store) -> Callable[[], asyncio.Future[bool]]:
     return lambda: asyncio.ensure_future(asyncio.to_thread(probe))
 
 
-def seal_kek(config: Config) -> int:
-    """Seal the key-encryption key in the file to the TPM, drawing one if there is none; says what to do next."""
-    config.service.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    database = config.service.state_dir / "keys.db"
-    fresh = not config.keys.database and (not database.exists() or database.stat().st_size == 0)
-    with load_kek(config.kek_file, None, create=fresh) as kek:
-        tpm_of(config).seal(kek)
-    click.echo(
-        f'Sealed in {config.tpm2_dir}. Now set kek = "tpm2" in [keys], keep a copy of {config.kek_file} offline, and '
-        "delete that file."
-    )
-    return 0
-
-
-def change_kek(config: Config, file: Path) -> int:
-    """Wrap everything anew by the key in `file`; says what to do next."""
-    mode = file.stat().st_mode
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise InvalidArgument("the file of the new key", str(file), "make it readable by its owner alone: chmod 600")
-    new = Secret(bytearray(file.read_bytes()))
-    if len(new) != KEK_BYTES:
-        raise KekUnusable(str(file))
-    store = open_store(config)
-    try:
-        changed = store.database.change_kek(new)
-        with store.database.write() as connection:
-            store.audit.append(connection, "key-encryption key changed", "", detail={"values": changed})
-    finally:
-        store.close()
-    click.echo(f"{changed} values are wrapped by the new key. Put {file} in the old one's place, then start again.")
-    return 0
-
-
 async def serve(config: Config, path: Path) -> int:
     """Run until a signal ends it."""
     service = Service(config)
@@ -327,7 +256,7 @@ async def serve(config: Config, path: Path) -> int:
 
 
 def run(
-    path: Path | None, check_config: bool, show_config: bool, seal: bool = False, rotate_kek: Path | None = None
+    path: Path | None, check_config: bool, show_config: bool, seal: bool = False, new_kek: Path | None = None
 ) -> int:
     """What the command line asks for; returns the exit status."""
     if path is not None and not path.exists():
@@ -343,10 +272,14 @@ def run(
         return 0
     keep_memory_private()
     logs.setup(config.service.log_level.value)
-    if seal:
-        return seal_kek(config)
-    if rotate_kek is not None:
-        return change_kek(config, rotate_kek)
+    if seal or new_kek is not None:
+        place, database = kek_place(config), config.database_file
+        click.echo(
+            rotate_kek(place, config.database_url, database, new_kek)
+            if new_kek is not None
+            else seal_kek(place, database)
+        )
+        return 0
     return asyncio.run(serve(config, path or DEFAULT_FILE))
 
 

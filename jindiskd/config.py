@@ -22,6 +22,7 @@ from jindiskd.base.platform import Platform
 from jindiskd.base.settings import near
 from jindiskd.errors import EXIT_USAGE, JindiskError
 from jindiskd.image.request import VolumeFormat
+from jindiskd.keys.kek import KekPlace, KekSource
 
 DEFAULT_FILE = Path("/etc/jindiskd/jindiskd.toml")
 FILE_LIMIT_BYTES = 1 << 20
@@ -133,6 +134,43 @@ class BrokerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KekConfig:
+    """[keys]: the key that all keys in the store are wrapped by."""
+
+    kek: KekSource = field(
+        default=KekSource.AUTO,
+        metadata={"help": "where the key-encryption key is; `auto`: the unit's credential, else a file"},
+    )
+    kek_file: Path | None = field(default=None, metadata={"help": "the file; `kek` in the state directory if unset"})
+    tpm2_dir: Path | None = field(
+        default=None, metadata={"help": "for `tpm2`: the directory of what is sealed; `tpm2` in the state directory"}
+    )
+    tpm2_pcrs: str = field(
+        default="sha256:7",
+        metadata={"help": "for `tpm2`: registers whose state the key is sealed to (7: Secure Boot); none if empty"},
+    )
+    tpm2_tcti: str = field(
+        default="device:/dev/tpmrm0", metadata={"help": "for `tpm2`: how the TPM is reached, as for tpm2-tools"}
+    )
+
+    def place(self, state_dir: Path, credentials: Path | None) -> KekPlace:
+        """Where the key is.
+
+        Args:
+            state_dir: of the service.
+            credentials: the unit's credentials directory; None where the service manager gave none.
+        """
+        return KekPlace(
+            source=self.kek,
+            file=self.kek_file or state_dir / "kek",
+            tpm2_dir=self.tpm2_dir or state_dir / "tpm2",
+            tpm2_tcti=self.tpm2_tcti,
+            tpm2_pcrs=self.tpm2_pcrs,
+            credentials=credentials,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CollateralConfig:
     """[collateral]: certificates and revocation lists of the processors' makers."""
 
@@ -190,6 +228,7 @@ class Config:
     service: ServiceConfig = field(default_factory=ServiceConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     broker: BrokerConfig = field(default_factory=BrokerConfig)
+    keys: KekConfig = field(default_factory=KekConfig)
     collateral: CollateralConfig = field(default_factory=CollateralConfig)
     relay: RelayConfig = field(default_factory=RelayConfig)
     domains: DomainsConfig = field(default_factory=DomainsConfig)
@@ -208,6 +247,11 @@ class Config:
     def database_url(self) -> str:
         """URL of the key store."""
         return self.broker.database or f"sqlite:///{self.service.state_dir}/keys.db"
+
+    @property
+    def database_file(self) -> Path | None:
+        """The SQLite file that the service makes itself; None for another database."""
+        return None if self.broker.database else self.service.state_dir / "keys.db"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,14 +49,14 @@ from jindiskd.domain import switch
 from jindiskd.domain.guest import OpenBroker
 from jindiskd.domain.judge import KeyProblem
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
-from jindiskd.errors import EXIT_UNAVAILABLE, InvalidArgument, NotFound
+from jindiskd.errors import EXIT_UNAVAILABLE, InvalidArgument, NotFound, NotSupported
 from jindiskd.handed import HandedKeys, OwnersKeys
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
 from jindiskd.jobs.manager import JobManager
 from jindiskd.keys.handover import BrokerCard, read_card
+from jindiskd.keys.kek import KekPlace, open_store, rotate_kek, seal_kek
 from jindiskd.keys.store import KeyState, Store
-from jindiskd.keys.wrap import CREDENTIAL, load_kek
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
 from jindiskd.sim.pki import SimulatedRoot
 from jindiskd.sim.sev_platform import SevPlatformKeys
@@ -70,7 +70,8 @@ class StateFiles:
 
     ::
 
-        kek                32 bytes, mode 0600: the key-encryption key, unless the unit's credential has it
+        kek                32 bytes, mode 0600: the key-encryption key, unless the unit's credential or the TPM has it
+        tpm2/              the key-encryption key sealed to this machine's TPM, where it was (`keys.tpm`)
         keys.db            the key store and audit log (SQLite, mode 0600), unless configured elsewhere
         broker.pem         the key that guests pin, mode 0600
         handover/          instead of the three: keys sealed for the owner's broker, where the deployment is a relay
@@ -83,11 +84,6 @@ class StateFiles:
     """
 
     root: Path
-
-    @property
-    def kek(self) -> Path:
-        """The key-encryption key."""
-        return self.root / "kek"
 
     @property
     def identity(self) -> Path:
@@ -110,39 +106,34 @@ class StateFiles:
         return self.root / "console"
 
 
-def open_store(config: Config, state: StateFiles) -> Store:
-    """Open the key store. A database file is made readable for us alone before anything is in it."""
-    database = state.root / "keys.db"
-    fresh = bool(config.broker.database) or not database.exists() or database.stat().st_size == 0
-    if not config.broker.database:
-        os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    return Store.open(config.database_url, load_kek(state.kek, credentials_directory(), create=fresh))
+def kek_place(config: Config) -> KekPlace:
+    """Where the key-encryption key is."""
+    return config.keys.place(config.service.state_dir, credentials_directory())
 
 
-def status(config: Config, state: StateFiles) -> dict[str, object]:
+def status(config: Config) -> dict[str, object]:
     """What Manager.Status tells. Blocks on files."""
     relayed = config.broker.deployment is Deployment.RELAY
-    credentials = credentials_directory()
-    credential = credentials is not None and (credentials / CREDENTIAL).exists()
+    kek = kek_place(config)
     entries = [] if relayed else CollateralCache(config.collateral_dir).entries()
     expiries = [entry.expires for entry in entries if entry.expires is not None]
     return {
-        "key-encryption": "owner" if relayed else "credential" if credential else "file",
+        "key-encryption": "owner" if relayed else kek.found,
         "collateral": len(entries),
         "collateral-expires": microseconds(min(expiries)) if expiries else 0,
-        "warnings": list(warnings(config, state, credential=credential, collateral=entries)),
+        "warnings": list(warnings(config, kek, collateral=entries)),
     }
 
 
-def warnings(config: Config, state: StateFiles, *, credential: bool, collateral: Sequence[Entry]) -> Iterator[str]:
+def warnings(config: Config, kek: KekPlace, *, collateral: Sequence[Entry]) -> Iterator[str]:
     """What an administrator should know, a sentence each."""
     relayed = config.broker.deployment is Deployment.RELAY
     if relayed:
         yield "the key of an image that is built here is in this host's memory meanwhile: build where you trust"
     else:
         yield "the key broker runs in this service: whoever rules this host can read the keys of its images"
-    if not relayed and not credential:
-        yield f"the key-encryption key is a file beside the keys, {state.kek}: better give the unit {CREDENTIAL}"
+    if not relayed and (warning := kek.warning()):
+        yield warning
     if config.broker.allow_simulated:
         yield "reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing"
     if not relayed:
@@ -236,7 +227,7 @@ class Service:
                 deployment=config.broker.deployment.value,
                 allow_simulated=config.broker.allow_simulated,
                 broker_spki_sha256=side.spki_sha256,
-                status=lambda: status(config, state),
+                status=lambda: status(config),
                 relay_broker=config.relay.broker if side.relay is not None else "",
                 settings=tuple((item.name, item.value, item.origin) for item in self._loaded.settings),
             ),
@@ -252,7 +243,7 @@ class Service:
     async def _embedded(self) -> Side:
         """Keys and a broker of our own, which listens for each domain alone."""
         config, state = self._config, self._state
-        store = await asyncio.to_thread(open_store, config, state)
+        store = await asyncio.to_thread(open_store, kek_place(config), config.database_url, config.database_file)
         self._stack.callback(store.close)
         identity = await asyncio.to_thread(TlsIdentity.load_or_create, state.identity)
         cache = CollateralCache(config.collateral_dir)
@@ -404,7 +395,9 @@ async def serve(loaded: Loaded[Config], path: Path) -> int:
             log.info("stopped")
 
 
-def run(path: Path | None, check_config: bool, show_config: bool) -> int:
+def run(
+    path: Path | None, check_config: bool, show_config: bool, seal: bool = False, new_kek: Path | None = None
+) -> int:
     """What the command line asks for; returns the exit status."""
     if path is not None and not path.exists():
         raise NotFound("configuration file", str(path))
@@ -416,7 +409,18 @@ def run(path: Path | None, check_config: bool, show_config: bool) -> int:
     if check_config or show_config:
         return 0
     keep_memory_private()
-    logs.setup(loaded.config.service.log_level.value)
+    config = loaded.config
+    logs.setup(config.service.log_level.value)
+    if seal or new_kek is not None:
+        if config.broker.deployment is Deployment.RELAY:
+            raise NotSupported("a key-encryption key", "no keys are here: they are at the guests' owner")
+        place, database = kek_place(config), config.database_file
+        click.echo(
+            rotate_kek(place, config.database_url, database, new_kek)
+            if new_kek is not None
+            else seal_kek(place, database)
+        )
+        return 0
     return asyncio.run(serve(loaded, path or DEFAULT_FILE))
 
 

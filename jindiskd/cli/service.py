@@ -52,6 +52,7 @@ DEPLOYMENTS = {
 KEY_ENCRYPTION = {
     "credential": "a credential of the unit",
     "file": "a file beside the keys",
+    "tpm2": "sealed to the TPM",
     "owner": "at the owner's broker",
 }
 

@@ -7,16 +7,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, InvalidArgument
+from jindiskd.keys.database import KekWrong
+from jindiskd.keys.kek import KekPlace, KekSource, open_store
 from jindiskd.keys.tpm import KekNotUnsealed, Tpm
-from jindiskd.keys.wrap import KekMissing
+from jindiskd.keys.wrap import KekMissing, load_kek
 
-PROGRAM = Path(sys.executable).with_name("jindisk-broker")
+PLACE: dict[str, Any] = {
+    "source": KekSource.FILE, "tpm2_dir": Path("/nowhere"), "tpm2_tcti": "", "tpm2_pcrs": "", "credentials": None,
+}  # fmt: skip
 
 
 class Software:
@@ -118,32 +124,97 @@ def test_settings_are_read_strictly(tcti: str, pcrs: str) -> None:
         Tpm(Path("/nowhere"), tcti, pcrs)
 
 
-def test_the_broker_starts_from_a_sealed_key(software: Software, tmp_path: Path) -> None:
-    """Sealed by the program, the file deleted, started; with the register changed it ends with 8 and says why."""
-    configuration = tmp_path / "broker.toml"
-    listen = '[listen]\nguests = ""\n'
+@pytest.mark.parametrize("name", ["jindisk-broker", "jindiskd"])
+def test_the_programs_start_from_a_sealed_key(software: Software, tmp_path: Path, name: str) -> None:
+    """Sealed by the program, the file deleted, started; with the register changed it ends with 8 and says why.
+
+    jindiskd gets a bus of its own, and no libvirt: both come after the store.
+    """
+    configuration, program = tmp_path / "settings.toml", Path(sys.executable).with_name(name)
+    listen = '[listen]\nguests = ""\n' if name == "jindisk-broker" else f'[images]\ndir = "{tmp_path}/images"\n'
     service = f'[service]\nstate_dir = "{tmp_path}/state"\nruntime_dir = "{tmp_path}/run"\n'
     keys = f'[keys]\ntpm2_tcti = "{software.tcti}"\ntpm2_pcrs = "sha256:7"\n'
     configuration.write_text(service + listen + keys)
-    words = [str(PROGRAM), "--config", str(configuration)]
-    done = subprocess.run([*words, "--seal-kek"], capture_output=True, text=True, timeout=120)
+    words = [str(program), "--config", str(configuration)]
+    done = subprocess.run([*words, "--seal-kek"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "delete that file" in done.stdout
     (tmp_path / "state/kek").unlink()
     configuration.write_text(service + listen + keys.replace("[keys]", '[keys]\nkek = "tpm2"'))
+    environment = {"PATH": os.environ["PATH"]}
+    with bus(tmp_path) as address:
+        environment |= {"DBUS_SYSTEM_BUS_ADDRESS": address}
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={"PATH": os.environ["PATH"]})
+        def start() -> subprocess.Popen[str]:
+            return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
 
-    with start() as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "ready" in line:
-                break
-        process.terminate()
-        assert process.wait(60) == 0
-    software.extend(7)
-    with start() as process:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 8
-        assert "does not unseal" in said
+        with start() as process:
+            assert process.stderr is not None
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if "ready" in line:
+                    break
+            assert process.poll() is None, said
+            process.terminate()
+            process.communicate(timeout=300)
+            assert process.returncode == 0
+        assert (tmp_path / "state/keys.db").stat().st_size > 0
+        assert not (tmp_path / "state/kek").exists()
+        software.extend(7)
+        with start() as process:
+            _, text = process.communicate(timeout=300)
+            assert process.returncode == 8
+            assert "does not unseal" in text
+
+
+@contextlib.contextmanager
+def bus(folder: Path) -> Iterator[str]:
+    """A bus without rules, for programs that want one."""
+    config = folder / "bus.conf"
+    config.write_text(
+        '<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"\n'
+        ' "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">\n'
+        f"<busconfig><type>system</type><listen>unix:path={folder}/bus</listen>"
+        '<policy context="default"><allow user="*"/><allow own="*"/><allow send_destination="*" eavesdrop="true"/>'
+        '<allow receive_sender="*" eavesdrop="true"/>'
+        "</policy></busconfig>"
+    )
+    words = ["dbus-daemon", f"--config-file={config}", "--nofork", "--print-address=1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("name", ["jindisk-broker", "jindiskd"])
+def test_the_programs_rotate_and_take_a_credential(tmp_path: Path, name: str) -> None:
+    """From a file to the credential by `--rotate-kek`; the old key opens nothing any more, nor is any file taken."""
+    configuration, program = tmp_path / "settings.toml", Path(sys.executable).with_name(name)
+    service = f'[service]\nstate_dir = "{tmp_path}/state"\nruntime_dir = "{tmp_path}/run"\n'
+    configuration.write_text(service)
+    (tmp_path / "state").mkdir()
+    old = load_kek(tmp_path / "state/kek", None)
+    open_store(KekPlace(**PLACE, file=tmp_path / "state/kek"), f"sqlite:///{tmp_path}/state/keys.db", None).close()
+    new = tmp_path / "new"
+    new.write_bytes(os.urandom(32))
+    words = [str(program), "--config", str(configuration), "--rotate-kek", str(new)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "chmod 600" in done.stderr
+    new.chmod(0o600)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "credentials").mkdir()
+    new.rename(tmp_path / "credentials/jindisk.kek")
+    configuration.write_text(service + '[keys]\nkek = "credential"\n')
+    place = KekPlace(**{**PLACE, "source": KekSource.CREDENTIAL}, file=tmp_path / "none")
+    url = f"sqlite:///{tmp_path}/state/keys.db"
+    with pytest.raises(KekMissing):
+        open_store(place, url, None)
+    open_store(replace(place, credentials=tmp_path / "credentials"), url, None).close()
+    assert bytes(old.reveal()) == (tmp_path / "state/kek").read_bytes()
+    with pytest.raises(KekWrong):
+        open_store(KekPlace(**PLACE, file=tmp_path / "state/kek"), url, None)
