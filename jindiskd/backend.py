@@ -131,11 +131,21 @@ class ImagesBackend:
 
     async def remove(self, name: str) -> None:
         """Remove one and its key, unless a domain runs from it."""
+        await self._require_idle(name)
+        await self._service.remove(name)
+
+    async def update(self, name: str, kernel_fd: int, initrd_fd: int, job: Job) -> bytes:
+        """Replace its kernel and initramfs, unless a domain runs from it; the result is its new launch digest."""
+        await self._require_idle(name)
+        made = await self._service.update(name, kernel_fd, initrd_fd)
+        job.log(f"kernel {made.kernel_release}")
+        return made.launch_digest
+
+    async def _require_idle(self, name: str) -> None:
         image_id = (await self._service.get(name)).manifest.image_id
         for domain in self._domains.list():
             if domain.image_id == image_id and domain.state in ACTIVE:
                 raise Busy(f"image {name!r}", f"domain {domain.name!r} runs from it; stop that first")
-        await self._service.remove(name)
 
     async def measure(self, name: str) -> bytes:
         """Compute the launch digest from the files in the store; refuse one that is not the recorded one."""

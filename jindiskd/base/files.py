@@ -10,6 +10,7 @@ import secrets
 from pathlib import Path
 
 RENAME_NOREPLACE = 1  # linux/fs.h
+RENAME_EXCHANGE = 2
 AT_FDCWD = -100  # linux/fcntl.h
 
 
@@ -65,3 +66,16 @@ def rename_new(source: Path, target: Path) -> None:
     fsync_directory(target.parent)
     if source.parent != target.parent:
         fsync_directory(source.parent)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Give each of two things, in one directory, the name of the other, at once and durably.
+
+    Raises:
+        OSError: one is not there, or the file system cannot do that; nothing was changed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fspath(other))
+    fsync_directory(other.parent)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Awaitable, Callable, Mapping
 
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path, microseconds
+from jindiskd.bus.keyfd import take_regular_file
 from jindiskd.bus.objects import Object, ObjectPath, Options
-from jindiskd.bus.peers import Caller
+from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Images, ImageView
 from jindiskd.bus.server import Server
 from jindiskd.errors import NotFound
@@ -41,6 +44,10 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         old, self._view = self._view, view
         if old.key_state != view.key_state:
             self.changed("State")
+        if old.launch_digest != view.launch_digest:
+            self.changed("LaunchDigest")
+        if old.kernel_release != view.kernel_release:
+            self.changed("KernelRelease")
 
     async def remove(self, caller: Caller, options: Options) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
         """Remove it and its key."""
@@ -67,6 +74,36 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
             return await self._images.measure_all(name) if everything else (await self._images.measure(name)).hex()
 
         job = self._jobs.start(Operation.IMAGE_MEASURE, [name], caller.uid, work)
+        return job_path(job.number)
+
+    async def update(
+        self,
+        caller: Caller,
+        kernel: Descriptor,
+        initrd: Descriptor,
+        options: Options,  # noqa: ARG002 (as above)
+    ) -> ObjectPath:
+        """Replace its kernel and initramfs."""
+        name = self._view.name
+        with contextlib.ExitStack() as stack:
+            kernel_fd = take_regular_file(kernel)
+            stack.callback(os.close, kernel_fd)
+            initrd_fd = take_regular_file(initrd)
+            stack.callback(os.close, initrd_fd)
+            close = stack.pop_all().close
+
+        async def work(job: Job) -> str:
+            job.progress("replacing")
+            try:
+                return (await self._images.update(name, kernel_fd, initrd_fd, job)).hex()
+            finally:
+                await self._refresh()
+
+        try:
+            job = self._jobs.start(Operation.IMAGE_UPDATE, [name], caller.uid, work, cancelable=False, at_end=close)
+        except BaseException:
+            close()
+            raise
         return job_path(job.number)
 
     async def get_manifest(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
@@ -142,9 +179,7 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
 class ImagesOnBus:
     """Keeps the image objects as the store is; `also` is awaited after a change of ours, for the keys."""
 
-    def __init__(
-        self, server: Server, images: Images, jobs: JobManager, also: Callable[[], Awaitable[None]]
-    ) -> None:
+    def __init__(self, server: Server, images: Images, jobs: JobManager, also: Callable[[], Awaitable[None]]) -> None:
         self._server, self._images, self._jobs, self._also = server, images, jobs, also
         self._objects: dict[str, ImageObject] = {}
         self._views: dict[str, ImageView] = {}

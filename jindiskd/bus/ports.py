@@ -111,6 +111,9 @@ class Images(Protocol):
     async def remove(self, name: str) -> None:
         """Remove one and its key."""
 
+    async def update(self, name: str, kernel_fd: int, initrd_fd: int, job: Job) -> bytes:
+        """Replace its kernel and initramfs; the caller closes the descriptors. The result is its new launch digest."""
+
     async def measure(self, name: str) -> bytes:
         """Its launch digest, computed again."""
 

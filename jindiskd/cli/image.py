@@ -40,6 +40,9 @@ def image() -> None:
     """Build images with an encrypted root, and look after them."""
 
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
 @image.command()
 @click.argument("name")
 @click.option(
@@ -206,6 +209,41 @@ async def _show(app: App, name: str) -> None:
         "created": moment(found["Created"]),
     }
     app.show({"image": found}, lambda: fields(pairs))
+
+
+@image.command()
+@click.argument("name", shell_complete=images)
+@click.option("--kernel", type=_FILE, required=True, help="The kernel, such as /boot/vmlinuz-... of its system.")
+@click.option("--initrd", type=_FILE, required=True, help="The initramfs that its system made for that kernel.")
+@common
+@pass_app
+def update(app: App, name: str, kernel: Path, initrd: Path) -> None:
+    """Give the image NAME, built with --initrd system, another kernel and initramfs that its system made.
+
+    It measures otherwise then: its key is released to the new digest once its policy allows that.
+    """
+    run(_update(app, name, kernel, initrd))
+
+
+async def _update(app: App, name: str, kernel: Path, initrd: Path) -> None:
+    with _opened(kernel) as kernel_fd, _opened(initrd) as initrd_fd:
+        async with connected() as client:
+            path, _ = await find(client, name)
+
+            async def start() -> str:
+                job: str = await client.call(path, IMAGE, "Update", 0, 1, {}, fds=[kernel_fd, initrd_fd])
+                return job
+
+            await start_and_follow(client, app, start, wait=True)
+            _, properties = await find(client, name)
+    digest = properties["LaunchDigest"]
+    app.show(
+        {"image": properties},
+        lambda: (
+            f"Image {name} starts kernel {properties['KernelRelease']} and measures as {digest}.\n"
+            f'Its key is released to that when its policy has: [snp] measurements = ["{digest}"]'
+        ),
+    )
 
 
 @image.command()

@@ -161,6 +161,7 @@ class _Build:
             launch_digest=digest,
             broker_spki_sha256=self.task.broker_spki_sha256,
             resource=resource_of(self.task.image_id),
+            initrd_kind=self.request.initrd.value,
             seeded=self.request.seed is not None,
             changes=root.changes,
         )

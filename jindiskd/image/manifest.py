@@ -86,6 +86,8 @@ class Manifest:
     """48 bytes (SNP); empty where the platform's value cannot be computed before the launch."""
     broker_spki_sha256: bytes
     resource: str
+    initrd_kind: str = "own"
+    """`own`, our own initrd, or `system`, the initramfs that the base's system made."""
     seeded: bool = False
     """Built with a fixed seed: keys are guessable by whoever knows it; for tests and reproduction only."""
     changes: tuple[str, ...] = field(default=())

@@ -24,7 +24,7 @@ from jindiskd.base import document
 from jindiskd.base.process import ENVIRONMENT, terminate
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, Internal, JindiskError
-from jindiskd.image import randomness
+from jindiskd.image import boot_update, randomness
 from jindiskd.image.manifest import Manifest, Volume
 from jindiskd.image.request import BuildRequest, BuildTask, Progress
 from jindiskd.image.store import ImageStore, Staging, StoredImage
@@ -112,6 +112,29 @@ class ImageService:
         await asyncio.to_thread(self._store.remove, name)
         await asyncio.to_thread(self._keys.forget, found.manifest.image_id)
         log.info("image removed", image=name, image_id=found.manifest.image_id)
+
+    async def update(self, name: str, kernel_fd: int, initrd_fd: int) -> Manifest:
+        """Give an image that starts by its system's own initramfs another kernel and initramfs.
+
+        What it measures as changes with them; to whom its key is released does not, that is its owner's to decide.
+
+        Raises:
+            NotFound: no such image.
+            NotSupported, InvalidArgument, InitramfsRefused: as of `boot_update.stage`; nothing was changed.
+        """
+        found = await self.get(name)
+        staging = await asyncio.to_thread(self._store.stage)
+        try:
+
+            def work() -> Manifest:
+                boot_update.stage(found, staging.path, kernel_fd, initrd_fd)
+                return self._store.replace(staging, name).manifest
+
+            manifest = await _finished(work)
+        finally:
+            await _finished(staging.close)
+        log.info("boot files of an image replaced", image=name, image_id=manifest.image_id)
+        return manifest
 
     async def reconcile(self) -> None:
         """Put right what a crash left; call once at start, before anything is built."""

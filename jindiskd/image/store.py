@@ -31,7 +31,7 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base import document
-from jindiskd.base.files import fsync_directory, rename_new
+from jindiskd.base.files import exchange, fsync_directory, rename_new
 from jindiskd.errors import EXIT_INTEGRITY, AlreadyExists, Busy, JindiskError, NotFound
 from jindiskd.image import manifest as manifests
 from jindiskd.image.manifest import Manifest
@@ -158,6 +158,21 @@ class ImageStore:
             if isinstance(exc, FileExistsError) or (self.root / name).exists():
                 raise AlreadyExists("image", name) from exc
             raise
+        return StoredImage(path=self.root / name, manifest=found)
+
+    def replace(self, staging: Staging, name: str) -> StoredImage:
+        """Put a finished image in the place of the one of its name, all at once and durably.
+
+        The files must be synced already. The old image's files are the staging directory's from then on.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        self.get(name)
+        found = staging.manifest(name)
+        staging.path.chmod(0o755)
+        fsync_directory(staging.path)
+        exchange(staging.path, self.root / name)
         return StoredImage(path=self.root / name, manifest=found)
 
     def remove(self, name: str) -> None:

@@ -17,6 +17,7 @@ class Operation(enum.StrEnum):
     IMAGE_BUILD = "image-build"
     IMAGE_REMOVE = "image-remove"
     IMAGE_MEASURE = "image-measure"
+    IMAGE_UPDATE = "image-update"
     REFUSAL_EXPLAIN = "refusal-explain"
     AUDIT_VERIFY = "audit-verify"
     DOMAIN_ADOPT = "domain-adopt"

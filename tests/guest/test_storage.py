@@ -124,7 +124,7 @@ def test_systemd_shuts_down_through_us(machine, guest_kernel, tmp_path) -> None:
     cmdline += " systemd.show_status=0 systemd.run=/bin/true systemd.run_success_action=poweroff"
     guest = machine(initrd=archive, disk=disk, vsock=False, cmdline=cmdline)
     guest.start()
-    guest.wait(120)
+    guest.wait(550)
     assert "VOLUME-CLOSED" in guest.console, guest.console
     assert guest.console.rindex("VOLUME-CLOSED") < guest.console.rindex("reboot: Power down")
     command = ["/usr/sbin/e2fsck", "-fn", f"{disk}?offset={34816 * 512}"]

@@ -3,11 +3,13 @@ configuration."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -17,12 +19,15 @@ import pytest
 from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
-from jindiskd.errors import JindiskError, NotSupported
+from jindiskd.errors import InvalidArgument, JindiskError, NotSupported
 from jindiskd.guest.config import PATH, GuestConfig
 from jindiskd.image import system_initrd
+from jindiskd.image.boot_update import release_of
 from jindiskd.image.cpio import Archive
 from jindiskd.image.initramfs_files import UNLOCK
 from jindiskd.image.request import BaseKind, InitrdKind, VolumeFormat
+from jindiskd.image.service import ImageService
+from jindiskd.image.store import ImageStore, verify
 from jindiskd.image.system_initrd import InitramfsRefused, require_agent
 
 PACKERS = {
@@ -213,3 +218,107 @@ def test_what_is_not_in_the_package_is_not_offered(request_for, changes) -> None
 
 def test_the_error_is_one_of_ours() -> None:
     assert JindiskError.by_code["InitramfsRefused"] is InitramfsRefused
+
+
+class NoKeys:
+    """Fails whoever asks anything of the key store."""
+
+
+@pytest.fixture
+def stored(builder, base, tmp_path):
+    """The image `test` in a store, and the service that has it."""
+    store = ImageStore(tmp_path / "store")
+    manifest, directory = build(builder, base)
+    staging = store.stage()
+    for path in directory.iterdir():
+        shutil.copy(path, staging.path)
+    store.commit(staging, manifest.name)
+    staging.close()
+    return store, ImageService(store, NoKeys(), broker_spki_sha256=bytes(32)), manifest
+
+
+def bzimage(release: str) -> bytes:
+    """The head of a kernel for x86 that says its release."""
+    head = bytearray(0x1000)
+    head[0x202:0x206] = b"HdrS"
+    head[0x20E:0x210] = (0x600).to_bytes(2, "little")
+    head[0x800 : 0x800 + 60] = f"{release} (builder@host) #1 SMP".encode().ljust(60, b"\0")
+    return bytes(head) + b"new kernel" * 1000
+
+
+async def update(service, tmp_path: Path, kernel: bytes, initrd: bytes):
+    (tmp_path / "k").write_bytes(kernel)
+    (tmp_path / "i").write_bytes(initrd)
+    with (tmp_path / "k").open("rb") as one, (tmp_path / "i").open("rb") as other:
+        return await service.update("test", one.fileno(), other.fileno())
+
+
+async def test_boot_files_are_replaced_all_at_once(stored, tmp_path, firmware) -> None:
+    """New kernel, initramfs, digest and release; the same disk, command line and identity; nothing else is left."""
+    store, service, old = stored
+    inode = store.get("test").disk.stat().st_ino
+    initrd = PACKERS["gzip"](tree(UNLOCK, PATH))
+    new = await update(service, tmp_path, bzimage("6.12.9-test"), initrd)
+    image = store.get("test")
+    assert image.manifest == new
+    verify(image)
+    assert (image.path / "initrd").read_bytes() == initrd
+    assert new.kernel_release == "6.12.9-test"
+    assert image.disk.stat().st_ino == inode
+    assert new.launch_digest != old.launch_digest
+    inputs = LaunchInputs(
+        firmware=firmware, kernel=image.path / "vmlinuz", initrd=image.path / "initrd",
+        cmdline=(image.path / "cmdline").read_text(), vcpus=2, cpu_model="EPYC-v4",
+    )  # fmt: skip
+    assert new.launch_digest == snp_launch_digest(inputs)
+    same = {"image_id", "name", "cmdline", "volume", "resource", "partitions", "shape", "changes", "initrd_kind"}
+    assert {name for name in same if getattr(new, name) != getattr(old, name)} == set()
+    assert [path.name for path in store.root.iterdir() if path.name != ".lock"] == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "initrd", "error"),
+    [
+        (b"", SYSTEM, InvalidArgument),
+        (bzimage("1"), b"", InvalidArgument),
+        (bzimage("1"), tree(), InitramfsRefused),
+        (bzimage("1"), SYSTEM[:60], InitramfsRefused),
+    ],
+)
+async def test_an_update_that_is_refused_changes_nothing(stored, tmp_path, kernel, initrd, error) -> None:
+    store, service, old = stored
+    with pytest.raises(error):
+        await update(service, tmp_path, kernel, initrd)
+    assert store.get("test").manifest == old
+    verify(store.get("test"))
+    assert [path.name for path in store.root.iterdir() if path.name != ".lock"] == ["test"]
+
+
+def test_images_with_our_own_initrd_are_not_updated(builder, base, tmp_path) -> None:
+    """Their initrd is made with the image, and is no file of anybody's."""
+    store = ImageStore(tmp_path / "store")
+    manifest, directory = builder(base, base_kind=BaseKind.ROOTFS, size_bytes=96 << 20)
+    assert manifest.initrd_kind == "own"
+    staging = store.stage()
+    for path in directory.iterdir():
+        shutil.copy(path, staging.path)
+    store.commit(staging, "test")
+    staging.close()
+    service = ImageService(store, NoKeys(), broker_spki_sha256=bytes(32))
+    with pytest.raises(NotSupported, match="build it again"):
+        asyncio.run(update(service, tmp_path, bzimage("1"), SYSTEM))
+
+
+def test_a_release_is_believed_in_form_alone(tmp_path) -> None:
+    """What is no kernel for x86, or says nothing that could be a release, has none."""
+    path = tmp_path / "kernel"
+    for data, release in (
+        (bzimage("6.1.0-50-cloud-amd64"), "6.1.0-50-cloud-amd64"),
+        (bzimage("../../etc"), ""),
+        (bzimage("a\nb"), ""),
+        (b"", ""),
+        (b"\x7fELF" + bytes(9000), ""),
+        (bzimage("1")[:0x210], ""),
+    ):
+        path.write_bytes(data)
+        assert release_of(path) == release
