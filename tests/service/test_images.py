@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from smallroot import RELEASE
 
 from jindiskd.base.platform import Platform
+from jindiskd.image.cpio import Archive
+from jindiskd.image.initramfs_files import UNLOCK
 from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
 
 pytestmark = pytest.mark.usefixtures("vectors")
@@ -278,3 +281,40 @@ def test_the_doctor_names_what_is_wrong_with_an_image(stock):
         cmdline.write_text(text)
     assert "no image" in stock.ctl("doctor", "--image", "none", status=3)
     assert "usage" in stock.ctl("doctor", "--platform", "none", status=2).lower()
+
+
+def initramfs(*names: str) -> bytes:
+    """An archive such as a distribution makes, with these files in it."""
+    archive = Archive()
+    for name in ("init", *names):
+        archive.file(name, b"#!/bin/sh\n", 0o755)
+    return archive.to_gzip()
+
+
+def test_an_image_starts_by_its_own_systems_initramfs_and_gets_another(daemon, rootfs, tmp_path):
+    """Built with what the base has, updated with what its system made later; refused without the agent, untouched."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    subprocess.run(["tar", "-xf", rootfs, "-C", tree], check=True)
+    build = ("image", "build", "own", "--rootfs", str(tree), "--initrd", "system")
+    assert "there is no initrd.img-" in daemon.ctl(*build, status=1)
+    (tree / "boot" / f"initrd.img-{RELEASE}").write_bytes(initramfs(UNLOCK))
+    (tree / "etc/jindisk").mkdir()
+    daemon.ctl(*build)
+    built = daemon.json("image", "show", "own")["image"]
+    kernel, initrd = tmp_path / "vmlinuz", tmp_path / "initrd"
+    kernel.write_bytes(b"another kernel" * 10_000)
+    initrd.write_bytes(initramfs("sbin/init"))
+    words = ("image", "update", "own", "--kernel", str(kernel), "--initrd", str(initrd))
+    assert "does not have the agent" in daemon.ctl(*words, status=1)
+    assert daemon.json("image", "show", "own")["image"] == built
+    assert daemon.json("image", "measure", "own")["launch_digest"] == built["LaunchDigest"]
+    initrd.write_bytes(initramfs(UNLOCK, "later"))
+    said = daemon.ctl(*words)
+    after = daemon.json("image", "show", "own")["image"]
+    assert after["LaunchDigest"] != built["LaunchDigest"]
+    assert f'[snp] measurements = ["{after["LaunchDigest"]}"]' in said
+    assert daemon.json("image", "measure", "own")["launch_digest"] == after["LaunchDigest"]
+    assert daemon.json("key", "list")["keys"][0]["launch-digests"] == [built["LaunchDigest"]]
+    assert left_behind(daemon) == ["own"]
+    daemon.ctl("image", "update", "nothing", *words[3:], status=3)
