@@ -18,7 +18,7 @@ APT = ("apt-get", "-qy", "--no-install-recommends", "-o", "Dpkg::Options::=--for
 
 # Run as root in the booted system. What is printed between markers is read by the tests.
 FIRST_START = """
-systemctl is-enabled jindiskd.service
+systemctl is-enabled jindiskd.service jindiskd.socket
 ! systemctl is-active --quiet jindiskd.service || systemctl stop jindiskd.service
 test "$(stat -c '%U %a' /var/lib/jindiskd)" = 'jindiskd 711'
 # D-Bus activation, by an ordinary user.
@@ -54,12 +54,14 @@ test -e /var/lib/jindiskd/kek
 """
 
 
-def test_lintian(packages: list[Path]) -> None:
-    """No error and no warning that is not overridden with its reason."""
+def test_lintian(packages: list[Path], release: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No error and no warning that is not overridden with its reason; what it says is in the output of the tests."""
     changes = list(packages[0].parent.glob("*.changes"))
     words = ["lintian", "--allow-root", "--fail-on", "error,warning", *map(str, changes)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
-    print(done.stdout)
+    found = [sum(line.startswith(f"{kind}:") for line in done.stdout.splitlines()) for kind in "EW"]
+    with capsys.disabled():
+        print(f"\nlintian, packages for {release}: {found[0]} errors, {found[1]} warnings\n{done.stdout}".rstrip())
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -71,7 +73,7 @@ def test_maintainer_scripts_know_the_units(packages: list[Path]) -> None:
     assert "systemd-sysusers" in shown
 
 
-def test_life(system: System, packages: list[Path]) -> None:
+def test_life(system: System, packages: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Install, start by the bus in its sandbox, upgrade, remove, purge: keys and images outlive all of it."""
     system.run(*APT, "install", *system.bring(packages))
     system.run("dpkg", "--verify")
@@ -81,7 +83,8 @@ def test_life(system: System, packages: list[Path]) -> None:
     out = system.out
     assert json.loads((out / "status.json").read_text())
     assert json.loads((out / "images.json").read_text()) == {"images": []}
-    print((out / "security").read_text())
+    with capsys.disabled():
+        print(f"\n{system.release}: {(out / 'security').read_text().strip()}")
     assert float(re.findall(r": ([0-9.]+) ", (out / "security").read_text())[0]) <= 2.5
 
     newer = [later(path, system.out) for path in packages]

@@ -56,22 +56,18 @@ class HostGuest:
     def __init__(self, directory: Path) -> None:
         self.directory, self.disk = directory, directory / "disk.img"
 
-    def boot(self, *checks: str, disks: tuple[Path, ...] = ()) -> dict[str, dict[str, object]]:
+    def boot(self, *checks: str) -> dict[str, dict[str, object]]:
         """Boot, have the checks made, and wait for the end; returns what each found."""
         told, console = self.directory / "told", self.directory / "console"
         for path in (told, console):
             path.unlink(missing_ok=True)
-        drives = [
-            word
-            for disk in (self.disk, *disks)
-            for word in ("-drive", f"if=virtio,format=raw,cache=unsafe,file={disk}")
-        ]
         words = [
             "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-svm",
             "-smp", "2", "-m", MEMORY, "-nodefaults", "-display", "none", "-no-reboot",
             "-device", "virtio-rng-pci", "-serial", f"file:{console}", "-serial", f"file:{told}",
             "-kernel", self.directory / "vmlinuz", "-initrd", self.directory / "initrd",
-            "-append", f"{CMDLINE} systemd.unit=driver.service systemd.setenv=CHECKS={','.join(checks)}", *drives,
+            "-append", f"{CMDLINE} systemd.unit=driver.service systemd.setenv=CHECKS={','.join(checks)}",
+            "-drive", f"if=virtio,format=raw,cache=unsafe,file={self.disk}",
         ]  # fmt: skip
         try:
             subprocess.run(words, check=True, timeout=BOOT_S, stdin=subprocess.DEVNULL)
