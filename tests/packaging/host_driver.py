@@ -105,6 +105,29 @@ def activated():
     return facts
 
 
+CLAIM = """
+<domain type='qemu'>
+  <name>claims</name>
+  <metadata>
+    <jd:domain xmlns:jd='https://jindisk.org/xmlns/libvirt/domain/1'>
+      <jd:image name='web' id='00000000-0000-4000-8000-000000000001' platform='simulated-snp'/>
+    </jd:domain>
+  </metadata>
+  <memory unit='MiB'>64</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+</domain>
+"""
+
+
+def hooked():
+    """libvirt, which ran before the packages came, asks us about a domain that claims to be ours."""
+    run("virsh", "-c", "qemu:///system", "define", "/dev/stdin", stdin=CLAIM)
+    said = run("virsh", "-c", "qemu:///system", "start", "claims", status=1)
+    run("virsh", "-c", "qemu:///system", "undefine", "claims")
+    assert "never adopted: run 'jindiskctl domain adopt claims web'" in said, said
+    return said.strip()
+
+
 def exposure():
     """`systemd-analyze security` of the units as this system runs them."""
     found = {}
@@ -305,6 +328,19 @@ def outlived():
     assert objects("domain", "show", "demo")["domain"]["State"] == "stopped"
     assert not list(Path("/run/jindiskd/vsock").iterdir())
     return cid
+
+
+def refused():
+    """`virsh start` of a guest whose command line somebody changed, in one sentence that says what to do."""
+    line = STATE / "images/demo/cmdline"
+    before = line.read_bytes()
+    try:
+        line.write_bytes(before + b" single")
+        said = run("virsh", "-c", "qemu:///system", "start", "demo", status=1)
+    finally:
+        line.write_bytes(before)
+    assert "jindisk: domain 'demo' is not started: its command line" in said, said
+    return said.strip()
 
 
 def sockets():

@@ -177,5 +177,10 @@ def test_the_service_as_it_ships(host: HostGuest) -> None:
 
 def test_from_the_packages_to_an_encrypted_guest_by_the_manual(host: HostGuest) -> None:
     """A guest of this host attests over AF_VSOCK and runs from its encrypted root; restarts of the service find it."""
-    checks = ("newcomer", "attested", "outlived", "sockets")
+    checks = ("newcomer", "attested", "outlived", "refused", "sockets")
     passed(host.boot(*checks), *checks)
+
+
+def test_volumes_on_the_host(host: HostGuest) -> None:
+    """Partitions by udev, nbd and device mapper by the privileged helper."""
+    passed(host.boot("devices"), "devices")
