@@ -32,7 +32,7 @@ from .test_xml import CASES
 
 pytestmark = [pytest.mark.host, pytest.mark.long]
 RELEASE = "forky"
-PACKAGES = "libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients,qemu-system-x86,python3-minimal"
+PACKAGES = "libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients,qemu-system-x86,python3"
 SOCKETS = Path("/run/next-libvirt")
 URI = f"qemu+unix:///system?socket={SOCKETS}/libvirt-sock"
 PROCESSOR = Path("/run/sev-processor-next.sock")

@@ -339,7 +339,7 @@ def refused():
         said = run("virsh", "-c", "qemu:///system", "start", "demo", status=1)
     finally:
         line.write_bytes(before)
-    assert "jindisk: domain 'demo' is not started: its command line" in said, said
+    assert "jindisk: domain 'demo' is not started: its kernel command line" in said, said
     return said.strip()
 
 

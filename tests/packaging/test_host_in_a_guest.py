@@ -118,8 +118,16 @@ def release() -> str:
 
 @pytest.fixture(scope="module")
 def host(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGuest]:
-    """The machine, never booted; the packages lie in /packages."""
-    directory = tmp_path_factory.mktemp("host")
+    """The machine, never booted; the packages lie in /packages.
+
+    With `JINDISK_HOST_GUEST=DIR` it is kept there, and used again as the last run left it.
+    """
+    kept = os.environ.get("JINDISK_HOST_GUEST")
+    directory = Path(kept) if kept else tmp_path_factory.mktemp("host")
+    if (directory / "initrd").exists():
+        yield HostGuest(directory)
+        return
+    directory.mkdir(exist_ok=True)
     root = directory / "root"
     subprocess.run(["cp", "-a", "--reflink=auto", base_system(), root], check=True, timeout=600)
     (root / "packages").mkdir()
@@ -143,14 +151,15 @@ def host(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iter
         check=True, timeout=600, capture_output=True,
     )  # fmt: skip
     made = HostGuest(directory)
-    for name in ("vmlinuz", "initrd"):
-        shutil.copy((root / name if name != "initrd" else root / "initrd.img").resolve(), directory / name)
     with made.disk.open("wb") as file:
         file.truncate(DISK_BYTES)
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", root, made.disk], check=True, timeout=600)
+    for name in ("vmlinuz", "initrd"):
+        shutil.copy((root / name if name != "initrd" else root / "initrd.img").resolve(), directory / name)
     shutil.rmtree(root)
     yield made
-    made.disk.unlink()
+    if not kept:
+        made.disk.unlink()
 
 
 def passed(found: dict[str, dict[str, object]], *checks: str) -> None:
@@ -164,6 +173,7 @@ def test_the_service_as_it_ships(host: HostGuest) -> None:
     checks = (
         "installed",
         "activated",
+        "hooked",
         "exposure",
         "polkit",
         "stopped",
