@@ -51,6 +51,7 @@ mkdir -p run/libvirt {sockets}
 mount --bind {sockets} run/libvirt
 mount -t tmpfs -o mode=755 tmpfs dev
 for node in null zero full random urandom tty kvm; do [ ! -e /dev/$node ] || cp -a /dev/$node dev/; done
+[ ! -e dev/kvm ] || chmod 666 dev/kvm
 mknod -m 600 dev/sev c 1 3
 mkdir dev/pts dev/shm dev/net
 mount -t devpts -o newinstance,ptmxmode=666,mode=620 devpts dev/pts
