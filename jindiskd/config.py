@@ -222,6 +222,16 @@ class DomainsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DevicesConfig:
+    """[devices]: volumes on block devices of this host."""
+
+    watch: bool = field(default=True, metadata={"help": "look for volumes of ours on block devices of this host"})
+    helper: Path = field(
+        default=Path("/run/jindisk-helper.socket"), metadata={"help": "the socket of the helper that maps volumes"}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings."""
 
@@ -232,6 +242,7 @@ class Config:
     collateral: CollateralConfig = field(default_factory=CollateralConfig)
     relay: RelayConfig = field(default_factory=RelayConfig)
     domains: DomainsConfig = field(default_factory=DomainsConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
 
     @property
     def images_dir(self) -> Path:

@@ -43,16 +43,19 @@ from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Deployment, Loaded, VsockMode, load
 from jindiskd.custody import KeyPort, KeysBackend
 from jindiskd.decisions import DecisionsBackend
+from jindiskd.devices import DevicesBackend, HostDevices
 from jindiskd.diagnosis import DiagnosisBackend
 from jindiskd.doctor.host import Surroundings
 from jindiskd.domain import switch
 from jindiskd.domain.guest import OpenBroker
 from jindiskd.domain.judge import KeyProblem
 from jindiskd.domain.service import Closing, DomainService, DomainSettings
+from jindiskd.domain.state import ACTIVE
 from jindiskd.errors import EXIT_UNAVAILABLE, InvalidArgument, NotFound, NotSupported
 from jindiskd.handed import HandedKeys, OwnersKeys
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
+from jindiskd.jobs.job import Change
 from jindiskd.jobs.manager import JobManager
 from jindiskd.keys.handover import BrokerCard, read_card
 from jindiskd.keys.kek import KekPlace, open_store, rotate_kek, seal_kek
@@ -154,6 +157,8 @@ class Side:
     spki_sha256: bytes
     """Of the broker: what new images pin."""
     relay: Relay | None = None
+    store: Store | None = None
+    """The key store, where it is here."""
     sev: SevOwner | None = None
     """The owner's side of SEV launches; with a relay it is elsewhere, and cannot be asked."""
     domains: list[DomainService] = field(default_factory=list)
@@ -185,6 +190,7 @@ class Service:
         self._state = StateFiles(root=self._config.service.state_dir)
         self._stack = contextlib.AsyncExitStack()
         self.bus: Connection | None = None
+        self._devices: HostDevices | None = None
 
     async def start(self) -> Connection:
         """Start everything; when this returns, calls are answered.
@@ -203,6 +209,15 @@ class Service:
         image_service = ImageService(images, side.images, broker_spki_sha256=side.spki_sha256)
         domains = self._domains(images, side)
         await image_service.reconcile()
+        devices = self._devices = HostDevices(
+            images,
+            side.store,
+            helper=config.devices.helper,
+            running=lambda image_id: running_domain(domains, image_id),
+            runtime_dir=config.service.runtime_dir,
+            watch=config.devices.watch,
+        )
+        jobs.watch(lambda _job, change, _line: devices.service.poke() if change is Change.STATE else None)
 
         bus = self.bus = await connect_to(BusType.SYSTEM)
         stack.push_async_callback(bus.aclose)
@@ -214,6 +229,7 @@ class Service:
             keys=side.keys(domains),
             policies=decisions,
             audit=decisions,
+            devices=DevicesBackend(devices.service),
             diagnosis=DiagnosisBackend(
                 image_service,
                 domains,
@@ -235,6 +251,8 @@ class Service:
         stack.push_async_callback(on_bus.close)
         # Before the bus goes: what jobs made is undone, and clients learn of it.
         stack.push_async_callback(jobs.close)
+        await devices.start()
+        stack.push_async_callback(devices.stop)
         await on_bus.start()
         await domains.start()
         stack.push_async_callback(domains.stop)
@@ -276,6 +294,7 @@ class Service:
         side = Side(
             images=KeyPort(store),
             keys=lambda domains: KeysBackend(store, identity.spki_sha256, domains),
+            store=store,
             decisions=lambda images: DecisionsBackend(images, store, config),
             open_broker=open_broker,
             sev=sev,
@@ -323,7 +342,7 @@ class Service:
             uri=config.domains.libvirt_uri,
             images=images,
             open_broker=side.open_broker,
-            key_problem=side.key_problem,
+            key_problem=lambda image_id: self._image_problem(side, image_id),
             sev=side.sev,
             sockets=self._sockets,
             settings=DomainSettings(
@@ -340,6 +359,11 @@ class Service:
         side.domains.append(found)
         return found
 
+    def _image_problem(self, side: Side, image_id: str) -> str:
+        """Why no guest may start from an image, as the end of a sentence; empty if one may. Blocks."""
+        in_use = self._devices.service.in_use(image_id) if self._devices is not None else ""
+        return in_use or side.key_problem(image_id)
+
     async def stop(self) -> None:
         """Stop everything that was started, last first."""
         await self._stack.aclose()
@@ -353,6 +377,14 @@ def kernel_vsock(mode: VsockMode) -> bool:
     if mode is VsockMode.AUTO:
         return not switch.why_not()
     return mode is VsockMode.KERNEL
+
+
+def running_domain(domains: DomainService, image_id: str) -> str:
+    """Name of a domain that runs from an image; empty if none does."""
+    for view in domains.list():
+        if view.image_id == image_id and view.state in ACTIVE:
+            return view.name
+    return ""
 
 
 def key_problem(store: Store, image_id: str) -> str:

@@ -16,8 +16,8 @@ from jindiskd.base.files import replace_file
 
 POLKIT_ACTIONS = "/usr/share/polkit-1/actions"
 """The one directory that polkit reads, whatever the prefix."""
-SOURCE_TREE = {"interfaces": "dbus", "units": "systemd"}
-INTERFACES = ("Audit", "Domain", "Image", "Job", "Key", "Manager", "Policy")
+SOURCE_TREE = {"interfaces": "dbus", "units": "systemd", "rules": "udev"}
+INTERFACES = ("Audit", "Device", "Domain", "Image", "Job", "Key", "Manager", "Policy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class SystemFile:
     package: str
     name: str
     target: str
-    """With `{dbus}`, `{prefix}`, `{units}`, `{sysusers}` and `{tmpfiles}` to be filled in."""
+    """With `{dbus}`, `{prefix}`, `{units}`, `{udev}`, `{sysusers}` and `{tmpfiles}` to be filled in."""
 
 
 FILES = (
@@ -50,6 +50,9 @@ FILES = (
     SystemFile(package="units", name="jindiskd.socket", target="{units}/jindiskd.socket"),
     SystemFile(package="units", name="jindiskd.sysusers", target="{sysusers}/jindiskd.conf"),
     SystemFile(package="units", name="jindiskd.tmpfiles", target="{tmpfiles}/jindiskd.conf"),
+    SystemFile(package="units", name="jindisk-helper.socket", target="{units}/jindisk-helper.socket"),
+    SystemFile(package="units", name="jindisk-helper@.service", target="{units}/jindisk-helper@.service"),
+    SystemFile(package="rules", name="62-jindisk.rules", target="{udev}/62-jindisk.rules"),
     SystemFile(package="units", name="jindisk-broker.service", target="{units}/jindisk-broker.service"),
     SystemFile(package="units", name="jindisk-broker.sysusers", target="{sysusers}/jindisk-broker.conf"),
     SystemFile(package="units", name="jindisk-broker.tmpfiles", target="{tmpfiles}/jindisk-broker.conf"),
@@ -60,7 +63,8 @@ NEXT_STEPS = (
     "systemd-tmpfiles --create jindiskd.conf jindisk-broker.conf",
     "busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus ReloadConfig",
     "systemctl daemon-reload",
-    "systemctl enable --now jindiskd.socket jindiskd.service",
+    "udevadm control --reload && udevadm trigger --subsystem-match=block",
+    "systemctl enable --now jindisk-helper.socket jindiskd.socket jindiskd.service",
 )
 
 
@@ -85,6 +89,7 @@ class Places:
             "prefix": self.prefix,
             "dbus": self.prefix / "share/dbus-1" if packaged else etc / "dbus-1",
             "units": self.units or (lib if packaged else etc) / "systemd/system",
+            "udev": (lib if packaged else etc) / "udev/rules.d",
             "sysusers": (lib if packaged else etc) / "sysusers.d",
             "tmpfiles": (lib if packaged else etc) / "tmpfiles.d",
         }

@@ -18,8 +18,8 @@ ROWS = (
     {"image"},
     {"domain"},
     {"doctor"},
-    {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "jindisksetup", "system_files"},
-    {"program", "backend", "handed", "custody", "decisions", "diagnosis", "daemon", "brokerd"},
+    {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "jindisksetup", "system_files", "device", "helper"},
+    {"program", "backend", "handed", "custody", "decisions", "devices", "diagnosis", "daemon", "brokerd"},
 )
 LEVEL = {name: number for number, row in enumerate(ROWS) for name in row}
 GUEST_MAY = {"errors", "base", "kbs", "jindisk", "luks2", "guest"}

@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from jindiskd.bus.devices import DevicesOnBus, device_path
 from jindiskd.bus.domains import DomainsOnBus, domain_path
 from jindiskd.bus.images import ImagesOnBus, image_path
 from jindiskd.bus.jobs import job_path
@@ -43,10 +44,12 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         images_on_bus: ImagesOnBus,
         domains_on_bus: DomainsOnBus,
         keys_on_bus: KeysOnBus,
+        devices_on_bus: DevicesOnBus,
     ) -> None:
         self._images, self._guests, self._keys, self._jobs, self._facts = images, guests, keys, jobs, facts
         self._diagnosis, self._keys_on_bus = diagnosis, keys_on_bus
         self._images_on_bus, self._domains_on_bus = images_on_bus, domains_on_bus
+        self._devices_on_bus = devices_on_bus
 
     def polkit_details(self) -> Mapping[str, str]:
         """What its methods are about where no single image is: keys of all of them."""
@@ -124,6 +127,14 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
     async def get_domain(self, caller: Caller, name: str) -> ObjectPath:  # noqa: ARG002 (as above)
         """Find a domain."""
         return domain_path(self._domains_on_bus.find(name).uuid)
+
+    async def get_device(self, caller: Caller, name: str) -> ObjectPath:  # noqa: ARG002 (as above)
+        """Find a device."""
+        return device_path(self._devices_on_bus.find(name).device_id)
+
+    async def list_devices(self, caller: Caller, options: Options) -> Sequence[ObjectPath]:  # noqa: ARG002 (as above)
+        """All devices."""
+        return [device_path(view.device_id) for view in self._devices_on_bus.all()]
 
     async def list_images(self, caller: Caller, options: Options) -> Sequence[ObjectPath]:  # noqa: ARG002 (as above)
         """All images."""

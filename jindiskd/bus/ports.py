@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from jindiskd.base.secret import Secret
 from jindiskd.jobs.job import Job
 
 
@@ -93,6 +94,25 @@ class GuestView:
     relay_reason: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockDeviceView:
+    """A block device of this host that carries a volume of ours."""
+
+    device_id: str
+    node: str
+    kind: str
+    uuid: str
+    label: str
+    size_bytes: int
+    image: str
+    image_id: str
+    state: str
+    mapped_node: str
+    read_only: bool
+    opened_by: int
+    reason: str
+
+
 class Images(Protocol):
     """The images."""
 
@@ -148,6 +168,25 @@ class Guests(Protocol):
 
     async def open_console(self, uuid: str) -> int:
         """A readable descriptor of its console log; the caller closes it."""
+
+
+class Devices(Protocol):
+    """Block devices of this host."""
+
+    def views(self) -> Sequence[BlockDeviceView]:
+        """All of them, as last seen."""
+
+    def subscribe(self, changed: Callable[[], None]) -> None:
+        """Have `changed()` called in the event loop when one appears, changes or goes."""
+
+    def find(self, name: str) -> BlockDeviceView:
+        """The one with this node, volume or image; raises `NotFound`, or `InvalidArgument` for several."""
+
+    async def open(self, device_id: str, *, key: Secret | None, read_only: bool, owner: int) -> str:
+        """Map its volume, with its image's key or the one given, which is wiped; the result is the mapped node."""
+
+    async def close(self, device_id: str) -> None:
+        """Take that away, and wait until the volume is closed."""
 
 
 class Keys(Protocol):

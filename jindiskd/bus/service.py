@@ -6,6 +6,7 @@ import structlog
 
 from jindiskd.bus.audit import AuditOnBus
 from jindiskd.bus.contract import BUS_NAME, ROOT_PATH
+from jindiskd.bus.devices import DevicesOnBus
 from jindiskd.bus.domains import DomainsOnBus
 from jindiskd.bus.images import ImagesOnBus
 from jindiskd.bus.jobs import JobsOnBus
@@ -13,7 +14,7 @@ from jindiskd.bus.keys import KeysOnBus
 from jindiskd.bus.lib import NameFlag, RequestNameReply
 from jindiskd.bus.manager import ManagerObject
 from jindiskd.bus.polkit import Authority
-from jindiskd.bus.ports import Audit, Diagnosis, Guests, Images, Keys, Policies, ServiceFacts
+from jindiskd.bus.ports import Audit, Devices, Diagnosis, Guests, Images, Keys, Policies, ServiceFacts
 from jindiskd.bus.server import Server
 from jindiskd.bus.transport import Connection
 from jindiskd.errors import Busy
@@ -23,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 
 class BusService:
-    """Manager, images, domains, keys, policies, audit log and jobs on one connection."""
+    """Manager, images, domains, devices, keys, policies, audit log and jobs on one connection."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class BusService:
         *,
         images: Images,
         guests: Guests,
+        devices: Devices,
         keys: Keys,
         policies: Policies,
         audit: Audit,
@@ -44,6 +46,7 @@ class BusService:
         self.domains = DomainsOnBus(self._server, guests, jobs)
         self.keys = KeysOnBus(self._server, keys, policies, self.images.look)
         self._audit = AuditOnBus(self._server, audit, jobs, keys.subscribe)
+        self.devices = DevicesOnBus(self._server, devices, jobs)
         self.manager = ManagerObject(
             images=images,
             guests=guests,
@@ -54,6 +57,7 @@ class BusService:
             images_on_bus=self.images,
             domains_on_bus=self.domains,
             keys_on_bus=self.keys,
+            devices_on_bus=self.devices,
         )
         self._jobs = JobsOnBus(self._server, jobs, self.manager.signal)
 
@@ -70,6 +74,7 @@ class BusService:
         await self.keys.look()
         self.keys.start()
         await self._audit.start()
+        self.devices.refresh()
         reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
         if reply is not RequestNameReply.PRIMARY_OWNER:
             raise Busy(f"the bus name {BUS_NAME}", "another jindiskd runs on this bus; stop it first")

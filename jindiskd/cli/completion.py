@@ -46,3 +46,8 @@ def keys(_context: click.Context, _parameter: click.Parameter, incomplete: str) 
 def jobs(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Numbers of jobs."""
     return _complete("org.jindisk1.Job", incomplete, "Id")
+
+
+def devices(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Nodes of block devices of this host."""
+    return _complete("org.jindisk1.Device", incomplete, "Node")

@@ -13,6 +13,7 @@ from jindiskd.cli.attest import attest
 from jindiskd.cli.audit import audit
 from jindiskd.cli.broker import broker
 from jindiskd.cli.collateral import collateral
+from jindiskd.cli.device import device
 from jindiskd.cli.doctor import doctor
 from jindiskd.cli.domain import domain, launch
 from jindiskd.cli.image import image
@@ -36,7 +37,7 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    status, monitor, doctor, image, launch, domain, job, key, audit, attest, policy, collateral, broker, daemon,
+    status, monitor, doctor, image, launch, domain, device, job, key, audit, attest, policy, collateral, broker, daemon,
     system_files, completion,
 )  # fmt: skip
 image.add_command(measure)

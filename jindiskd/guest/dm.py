@@ -28,9 +28,11 @@ UUID_BYTES = 129
 DM_DEV_CREATE = 0xC138FD03
 DM_DEV_REMOVE = 0xC138FD04
 DM_DEV_SUSPEND = 0xC138FD06
+DM_DEV_STATUS = 0xC138FD07
 DM_TABLE_LOAD = 0xC138FD09
 DM_LIST_VERSIONS = 0xC138FD0D
 
+DM_READONLY_FLAG = 1 << 0
 DM_PERSISTENT_DEV_FLAG = 1 << 3
 DM_BUFFER_FULL_FLAG = 1 << 8
 DM_SECURE_DATA_FLAG = 1 << 15  # the kernel wipes its copy of the buffer
@@ -72,14 +74,16 @@ def pack_header(
     return HEADER.pack(*VERSION, total_bytes, HEADER.size, targets, 0, flags, event, 0, 0, raw_name, raw_uuid)
 
 
-def pack_table(name: str, sectors: int, kind: str, parameters: bytearray) -> bytearray:
+def pack_table(name: str, sectors: int, kind: str, parameters: bytearray, *, flags: int = 0) -> bytearray:
     """The buffer for loading a table of one target over `sectors` sectors of 512 bytes, starting at 0.
 
     `parameters` may hold a key in hexadecimal. The caller wipes it and the returned buffer.
     """
     need = HEADER.size + TARGET.size + len(parameters) + 1
     buffer = bytearray(max(BUFFER_BYTES, need + -need % 8))
-    buffer[: HEADER.size] = pack_header(name, targets=1, flags=DM_SECURE_DATA_FLAG, total_bytes=len(buffer))
+    buffer[: HEADER.size] = pack_header(
+        name, targets=1, flags=DM_SECURE_DATA_FLAG | flags, total_bytes=len(buffer)
+    )
     # A single target's `next` is not followed, and zero says so.
     buffer[HEADER.size : HEADER.size + TARGET.size] = TARGET.pack(0, sectors, 0, 0, kind.encode())
     start = HEADER.size + TARGET.size
@@ -144,6 +148,7 @@ def activate(
     sectors: int,
     kind: str,
     parameters: bytearray,
+    read_only: bool = False,
     control: Path = CONTROL,
     ioctl: Ioctl = _ioctl,
 ) -> Mapping:
@@ -153,7 +158,7 @@ def activate(
         OSError: the kernel refused; no mapping is left behind.
     """
     descriptor = os.open(control, os.O_RDWR | os.O_CLOEXEC)
-    table = pack_table(name, sectors, kind, parameters)
+    table = pack_table(name, sectors, kind, parameters, flags=DM_READONLY_FLAG if read_only else 0)
     try:
         ioctl(descriptor, DM_DEV_CREATE, _padded(pack_header(name, uuid=uuid, total_bytes=BUFFER_BYTES)))
         try:
@@ -170,6 +175,23 @@ def activate(
     device = HEADER.unpack_from(answer)[10]
     # The number is in the kernel's huge encoding, linux/kdev_t.h; Python's functions know it.
     return Mapping(name=name, major=os.major(device), minor=os.minor(device))
+
+
+def remove(name: str, uuid: str, *, control: Path = CONTROL, ioctl: Ioctl = _ioctl) -> None:
+    """Take a mapping away, if it still is the one of this UUID.
+
+    Raises:
+        OSError: ENXIO if it is not there or another; the kernel refused.
+    """
+    descriptor = os.open(control, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        there = _padded(pack_header(name, total_bytes=BUFFER_BYTES))
+        ioctl(descriptor, DM_DEV_STATUS, there)
+        if HEADER.unpack_from(there)[12].rstrip(b"\0") != uuid.encode():
+            raise OSError(errno.ENXIO, "another mapping has the name")
+        ioctl(descriptor, DM_DEV_REMOVE, _padded(pack_header(name, total_bytes=BUFFER_BYTES)))
+    finally:
+        os.close(descriptor)
 
 
 def targets(*, control: Path = CONTROL, ioctl: Ioctl | None = None) -> dict[str, tuple[int, int, int]]:

@@ -30,6 +30,7 @@ NBD_ATTR_SIZE_BYTES = 2
 NBD_ATTR_BLOCK_SIZE_BYTES = 3
 NBD_ATTR_SERVER_FLAGS = 5
 NBD_ATTR_SOCKETS = 7
+NBD_ATTR_BACKEND_IDENTIFIER = 10
 NBD_SOCK_ITEM = 1
 NBD_SOCK_FD = 1
 NLA_F_NESTED = 1 << 15
@@ -48,7 +49,13 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def connect_message(
-    family: int, descriptors: Sequence[int], size_bytes: int, block_bytes: int, flags: int, index: int | None
+    family: int,
+    descriptors: Sequence[int],
+    size_bytes: int,
+    block_bytes: int,
+    flags: int,
+    index: int | None,
+    backend: str = "",
 ) -> bytes:
     """The message that attaches sockets to `/dev/nbd<index>`, or to one that the kernel chooses."""
     sockets = b"".join(
@@ -63,7 +70,8 @@ def connect_message(
         + attribute(NBD_ATTR_SIZE_BYTES, struct.pack("=Q", size_bytes))
         + attribute(NBD_ATTR_BLOCK_SIZE_BYTES, struct.pack("=Q", block_bytes))
         + attribute(NBD_ATTR_SERVER_FLAGS, struct.pack("=Q", flags))
-        + attribute(NBD_ATTR_SOCKETS | NLA_F_NESTED, sockets),
+        + attribute(NBD_ATTR_SOCKETS | NLA_F_NESTED, sockets)
+        + (attribute(NBD_ATTR_BACKEND_IDENTIFIER, backend.encode() + b"\0") if backend else b""),
     )
 
 
@@ -73,7 +81,13 @@ def _message(kind: int, command: int, version: int, attributes: bytes) -> bytes:
 
 
 def attach(
-    descriptors: Sequence[int], size_bytes: int, block_bytes: int, flags: int, *, index: int | None = None
+    descriptors: Sequence[int],
+    size_bytes: int,
+    block_bytes: int,
+    flags: int,
+    *,
+    index: int | None = None,
+    backend: str = "",
 ) -> int:
     """Make a block device whose requests arrive at the other ends of connected sockets; returns its number.
 
@@ -83,6 +97,7 @@ def attach(
         block_bytes: logical block size, 512 to 4096.
         flags: the protocol's transmission flags.
         index: number of the device; None for any that is free, where the kernel makes a new one if need be.
+        backend: shown in the device's file `backend` of sysfs, by kernels from 5.14 on.
 
     Raises:
         OSError: the kernel has no nbd module, or refuses.
@@ -90,7 +105,7 @@ def attach(
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_GENERIC) as netlink:
         netlink.settimeout(ANSWER_S)
         family = _find_family(netlink)
-        netlink.send(connect_message(family, descriptors, size_bytes, block_bytes, flags, index))
+        netlink.send(connect_message(family, descriptors, size_bytes, block_bytes, flags, index, backend))
         numbers = [_number(attributes, NBD_ATTR_INDEX, 4) for attributes in _answers(netlink)]
     found = next((number for number in numbers if number is not None), index)
     if found is None:

@@ -24,6 +24,8 @@ class Operation(enum.StrEnum):
     DOMAIN_LAUNCH = "domain-launch"
     DOMAIN_STOP = "domain-stop"
     DOMAIN_UNDEFINE = "domain-undefine"
+    DEVICE_OPEN = "device-open"
+    DEVICE_CLOSE = "device-close"
 
 
 class JobState(enum.StrEnum):

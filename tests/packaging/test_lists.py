@@ -14,7 +14,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_every_package_is_in_the_wheel() -> None:
     """A sub-package that is missing in the list works from a checkout and nowhere else."""
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "jindiskd").rglob("__init__.py")}
-    assert found | {"jindiskd.interfaces", "jindiskd.units"} == set(PROJECT["tool"]["setuptools"]["packages"])
+    data = {"jindiskd.interfaces", "jindiskd.units", "jindiskd.rules"}
+    assert found | data == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_every_system_file_has_a_place() -> None:

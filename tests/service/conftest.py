@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,12 @@ libvirt_uri = "test:///none"
         (folder / "notify").chmod(0o666)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, uid: int | None = None, wait: bool = True, **environment: str) -> None:
-        """Start it, and wait until it says that it is ready."""
+    def start(
+        self, *, uid: int | None = None, wait: bool = True, prefix: Sequence[str] = (), **environment: str
+    ) -> None:
+        """Start it, by another program if there is a prefix, and wait until it says that it is ready."""
         variables = {**self.environment, "NOTIFY_SOCKET": str(self.folder / "notify"), **environment}
-        words = [str(SCRIPTS / "jindiskd"), "--config", str(self.configuration)]
+        words = [*prefix, str(SCRIPTS / "jindiskd"), "--config", str(self.configuration)]
         if uid is not None:
             words = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *words]
         with self.log.open("ab") as log:

@@ -1,0 +1,174 @@
+"""Block devices of this host on the bus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jindiskd.base.secret import Secret
+from jindiskd.bus.contract import ROOT_PATH, path_label
+from jindiskd.bus.jobs import job_path
+from jindiskd.bus.keyfd import read_secret
+from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.peers import Caller, Descriptor
+from jindiskd.bus.ports import BlockDeviceView, Devices
+from jindiskd.bus.server import Server
+from jindiskd.jobs.job import Job, Operation
+from jindiskd.jobs.manager import JobManager
+
+
+def device_path(device_id: str) -> ObjectPath:
+    """Where a device is exported."""
+    return ObjectPath(f"{ROOT_PATH}/device/{path_label(device_id)}")
+
+
+class DeviceObject(Object, spec="org.jindisk1.Device"):
+    """One device."""
+
+    def __init__(self, view: BlockDeviceView, devices: Devices, jobs: JobManager) -> None:
+        self._view, self._devices, self._jobs = view, devices, jobs
+
+    def polkit_details(self) -> Mapping[str, str]:
+        """Its node and image, for the question."""
+        view = self._view
+        return {"device": view.node or view.mapped_node or view.device_id, "image": view.image or "no image here"}
+
+    def _update(self, view: BlockDeviceView) -> None:
+        before = self.values()
+        self._view = view
+        different = [name for name, now in self.values().items() if now != before[name]]
+        if different:
+            self.changed(*different)
+
+    async def open(self, caller: Caller, options: Options) -> ObjectPath:
+        """Map its volume by its image's key."""
+        return self._open(caller, None, options)
+
+    async def open_with_key(self, caller: Caller, key: Descriptor, options: Options) -> ObjectPath:
+        """Map its volume by the caller's key."""
+        return self._open(caller, await read_secret(key), options)
+
+    def _open(self, caller: Caller, key: Secret | None, options: Options) -> ObjectPath:
+        device_id, read_only = self._view.device_id, options.get("read-only") is True
+
+        async def work(job: Job) -> str:
+            job.progress("opening")
+            return await self._devices.open(device_id, key=key, read_only=read_only, owner=caller.uid)
+
+        def at_end() -> None:
+            if key is not None:
+                key.close()
+
+        try:
+            job = self._jobs.start(Operation.DEVICE_OPEN, [self._name()], caller.uid, work, at_end=at_end)
+        except BaseException:
+            at_end()
+            raise
+        return job_path(job.number)
+
+    async def close(self, caller: Caller, options: Options) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
+        """Take the mapping away."""
+        device_id = self._view.device_id
+
+        async def work(job: Job) -> None:
+            job.progress("closing")
+            await self._devices.close(device_id)
+
+        job = self._jobs.start(Operation.DEVICE_CLOSE, [self._name()], caller.uid, work, cancelable=False)
+        return job_path(job.number)
+
+    def _name(self) -> str:
+        return self._view.node or self._view.mapped_node or self._view.device_id
+
+    @property
+    def node(self) -> str:
+        """Where it is."""
+        return self._view.node
+
+    @property
+    def kind(self) -> str:
+        """What it carries."""
+        return self._view.kind
+
+    @property
+    def volume(self) -> str:
+        """Identity of that."""
+        return self._view.uuid
+
+    @property
+    def label(self) -> str:
+        """Its label."""
+        return self._view.label
+
+    @property
+    def size_bytes(self) -> int:
+        """How large it is."""
+        return self._view.size_bytes
+
+    @property
+    def image(self) -> str:
+        """Whose volume it is."""
+        return self._view.image
+
+    @property
+    def image_id(self) -> str:
+        """Identity of that."""
+        return self._view.image_id
+
+    @property
+    def state(self) -> str:
+        """How it is."""
+        return self._view.state
+
+    @property
+    def reason(self) -> str:
+        """Why it is so."""
+        return self._view.reason
+
+    @property
+    def mapped_node(self) -> str:
+        """Where it is in clear."""
+        return self._view.mapped_node
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it can only be read."""
+        return self._view.read_only
+
+    @property
+    def opened_by(self) -> int:
+        """Who opened it."""
+        return self._view.opened_by
+
+
+class DevicesOnBus:
+    """Keeps the device objects as the devices are."""
+
+    def __init__(self, server: Server, devices: Devices, jobs: JobManager) -> None:
+        self._server, self._devices, self._jobs = server, devices, jobs
+        self._objects: dict[str, DeviceObject] = {}
+        devices.subscribe(self.refresh)
+
+    def refresh(self) -> None:
+        """Export what is new, take off what is gone, tell of changes."""
+        views = {view.device_id: view for view in self._devices.views()}
+        for device_id in self._objects.keys() - views.keys():
+            del self._objects[device_id]
+            self._server.unexport(device_path(device_id))
+        for device_id, view in views.items():
+            if device_id in self._objects:
+                self._objects[device_id]._update(view)  # noqa: SLF001 (one thing in two classes)
+            else:
+                item = self._objects[device_id] = DeviceObject(view, self._devices, self._jobs)
+                self._server.export(device_path(device_id), item)
+
+    def find(self, name: str) -> BlockDeviceView:
+        """The device with this node, volume or image.
+
+        Raises:
+            NotFound: there is none. InvalidArgument: there are several.
+        """
+        return self._devices.find(name)
+
+    def all(self) -> list[BlockDeviceView]:
+        """All devices, by node."""
+        return list(self._devices.views())

@@ -1,0 +1,242 @@
+"""Block devices of the host on the bus: real udevd, real rules, real helper, a loop device with an image's own root.
+
+udevd, helper and service have a network namespace and a /run/udev of their own: the machine's udevd, if there is one,
+and its records are not touched. Where the kernel has no network block device, opening fails at its very last step, and
+all before it must be undone; with one, the guest test shows the rest (tests/device/test_devices_guest.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = ROOT / ".venv/bin"
+UDEVD = Path("/lib/systemd/systemd-udevd")
+# The rules that a packaged system has, with the program of this tree; and nothing that fills /dev of the machine.
+START = """
+set -e
+mkdir -p /run/udev /dev/disk
+mount -t tmpfs tmpfs /run/udev
+mount -t tmpfs tmpfs /dev/disk
+mkdir /run/udev/rules.d
+sed 's,@LIBEXEC@,{bin},' {rules} >/run/udev/rules.d/62-jindisk.rules
+env -u NOTIFY_SOCKET {udevd} --daemon >{folder}/udevd.log 2>&1
+udevadm trigger --action=change --subsystem-match=block --sysname-match="loop*"
+udevadm settle --timeout=60
+env -u NOTIFY_SOCKET {python} -I -m jindiskd.helper --user root --run {folder}/helper --states {folder}/run/states \\
+    --listen {folder}/helper.socket &
+exec "$@"
+"""
+DEVICE = "org.jindisk1.Device"
+
+pytestmark = [
+    pytest.mark.skipif(os.getuid() != 0, reason="needs root for namespaces and loop devices"),
+    pytest.mark.skipif(not UDEVD.exists(), reason="systemd-udevd is not installed; run scripts/setup"),
+]
+
+
+class Host:
+    """The service among its devices."""
+
+    def __init__(self, daemon) -> None:
+        self.daemon = daemon
+        folder = daemon.folder
+        with daemon.configuration.open("a") as file:
+            file.write(f'[devices]\nhelper = "{folder}/helper.socket"\n')
+        self.script = folder / "start"
+        values = {"bin": BIN, "python": BIN / "python", "udevd": UDEVD, "folder": folder}
+        self.script.write_text(START.format(rules=ROOT / "udev/62-jindisk.rules", **values))
+        self.loops: list[str] = []
+        self.watching: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        prefix = ["unshare", "--mount", "--propagation", "private", "--net", "--pid", "--fork", "--kill-child",
+                  "--mount-proc", "sh", str(self.script)]  # fmt: skip
+        self.daemon.start(prefix=prefix)
+
+    def kill(self) -> None:
+        """Service, helper and udevd at once: their namespace ends."""
+        self.daemon.process.kill()
+        self.daemon.process.wait()
+
+    def plug(self, file: Path, *, offset: int = 0, size: int = 0) -> str:
+        window = ["--offset", str(offset), "--sizelimit", str(size)] if size else []
+        done = subprocess.run(["losetup", "-f", "--show", *window, file], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no loop device: {done.stderr.strip()}")
+        self.loops.append(done.stdout.strip())
+        return self.loops[-1]
+
+    def unplug(self, node: str) -> None:
+        subprocess.run(["losetup", "-d", node], check=True)
+        self.loops.remove(node)
+
+    def monitor(self, path: Path) -> None:
+        """Have another program write down which objects come and go."""
+        rule = "type='signal',interface='org.freedesktop.DBus.ObjectManager'"
+        with path.open("wb") as file:
+            self.watching = subprocess.Popen(["dbus-monitor", "--address", self.daemon.address, rule], stdout=file)
+
+    def close(self) -> None:
+        for node in list(self.loops):
+            self.unplug(node)
+        if self.watching is not None:
+            self.watching.kill()
+            self.watching.wait()
+
+    def devices(self) -> dict[str, dict[str, object]]:
+        return {item["Node"]: item for item in self.daemon.json("device", "list")["devices"]}
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        limit = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < limit, f"{what}: {self.devices()}\n{self.daemon.log.read_text()[-3000:]}"
+            time.sleep(0.1)
+
+    def anchor(self) -> tuple[bool, int]:
+        """Open or closed, and the sequence number, of the one volume."""
+        (volume,) = self.daemon.json("key", "show", "web")["volumes"]
+        return volume
+
+
+@pytest.fixture
+def host(unstarted) -> Iterator[Host]:
+    found = Host(unstarted)
+    found.start()
+    yield found
+    found.close()
+
+
+def root_of(disk: Path) -> tuple[int, int]:
+    """Where the encrypted root lies, by another program."""
+    table = json.loads(subprocess.check_output(["sfdisk", "--json", disk]))["partitiontable"]
+    part = next(part for part in table["partitions"] if part["name"] == "jindisk-rootfs")
+    return part["start"] * 512, part["size"] * 512
+
+
+def audit(host: Host) -> list[str]:
+    return [row["kind"] for row in host.daemon.json("audit", "list")["rows"]]
+
+
+def test_a_device_comes_is_opened_and_goes(host, rootfs, tmp_path):
+    """Seen by its rules, matched to its image, refused or opened as the kernel can, gone with its signals."""
+    daemon = host.daemon
+    daemon.ctl("image", "build", "web", "--rootfs", str(rootfs), "--vcpus", "1")
+    disk = daemon.state / "images/web/disk.img"
+    offset, size = root_of(disk)
+    host.monitor(tmp_path / "signals")
+    host.until(lambda: "NameAcquired" in (tmp_path / "signals").read_text(), "the monitor")
+    node = host.plug(disk, offset=offset, size=size)
+    host.until(lambda: node in host.devices(), "the device")
+    found = host.devices()[node]
+    manifest = json.loads((disk.parent / "manifest.json").read_text())
+    assert (found["Kind"], found["Volume"], found["Image"], found["ImageId"]) == (
+        "jindisk2", manifest["volume"]["uuid"], "web", manifest["image_id"],
+    )  # fmt: skip
+    assert (found["State"], found["MappedNode"], found["OpenedBy"], found["SizeBytes"]) == (
+        "closed",
+        "",
+        4294967295,
+        size,
+    )
+    shown = daemon.json("device", "show", "web")["device"]
+    assert shown == found
+    assert node in daemon.ctl("device", "list")
+    assert "closed" in daemon.ctl("device", "show", node)
+
+    # The contract, as another implementation of D-Bus sees it.
+    path = json.loads(
+        subprocess.check_output(
+            ["busctl", f"--address={daemon.address}", "--json=short", "call", "org.jindisk1", "/org/jindisk1",
+             "org.jindisk1.Manager", "GetDevice", "s", node]
+        )
+    )["data"][0]  # fmt: skip
+    words = [
+        "gdbus",
+        "introspect",
+        "--xml",
+        "--address",
+        daemon.address,
+        "--dest",
+        "org.jindisk1",
+        "--object-path",
+        path,
+    ]
+    node_xml = ET.fromstring(subprocess.check_output(words))
+    live = next(item for item in node_xml.findall("interface") if item.get("name") == DEVICE)
+    wanted = ET.parse(ROOT / "dbus/org.jindisk1.Device.xml").getroot().find("interface")
+    names = [
+        [item.get("name") for item in tree.iter() if item.tag in {"method", "property", "arg"}]
+        for tree in (live, wanted)
+    ]
+    assert names[0] == names[1]
+
+    # Others may look, and nothing else: no polkit is on this bus.
+    call = ["busctl", f"--address={daemon.address}", "call", "org.jindisk1", path, DEVICE, "Open", "a{sv}", "0"]
+    refused = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *call],
+                             capture_output=True, text=True, check=False)  # fmt: skip
+    assert "denied" in refused.stderr
+
+    if Path("/sys/block/nbd0").exists():
+        assert "is open as /dev/nbd" in daemon.ctl("device", "open", "web")
+        assert host.devices()[node]["State"] == "open"
+        daemon.ctl("device", "close", node)
+    else:
+        text = daemon.ctl("device", "open", "web", status=1)
+        assert "modprobe nbd" in text
+    # Closed in order, so that the next guest is not told of an interrupted session.
+    assert audit(host)[-3:] == ["released", "adopted", "closed"]
+    assert host.devices()[node]["State"] == "closed"
+    daemon.ctl("device", "close", node, status=3)
+    daemon.ctl("device", "open", "/dev/nowhere", status=3)
+    (tmp_path / "short").write_bytes(bytes(5))
+    daemon.ctl("device", "open", node, "--key-file", str(tmp_path / "short"), status=2)
+
+    # A restart finds it again; unplugged, it goes at once.
+    host.kill()
+    host.start()
+    host.until(lambda: node in host.devices(), "the device after a restart")
+    before = (tmp_path / "signals").read_text().count("InterfacesRemoved")
+    host.unplug(node)
+    host.until(lambda: node not in host.devices(), "its going")
+    host.until(lambda: (tmp_path / "signals").read_text().count(path) >= 2, "its signals")
+    signals = (tmp_path / "signals").read_text()
+    assert signals.count("member=InterfacesRemoved") - before >= 1
+
+
+def test_nothing_else_is_taken_for_a_volume(host, tmp_path):
+    """A file system, a partition table, LUKS of others, zeros, and a volume whose header is damaged."""
+    files = {}
+    for name in ("ext4", "luks", "zeros", "torn"):
+        files[name] = tmp_path / name
+        with files[name].open("wb") as file:
+            file.truncate(32 << 20)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", files["ext4"]], check=True)
+    words = ["cryptsetup", "luksFormat", "-q", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000",
+             "--key-file=/dev/zero", "--keyfile-size=32", files["luks"]]  # fmt: skip
+    subprocess.run(words, check=True, capture_output=True)
+    good = tmp_path / "good"
+    shutil.copy(files["zeros"], good)
+    (tmp_path / "key").write_bytes(bytes(32))
+    (tmp_path / "key").chmod(0o600)
+    words = [BIN / "jindisksetup", "format", "--yes", "--force", "--key-file", tmp_path / "key", good]
+    subprocess.run(words, check=True, capture_output=True)
+    head = bytearray(good.read_bytes()[:4096])
+    head[100] ^= 1
+    files["torn"].write_bytes(bytes(head) + good.read_bytes()[4096:])
+    others = [host.plug(file) for file in files.values()]
+    node = host.plug(good)
+    host.until(lambda: node in host.devices(), "the one that is a volume")
+    assert set(host.devices()) == {node}
+    assert host.devices()[node]["Image"] == ""
+    assert "--key-file" in host.daemon.ctl("device", "open", node, status=2)
+    assert others

@@ -1,0 +1,1 @@
+"""Rules for udev: which block devices carry volumes of ours."""
