@@ -39,7 +39,7 @@ from jindiskd.errors import (
 )
 from jindiskd.kbs.freshness import Anchor
 from jindiskd.kbs.jwe import PrivateKey
-from jindiskd.kbs.messages import MalformedMessage, read_object
+from jindiskd.kbs.messages import MAX_BODY_BYTES, MalformedMessage, read_object
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.handover import BrokerCard
@@ -211,7 +211,7 @@ class Admin:
                 raise NotAuthorized(f"what needs the role {route.role}; {caller.who.peer} has {caller.role}")
             if route.local and not caller.local:
                 raise NotAuthorized("what is possible by the socket of the broker's machine alone")
-            body = b"" if request.method == "GET" else await body_of(request)
+            body = b"" if request.method == "GET" else await body_of(request, MAX_BODY_BYTES)
             asked = Asked(caller=caller, parts=found.groups(), query=request.query, body=body)
             answer = await asyncio.to_thread(route.call, asked)
             if request.method != "GET":

@@ -7,6 +7,8 @@ They carry no cookie: the session identifier, which only the process has that wa
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 
 import structlog
 
@@ -17,7 +19,7 @@ from jindiskd.keys.store import Requester
 from jindiskd.keys.volumes import LeaseHeld, SessionRefused, Stale, Volumes
 
 log = structlog.get_logger(__name__)
-MOST_PEERS = 4096
+MOST_PEERS, HOUR_S = 4096, 3600.0
 
 
 class Freshness:
@@ -25,14 +27,18 @@ class Freshness:
 
     Args:
         volumes: what is remembered.
-        fenced_per_peer: how many fencings of a peer are written to the audit log while this broker runs; a fenced
-            guest that goes on asking must not fill it.
+        clock: monotonic, seconds.
+        fenced_per_peer: how many fencings of a peer are logged and written to the audit log within an hour; a fenced
+            guest that goes on asking must fill neither.
     """
 
-    def __init__(self, volumes: Volumes, fenced_per_peer: int = 64) -> None:
+    def __init__(
+        self, volumes: Volumes, clock: Callable[[], float] = time.monotonic, fenced_per_peer: int = 64
+    ) -> None:
         """Nothing was said yet."""
         self.volumes = volumes
-        self._left: dict[str, int] = {}
+        self._clock = clock
+        self._fenced_of: dict[tuple[str, bool], tuple[float, int]] = {}
         self._fenced_per_peer = fenced_per_peer
 
     async def tell(self, verb: str, body: bytes, peer: Peer) -> dict[str, str]:
@@ -71,9 +77,16 @@ class Freshness:
             raise Refusal("Fenced", "the session is not the one released last") from exc
 
     async def _fenced(self, verb: str, volume: str, who: Requester, why: SessionRefused) -> None:
-        left = self._left.get(who.peer, self._fenced_per_peer if len(self._left) < MOST_PEERS else 0)
-        log.warning("fenced", peer=who.peer, volume=volume, message=verb, reason=why.finding)
-        if left <= 0 or why.finding == "volume.unknown":
+        # What is said of volumes that nobody knows is counted apart: it must not use up the rows of known ones.
+        now, known = self._clock(), why.finding != "volume.unknown"
+        since, count = self._fenced_of.pop((who.peer, known), (now, 0))
+        if now >= since + HOUR_S:
+            since, count = now, 0
+        while len(self._fenced_of) >= MOST_PEERS:  # the one that was quiet for longest
+            del self._fenced_of[next(iter(self._fenced_of))]
+        self._fenced_of[who.peer, known] = (since, count + 1)
+        if count >= self._fenced_per_peer:
             return
-        self._left[who.peer] = left - 1
-        await asyncio.to_thread(self.volumes.record_fenced, volume, verb, who, why)
+        log.warning("fenced", peer=who.peer, volume=volume, message=verb, reason=why.finding)
+        if known:  # of others there is nothing to say in any owner's log
+            await asyncio.to_thread(self.volumes.record_fenced, volume, verb, who, why)

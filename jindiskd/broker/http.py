@@ -14,12 +14,14 @@ from email.utils import format_datetime
 
 from aiohttp import web
 
-from jindiskd.kbs.messages import COOKIE, ERROR_TYPE, MAX_BODY_BYTES, MalformedMessage
+from jindiskd.kbs.messages import COOKIE, ERROR_TYPE, MalformedMessage
 
 BODY_TIME_S = 20.0
 IDLE_S = 30.0
 LINGER_S = 2.0
 MAX_LINE_BYTES = 4096
+SMALL_BODY_BYTES = 16 << 10
+"""Of everything but evidence and what administrators send: anybody may send it, so it must cost little to read."""
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 # What a guest sends can make the HTTP library log; a hostile one must not fill the journal.
@@ -58,21 +60,24 @@ class Connection(web.Server):
         self.lost.set()
 
 
-async def body_of(request: web.BaseRequest) -> bytes:
-    """The whole body, plain.
+async def body_of(request: web.BaseRequest, limit: int = SMALL_BODY_BYTES) -> bytes:
+    """The whole body, plain; no more than `limit` bytes of it are ever kept.
 
     Raises:
         MalformedMessage: too long, too slow, or encoded.
     """
-    if (request.content_length or 0) > MAX_BODY_BYTES or "Content-Encoding" in request.headers:
-        raise MalformedMessage("the body", f"longer than {MAX_BODY_BYTES} bytes, or encoded")
+    if (request.content_length or 0) > limit or "Content-Encoding" in request.headers:
+        raise MalformedMessage("the body", f"longer than {limit} bytes, or encoded")
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIME_S):
-            return await request.read()
+            async for part in request.content.iter_any():
+                body += part
+                if len(body) > limit:
+                    raise MalformedMessage("the body", f"longer than {limit} bytes")
     except TimeoutError as exc:
         raise MalformedMessage("the body", f"it did not arrive within {BODY_TIME_S:g} s") from exc
-    except web.HTTPRequestEntityTooLarge as exc:
-        raise MalformedMessage("the body", f"longer than {MAX_BODY_BYTES} bytes") from exc
+    return bytes(body)
 
 
 def answer(body: object) -> web.Response:

@@ -35,7 +35,6 @@ def judge(
     verifiers: Sequence[Verifier],
     now: datetime,
     tee: Tee = Tee.SNP,
-    *,
     version: str = VERSION,
 ) -> Attested:
     """Judge the body of an `/attest`; blocks for a millisecond or two.

@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -68,6 +68,8 @@ class Listener:
         self._broker, self._context, self._sockets, self._who, self._path = broker, context, list(sockets), who, path
         self.addresses = [sock.getsockname() for sock in self._sockets]
         self._open: Counter[str] = Counter()
+        self._started: dict[str, deque[float]] = {}
+        """By guest, of which a listener has one, or those of AF_VSOCK."""
         self._connections: set[asyncio.Task[None]] = set()
         self._accepting = [asyncio.get_running_loop().create_task(self._accept(sock)) for sock in self._sockets]
 
@@ -105,13 +107,25 @@ class Listener:
         peer, limits = None, self._broker.limits
         with contextlib.suppress(OSError):  # it went away before it could be asked for its name
             peer = self._who(taken)
-        if peer is None:
+        if peer is None or not self._may_start(peer):
             return None
         if self._open[peer.description] < limits.connections_per_peer and self._open.total() < limits.connections:
             return peer
         self._broker.metrics.count("jindisk_broker_connections_refused_total")
         log.debug("a connection was refused: too many", peer=peer.description)
         return None
+
+    def _may_start(self, peer: Peer) -> bool:
+        """Whether a guest may begin one more connection: a handshake costs more than asking for it."""
+        if peer.domain_uuid is None:
+            return True  # an address may be many guests; a firewall knows more of it
+        now = asyncio.get_running_loop().time()
+        started = self._started.setdefault(peer.description, deque(maxlen=self._broker.limits.starts_per_minute))
+        if len(started) == started.maxlen and started[0] > now - 60:
+            self._broker.metrics.count("jindisk_broker_connections_refused_total")
+            return False
+        started.append(now)
+        return True
 
     async def _serve(self, taken: socket.socket, peer: Peer) -> None:
         """One connection, to its end."""

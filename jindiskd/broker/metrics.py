@@ -15,6 +15,7 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HELP = {
     "jindisk_broker_requests_total": "requests answered, by step and status",
+    "jindisk_broker_requests_delayed_total": "answers that waited, since the peer asked faster than its rate",
     "jindisk_broker_attestations_total": "evidence judged, by outcome",
     "jindisk_broker_releases_total": "keys given out",
     "jindisk_broker_refusals_total": "findings against a guest, by id",

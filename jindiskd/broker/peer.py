@@ -47,6 +47,12 @@ class BrokerLimits:
     refusal_pause_s: float = 60.0
     longest_refusal_pause_s: float = 900.0
     """A guest that is quiet for so long after a pause begins anew."""
+    requests_per_s: float = 50.0
+    """Of one guest, in the long run; an address has those of 16. Over it, answers wait."""
+    requests_burst: int = 200
+    """Answered at once, after as long a silence as that many take."""
+    starts_per_minute: int = 600
+    """Connections that one guest may begin within a minute; each costs a TLS handshake."""
     connections_per_peer: int = 64
     connections: int = 1024
     """Of one listener."""

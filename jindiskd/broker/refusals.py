@@ -23,6 +23,8 @@ class _Record:
     count: int = 0
     until: float = 0.0
     omitted: int = 0
+    told: float = 0.0
+    """End of the pause that was told already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,14 @@ class Refusals:
         left = max(1, round(record.until - now))
         text = f"it was refused {record.count} times; it is judged again in {left} s"
         return Finding("peer.refusals", text)
+
+    def first(self, peer: Peer) -> bool:
+        """Whether this is the first time that it is turned away in this pause: once is enough to tell."""
+        record = self._of_peer.get(peer.description)
+        if record is None or record.told == record.until:
+            return False
+        record.told = record.until
+        return True
 
     def note(self, peer: Peer) -> Noted:
         """A peer was refused after it was judged."""

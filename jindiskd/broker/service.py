@@ -10,6 +10,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from jindiskd.broker.freshness import Freshness
 from jindiskd.broker.http import Handler, Refusal, answer, body_of, error, with_cookie
 from jindiskd.broker.judge import judge
 from jindiskd.broker.metrics import Metrics
+from jindiskd.broker.pace import Pace
 from jindiskd.broker.peer import BrokerEvent, BrokerLimits, Peer
 from jindiskd.broker.refusals import Refusals
 from jindiskd.broker.sessions import MemorySessions, Session, SessionKeeper, Stage, TooManySessions, session_id
@@ -31,7 +33,16 @@ from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
 from jindiskd.errors import InvalidArgument, JindiskError, NotFound
 from jindiskd.kbs import jwe
 from jindiskd.kbs.freshness import parse_release
-from jindiskd.kbs.messages import COOKIE, PREFIX, VERSION, VERSIONS, MalformedMessage, check_resource, parse_request
+from jindiskd.kbs.messages import (
+    COOKIE,
+    MAX_BODY_BYTES,
+    PREFIX,
+    VERSION,
+    VERSIONS,
+    MalformedMessage,
+    check_resource,
+    parse_request,
+)
 from jindiskd.keys.store import (
     ApprovalWaiting,
     ImageRecord,
@@ -47,6 +58,8 @@ __all__ = ["Broker", "BrokerEvent", "BrokerLimits", "Peer"]
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _NAME = re.compile(r"[0-9a-f]{32}")
+JUDGES = 4
+"""Evidences that are judged at the same time."""
 DECISIONS = 3
 """How often a decision is made anew because the record changed under it."""
 
@@ -89,14 +102,19 @@ class Broker:
             self._tokens = TokenMaker(key.reveal())
         self._sessions = sessions or MemorySessions(self.limits, monotonic)
         self._refusals = Refusals(self.limits, monotonic)
+        self._pace = Pace(self.limits, monotonic)
+        self._judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
         self._volumes = Volumes(store)
-        self._freshness = Freshness(self._volumes)
+        self._freshness = Freshness(self._volumes, monotonic)
         self.metrics.gauge("jindisk_broker_sessions", self._sessions.count)
 
     def handler(self, peer: Peer) -> Handler:
         """What answers the requests of one peer."""
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            if wait_s := self._pace.wait_s(peer):
+                self.metrics.count("jindisk_broker_requests_delayed_total")
+                await asyncio.sleep(wait_s)
             step, response = await self._guarded(request, peer)
             self.metrics.count("jindisk_broker_requests_total", step=step, status=str(response.status))
             return response
@@ -172,15 +190,17 @@ class Broker:
 
     async def _attest(self, request: web.BaseRequest, peer: Peer) -> web.Response:
         session = await self._session(request, peer, bearer=False)
-        body = await body_of(request)
-        # Whatever comes of it, the nonce was used: of two at the same time, one is judged.
+        # Whatever comes of it, the nonce was used: of two at the same time, one is judged. And before the body is
+        # read, since a session then holds one body at most, and sessions are counted.
         if not await self._keep(self._sessions.spend, session):
             raise Refusal("AttestationError", "RCAR handshake Attest failed")
         self._turn_away(peer)
+        body = await body_of(request, MAX_BODY_BYTES)
         try:
             with self.metrics.timed("jindisk_broker_judge_seconds"):
-                arguments = (body, session.nonce, self._verifiers, self._now(), session.tee)
-                found = await asyncio.to_thread(judge, *arguments, version=session.version)
+                arguments = (body, session.nonce, self._verifiers, self._now(), session.tee, session.version)
+                # In threads of its own: a vendor's service that is slow to answer keeps nothing else waiting.
+                found = await asyncio.get_running_loop().run_in_executor(self._judges, judge, *arguments)
         except EvidenceRefused as exc:
             self.metrics.count("jindisk_broker_attestations_total", outcome="refused")
             await self._keep(self._sessions.end, session)
@@ -307,7 +327,9 @@ class Broker:
         finding = self._refusals.turned_away(peer)
         if finding is not None:
             self.metrics.count("jindisk_broker_refusals_total", finding=finding.id)
-            self._on_event(BrokerEvent(peer=peer, kind="refused", image_id=peer.image_id or "", findings=(finding,)))
+            if self._refusals.first(peer):
+                image_id = peer.image_id or ""
+                self._on_event(BrokerEvent(peer=peer, kind="refused", image_id=image_id, findings=(finding,)))
             raise Refusal("AttestationError", "refused too often: not judged for a while")
 
     # Sessions

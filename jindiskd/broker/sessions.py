@@ -119,8 +119,9 @@ class MemorySessions:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
         with self._lock:
             self._expire()
-            full = len(self._open) >= self._limits.sessions
-            if full or self._of_peer[peer] >= self._limits.sessions_per_peer:
+            if self._of_peer[peer] >= self._limits.sessions_per_peer:
+                raise TooManySessions(peer)
+            if len(self._open) >= self._limits.sessions and not self._make_room(peer):
                 raise TooManySessions(peer)
             name, session = draw(peer, self._clock() + self._limits.session_lifetime_s, tee, version)
             self._open[session.session_id] = session
@@ -172,6 +173,24 @@ class MemorySessions:
             if now is not None:
                 self._open[session.session_id] = replace(now, **changes)  # type: ignore[arg-type]  # fields of ours
 
+    def _make_room(self, peer: str) -> bool:
+        """End a session of the peer that has most, if `peer` has none: a few guests together must not lock out one."""
+        heaviest, most = max(self._of_peer.items(), key=lambda item: item[1], default=("", 0))
+        if self._of_peer[peer] or most < 2:
+            return False
+        held = (found for found in self._open.values() if found.peer == heaviest and found.stage is not Stage.VERIFIED)
+        victim = next(held, None)
+        if victim is None:
+            return False
+        self._remove(victim)
+        return True
+
+    def _remove(self, session: Session) -> None:
+        del self._open[session.session_id]
+        self._of_peer[session.peer] -= 1
+        if not self._of_peer[session.peer]:
+            del self._of_peer[session.peer]
+
     def _expire(self) -> None:
         # All live equally long, and a dictionary keeps their order: the oldest come first.
         now = self._clock()
@@ -179,7 +198,4 @@ class MemorySessions:
             oldest = next(iter(self._open.values()))
             if oldest.expires > now:
                 return
-            del self._open[oldest.session_id]
-            self._of_peer[oldest.peer] -= 1
-            if not self._of_peer[oldest.peer]:
-                del self._of_peer[oldest.peer]
+            self._remove(oldest)

@@ -91,9 +91,9 @@ class Approvals:
         self._decide(number, by, granted=False)
 
     def _decide(self, number: int, by: Requester | None, *, granted: bool) -> None:
-        table, now = approvals_table, self._database.now().timestamp()
-        one = table.c.number == number
+        table, one = approvals_table, approvals_table.c.number == number
         with self._database.write() as connection:
+            now = self._database.now().timestamp()  # after the wait for the transaction: it may have taken long
             query = sa.select(table.c.image_id, table.c.guest).where(one, table.c.expires > now)
             row = connection.execute(query).first()
             if row is None:

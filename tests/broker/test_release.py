@@ -148,10 +148,10 @@ async def test_sessions_are_limited_and_end(root: SimulatedRoot, tmp_path: Path)
 async def test_another_protocol_version_is_told_both_versions(root: SimulatedRoot, tmp_path: Path) -> None:
     """The text is how clients probe a broker's version."""
     async with bench(root, tmp_path) as b:
-        body = b'{"version":"0.2.0","tee":"snp","extra-params":""}'
+        body = b'{"version":"0.3.0","tee":"snp","extra-params":""}'
         answer = await b.raw(b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         assert b"401" in answer.split(b"\r\n", 1)[0]
-        assert b"expect =0.4.0 while the request is 0.2.0" in answer
+        assert b"expect =0.4.0 while the request is 0.3.0" in answer
 
 
 async def test_the_key_is_nowhere_in_clear(
