@@ -4,7 +4,7 @@
 PYTHON = .venv/bin/python
 PYTEST = .venv/bin/pytest
 
-.PHONY: packages test test-long demo bench setup lint clean
+.PHONY: packages test test-long demo bench reliability setup lint clean
 
 setup:
 	scripts/setup
@@ -24,6 +24,9 @@ packages: setup
 
 test-long: lint base
 	scripts/testenv $(PYTEST) -q -m long
+
+reliability: base
+	scripts/reliability
 
 demo: base
 	scripts/testenv $(PYTHON) scripts/demo.py

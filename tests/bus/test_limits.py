@@ -13,7 +13,7 @@ import pytest
 from jindiskd.bus import transport
 from jindiskd.bus.server import CALLS_PER_PEER, CALLS_PER_USER, Server
 
-RAWBUS = Path(__file__).resolve().parents[1] / "service/rawbus.py"
+RAWBUS = Path(__file__).resolve().parents[1] / "support/rawbus.py"
 NOBODY = 65534
 
 FLOOD = f"""

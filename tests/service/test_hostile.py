@@ -1,30 +1,23 @@
 """Hostile callers: whatever they send, they get a known error quickly, and the service loses nothing."""
 
-import importlib.util
+import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import busfuzz
 import pytest
+import rawbus
+from busfuzz import Fuzzer, members
 
 import jindiskd.daemon  # noqa: F401 (registers the errors of all its parts)
 from jindiskd.bus import faults
 from jindiskd.errors import JindiskError
 
-
-def _load():
-    spec = importlib.util.spec_from_file_location("rawbus", Path(__file__).with_name("rawbus.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rawbus"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-rawbus = _load()
 MANAGER = "org.jindisk1.Manager"
 STANDARD = {value for name, value in vars(faults).items() if name.isupper() and isinstance(value, str)} | {
     # What the bus daemon itself answers where a message is wrong.
@@ -128,69 +121,6 @@ def test_a_service_that_was_stopped_answers_all_that_came_meanwhile(shared):
     shared.ctl("status")
 
 
-class Fuzzer:
-    """Values by signature, chosen to hurt."""
-
-    TEXTS = (
-        "",
-        "../../etc/passwd",
-        "x" * 70_000,
-        "\x01\x02\n\x1b[2J",
-        "demo",
-        "stock",
-        "/",
-        "ä" * 100,
-        "%s%n",
-        "'; --",
-    )
-    NAMES = ("platform", "size", "limit", "image", "force", "base-kind", "seed", "vcpus", "nonsense", "bind-to-caller")
-
-    def __init__(self, seed: int, fds: tuple[int, ...]) -> None:
-        self.random, self.fds = random.Random(seed), fds
-
-    def value(self, kind: str, depth: int = 0):
-        r = self.random
-        if kind == "b":
-            return r.randrange(2)
-        if kind == "d":
-            return r.choice((0.0, -1.0, float("nan"), float("inf"), 1e308))
-        if kind == "h":
-            return r.choice((*range(len(self.fds)), len(self.fds), 0xFFFFFFFF))
-        if kind in rawbus.FIXED:
-            size = rawbus.FIXED[kind][1] * 8
-            low, high = (-(1 << size - 1), (1 << size - 1) - 1) if kind in "nix" else (0, (1 << size) - 1)
-            return r.choice((low, high, 0, 1, 7, r.randint(low, high)))
-        if kind == "o":
-            return r.choice(("/", "/org/jindisk1", "/org/jindisk1/job/1", "/a" * 100))
-        if kind == "g":
-            return r.choice(("", "s", "a{sv}", "(ii)"))
-        if kind == "s":
-            return r.choice(self.TEXTS)
-        if kind == "v":
-            inner = r.choice("sutbdoghv" if depth < 20 else "s")
-            return inner, self.value(inner, depth + 1)
-        if kind == "a{sv}":
-            return {r.choice(self.NAMES): self.value("v", depth) for _ in range(r.choice((0, 0, 1, 3)))}
-        if kind[0] == "a":
-            return [self.value(kind[1:], depth + 1) for _ in range(r.choice((0, 1, 50)))]
-        return tuple(self.value(part, depth + 1) for part in rawbus.split(kind[1:-1]))
-
-
-def members(raw) -> list[tuple[str, str, str, str]]:
-    """Every method of every object: path, interface, member, signature of its arguments."""
-    found, paths = [], ["/org/jindisk1"]
-    while paths:
-        path = paths.pop()
-        _, body = raw.call("org.freedesktop.DBus.Introspectable", "Introspect", path=path)
-        node = ET.fromstring(body[0])
-        for interface in node.findall("interface"):
-            for method in interface.findall("method"):
-                signature = "".join(a.get("type") for a in method.findall("arg") if a.get("direction", "in") == "in")
-                found.append((path, interface.get("name"), method.get("name"), signature))
-        paths += [f"{path}/{child.get('name')}" for child in node.findall("node")]
-    return found
-
-
 def settle(raw) -> None:
     """Wait until no job runs."""
     until = time.monotonic() + 120
@@ -241,3 +171,22 @@ def test_random_calls_find_nothing(stock, raw):
     assert resident_kib(stock) - memory < 4 * 1024
     assert "fault in a bus method" not in stock.log.read_text()
     stock.ctl("key", "reinstate", "stock")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+def test_random_calls_of_an_ordinary_user_find_nothing(stock):
+    """1,000 calls as nobody, without polkit: looking works, all else is refused, and nothing is left of it."""
+    seed = int(os.environ.get("JINDISK_FUZZ_SEED", str(random.randrange(1 << 32))))
+    print(f"JINDISK_FUZZ_SEED={seed}")
+    before = open_descriptors(stock)
+    rows = stock.json("audit", "verify")["rows"]
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
+    words = [*user, Path(busfuzz.__file__), stock.address, "1000", str(seed)]
+    out = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd="/")
+    assert out.returncode == 0, out.stderr
+    found = json.loads(out.stdout)
+    assert found["strange"] == []
+    assert found["answers"]["org.freedesktop.DBus.Error.AccessDenied"] > 30
+    assert open_descriptors(stock) <= before + 20
+    assert "fault in a bus method" not in stock.log.read_text()
+    assert stock.json("audit", "verify")["rows"] == rows, "nothing was decided"
