@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from jindiskd.base import document
+from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.ports import KeyView
@@ -21,14 +22,15 @@ from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import ACTIVE
 from jindiskd.errors import Busy, InvalidArgument, NotSupported
 from jindiskd.image.manifest import Manifest, Volume
-from jindiskd.image.request import BuildRequest, resource_of
+from jindiskd.image.request import resource_of
 from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
-from jindiskd.keys.handover import HandoverUnusable
+from jindiskd.keys.handover import HandoverUnusable, Opened
 from jindiskd.keys.registry import Registry
 from jindiskd.keys.store import KeyState, Store
 from jindiskd.keys.volumes import VolumeRecord, Volumes
+from jindiskd.policy import rules as release_rules
 
 
 def from_threads(changed: Callable[[], None]) -> Callable[[], None]:
@@ -48,9 +50,18 @@ class KeyPort:
     def __init__(self, store: Store) -> None:
         self._store, self._volumes = store, Volumes(store)
 
-    def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:
-        """Store the key of an image that is being built."""
-        self._store.add_image(image_id, name, request.platform, resource_of(image_id), key)
+    def add_pending(self, image_id: str, name: str, platform: Platform, key: Secret, rules: str = "") -> None:
+        """Store the key of an image that is being made; `rules` of its release, the strict defaults if empty."""
+        given = release_rules.load(rules) if rules else None
+        self._store.add_image(image_id, name, platform, resource_of(image_id), key, given)
+
+    def for_clone(self, image_id: str, by: str) -> Opened:
+        """The keys of an image that is being cloned; an audit row says who took them.
+
+        Raises:
+            NotFound: the key store does not know the image. ReleaseRefused: it is revoked.
+        """
+        return Registry(self._store).take(image_id, Requester(peer=by), "cloned", active=True)
 
     def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:
         """Allow release of the key, and remember the state in which a JinDisk volume was closed by its builder."""

@@ -25,7 +25,8 @@ from jindiskd.attest.collecting import Collector, genuine_verifiers
 from jindiskd.attest.plugins import plugged_in
 from jindiskd.attest.snp import SnpVerifier
 from jindiskd.attest.vendors import Vendors
-from jindiskd.backend import GuestsBackend, ImagesBackend
+from jindiskd.backend.guests import GuestsBackend
+from jindiskd.backend.images import ImagesBackend
 from jindiskd.base import log as logs
 from jindiskd.base.endpoint import Endpoint, parse_endpoint
 from jindiskd.base.notify import take_sockets
@@ -154,6 +155,8 @@ class Side:
     decisions: Callable[[ImageService], DecisionsBackend | OwnersKeys]
     open_broker: OpenBroker
     key_problem: KeyProblem
+    key_here: Callable[[str], bool]
+    """Whether the broker that guests reach can have the key of an image id; blocks."""
     spki_sha256: bytes
     """Of the broker: what new images pin."""
     relay: Relay | None = None
@@ -299,6 +302,7 @@ class Service:
             open_broker=open_broker,
             sev=sev,
             key_problem=lambda image_id: key_problem(store, image_id),
+            key_here=lambda image_id: key_here(store, image_id),
             spki_sha256=identity.spki_sha256,
         )
         return side
@@ -332,6 +336,7 @@ class Service:
             decisions=lambda _images: theirs,
             open_broker=open_broker,
             key_problem=lambda _image_id: "",
+            key_here=lambda _image_id: True,  # the owner's broker knows
             spki_sha256=card.spki_sha256,
             relay=relay,
         )
@@ -343,6 +348,7 @@ class Service:
             images=images,
             open_broker=side.open_broker,
             key_problem=lambda image_id: self._image_problem(side, image_id),
+            key_here=side.key_here,
             sev=side.sev,
             sockets=self._sockets,
             settings=DomainSettings(
@@ -396,6 +402,15 @@ def key_problem(store: Store, image_id: str) -> str:
     if record.state is KeyState.REVOKED:
         return f"is revoked: 'jindiskctl key reinstate {record.name}' undoes that"
     return "" if record.state is KeyState.ACTIVE else "is not released before its build is done"
+
+
+def key_here(store: Store, image_id: str) -> bool:
+    """Whether the key store knows an image at all. Blocks."""
+    try:
+        store.image(image_id)
+    except NotFound:
+        return False
+    return True
 
 
 def tell_domains(domains: DomainService, event: BrokerEvent) -> None:

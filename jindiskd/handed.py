@@ -20,17 +20,17 @@ from typing import NoReturn
 
 from jindiskd.base import document
 from jindiskd.base.files import fsync_directory, replace_file
+from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.ports import AuditOrder, KeyView
 from jindiskd.custody import from_threads
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest, Volume
-from jindiskd.image.request import BuildRequest
 from jindiskd.jobs.job import Job
 from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import handover
-from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover, read_card
+from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover, Opened, read_card
 
 SEALED, PENDING = "sealed", "pending"
 
@@ -64,10 +64,17 @@ class HandedKeys:
         for changed in self._watchers:
             changed()
 
-    def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:  # noqa: ARG002
+    def add_pending(
+        self, image_id: str, name: str, platform: Platform, key: Secret, rules: str = ""  # noqa: ARG002
+    ) -> None:
         """Hold the key of an image that is being built (what else is known comes with its manifest)."""
         with self._lock:
             self._building[image_id] = Secret(bytes(key.reveal()))
+
+    def for_clone(self, image_id: str, by: str) -> Opened:  # noqa: ARG002 (the port's arguments)
+        """Not here. Raises `NotSupported`."""
+        remedy = "its key is at the owner's broker alone: clone it where it was built, and export the clone to here"
+        raise NotSupported(f"cloning image {image_id} on this host", remedy)
 
     def prepare(self, manifest: Manifest) -> None:
         """Seal the key of a finished image, durably; then it is held no longer."""

@@ -8,8 +8,8 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 
 from jindiskd.bus.contract import ROOT_PATH, path_label
-from jindiskd.bus.jobs import job_path, microseconds
-from jindiskd.bus.keyfd import take_regular_file
+from jindiskd.bus.jobs import job_path, microseconds, start_bound
+from jindiskd.bus.keyfd import take_regular_file, take_stream
 from jindiskd.bus.objects import Object, ObjectPath, Options
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Images, ImageView
@@ -63,6 +63,28 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
 
         job = self._jobs.start(Operation.IMAGE_REMOVE, [name], caller.uid, work, cancelable=False)
         return job_path(job.number)
+
+    async def clone(self, caller: Caller, name: str, options: Options) -> ObjectPath:
+        """Make a second image of the same system under keys of its own."""
+        source, by = self._view.name, f"user {caller.uid}"
+
+        async def work(job: Job) -> str:
+            try:
+                return await self._images.clone(source, name, by, job)
+            finally:
+                await self._refresh()
+
+        return start_bound(self._jobs, caller, Operation.IMAGE_CLONE, [source, name], work, options)
+
+    async def export(self, caller: Caller, target: Descriptor, options: Options) -> ObjectPath:
+        """Write it as a stream."""
+        name, taken = self._view.name, Descriptor(take_stream(target, writing=True))
+        fd = taken.fileno()
+
+        async def work(job: Job) -> str:
+            return await self._images.export(name, fd, job)
+
+        return start_bound(self._jobs, caller, Operation.IMAGE_EXPORT, [name], work, options, at_end=taken.close)
 
     async def measure(self, caller: Caller, options: Options) -> ObjectPath:
         """Compute its digest again."""

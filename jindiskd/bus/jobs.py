@@ -10,8 +10,8 @@ from jindiskd.bus.contract import ERROR_PREFIX, ROOT_PATH
 from jindiskd.bus.objects import Object, ObjectPath, Options
 from jindiskd.bus.peers import Caller
 from jindiskd.bus.server import Server
-from jindiskd.jobs.job import Change, Job
-from jindiskd.jobs.manager import JobManager
+from jindiskd.jobs.job import Change, Job, Operation
+from jindiskd.jobs.manager import JobManager, Work
 
 SIGNAL_INTERVAL_S = 0.2
 PRIORITY_INFO = 6
@@ -26,6 +26,33 @@ def microseconds(moment: datetime) -> int:
 def job_path(number: int) -> ObjectPath:
     """Where a job is exported."""
     return ObjectPath(f"{ROOT_PATH}/job/{number}")
+
+
+def start_bound(
+    jobs: JobManager,
+    caller: Caller,
+    operation: Operation,
+    names: Sequence[str],
+    work: Work,
+    options: Options,
+    *,
+    at_end: Callable[[], None] = lambda: None,
+) -> ObjectPath:
+    """Start a job; with the option bind-to-caller it is cancelled when its starter leaves the bus."""
+    end_watch: Callable[[], None] = lambda: None  # noqa: E731 (replaced below)
+
+    def ended() -> None:
+        end_watch()
+        at_end()
+
+    try:
+        job = jobs.start(operation, names, caller.uid, work, at_end=ended)
+    except BaseException:
+        at_end()
+        raise
+    if options.get("bind-to-caller") is True:
+        end_watch = caller.on_leave(lambda: jobs.cancel(job.number))
+    return job_path(job.number)
 
 
 class JobObject(Object, spec="org.jindisk1.Job"):

@@ -99,3 +99,26 @@ def document_descriptor(name: str, data: bytes) -> Descriptor:
         os.close(fd)
         raise
     return Descriptor(fd)
+
+
+def take_stream(descriptor: Descriptor, *, writing: bool) -> int:
+    """A descriptor of a regular file, a pipe or a socket that can be read, or written; the taker closes it.
+
+    Raises:
+        BusFault: it is something else; it is closed then.
+    """
+    fd = descriptor.take()
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            raise BusFault(INVALID_ARGS, "pass a regular file, a pipe or a socket")
+        if writing:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if flags & O_PATH or flags & os.O_ACCMODE == os.O_RDONLY:
+                raise BusFault(INVALID_ARGS, "the file descriptor is not open for writing")
+        else:
+            _check_readable(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

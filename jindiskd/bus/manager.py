@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jindiskd.bus.devices import DevicesOnBus, device_path
 from jindiskd.bus.domains import DomainsOnBus, domain_path
 from jindiskd.bus.images import ImagesOnBus, image_path
-from jindiskd.bus.jobs import job_path
-from jindiskd.bus.keyfd import document_descriptor, read_secret, take_regular_file
+from jindiskd.bus.jobs import start_bound
+from jindiskd.bus.keyfd import document_descriptor, read_secret, take_regular_file, take_stream
 from jindiskd.bus.keys import KeysOnBus, key_path, policy_path, user
 from jindiskd.bus.objects import Object, ObjectPath, Options, Row, number, text
 from jindiskd.bus.peers import Caller, Descriptor
-from jindiskd.bus.ports import BuildOrder, Diagnosis, Guests, Images, Keys, LaunchOrder, ServiceFacts
+from jindiskd.bus.ports import BuildOrder, Diagnosis, Guests, Images, ImportOrder, Keys, LaunchOrder, ServiceFacts
 from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
-from jindiskd.jobs.manager import JobManager, Work
+from jindiskd.jobs.manager import JobManager
 
 DOMAIN_LIMIT = 128
 PEM_LIMIT_BYTES = 1 << 16
@@ -70,7 +70,22 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
             finally:
                 await self._images_on_bus.refresh()
 
-        return self._start(caller, Operation.IMAGE_BUILD, name, work, options, at_end=taken.close)
+        return start_bound(self._jobs, caller, Operation.IMAGE_BUILD, [name], work, options, at_end=taken.close)
+
+    async def import_image(self, caller: Caller, source: Descriptor, options: Options) -> ObjectPath:
+        """Take an image from a stream."""
+        order = ImportOrder(name=text(options, "name"), firmware=text(options, "firmware"))
+        taken = Descriptor(take_stream(source, writing=False))
+        fd = taken.fileno()
+
+        async def work(job: Job) -> str:
+            try:
+                return await self._images.import_(order, fd, job)
+            finally:
+                await self._images_on_bus.refresh()
+
+        names = [order.name or "stream"]
+        return start_bound(self._jobs, caller, Operation.IMAGE_IMPORT, names, work, options, at_end=taken.close)
 
     async def launch(self, caller: Caller, image: str, options: Options) -> ObjectPath:
         """Start a guest."""
@@ -79,7 +94,7 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
         async def work(job: Job) -> str:
             return await self._guests.launch(order, job)
 
-        return self._start(caller, Operation.DOMAIN_LAUNCH, order.image, work, options)
+        return start_bound(self._jobs, caller, Operation.DOMAIN_LAUNCH, [order.image], work, options)
 
     async def adopt_domain(self, caller: Caller, domain: str, image: str, options: Options) -> ObjectPath:
         """Bind a domain that somebody else made to an image."""
@@ -92,33 +107,7 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
             job.progress("adopting")
             return await self._guests.adopt(domain, name)
 
-        return self._start(caller, Operation.DOMAIN_ADOPT, domain, work, options)
-
-    def _start(
-        self,
-        caller: Caller,
-        operation: Operation,
-        name: str,
-        work: Work,
-        options: Options,
-        *,
-        at_end: Callable[[], None] = lambda: None,
-    ) -> ObjectPath:
-        """Start a job; with the option bind-to-caller it is cancelled when its starter leaves the bus."""
-        end_watch: Callable[[], None] = lambda: None  # noqa: E731 (replaced below)
-
-        def ended() -> None:
-            end_watch()
-            at_end()
-
-        try:
-            job = self._jobs.start(operation, [name], caller.uid, work, at_end=ended)
-        except BaseException:
-            at_end()
-            raise
-        if options.get("bind-to-caller") is True:
-            end_watch = caller.on_leave(lambda: self._jobs.cancel(job.number))
-        return job_path(job.number)
+        return start_bound(self._jobs, caller, Operation.DOMAIN_ADOPT, [domain], work, options)
 
     async def get_image(self, caller: Caller, name: str) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
         """Find an image."""

@@ -67,6 +67,14 @@ class BuildOrder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOrder:
+    """How a caller wants a stream taken; empty means what is in it."""
+
+    name: str = ""
+    firmware: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOrder:
     """What a caller wants started; None and empty mean what is configured."""
 
@@ -127,6 +135,15 @@ class Images(Protocol):
 
     async def build(self, order: BuildOrder, base_fd: int, job: Job) -> str:
         """Build one; the caller closes the descriptor afterwards. The result is its name."""
+
+    async def clone(self, name: str, new_name: str, by: str, job: Job) -> str:
+        """Make a second image of the same system under keys of its own; the result is its name."""
+
+    async def export(self, name: str, target_fd: int, job: Job) -> str:
+        """Write one as a stream; the caller closes the descriptor afterwards. The result is the stream's digest."""
+
+    async def import_(self, order: ImportOrder, source_fd: int, job: Job) -> str:
+        """Take one from a stream; the caller closes the descriptor afterwards. The result is its name."""
 
     async def remove(self, name: str) -> None:
         """Remove one and its key."""

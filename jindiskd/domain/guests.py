@@ -5,6 +5,7 @@ Used in the event loop alone. It calls nothing: neither libvirt nor files.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid as uuid_module
 import xml.etree.ElementTree as ET
@@ -92,6 +93,7 @@ class Guests:
         self._settings = settings
         self._guests: dict[str, Guest] = {}
         self._subscribers: list[Callable[[], None]] = []
+        self._held: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Guest]:
         return iter(tuple(self._guests.values()))
@@ -131,6 +133,8 @@ class Guests:
         Raises:
             Busy: the name or the image is in use.
         """
+        if image_id in self._held:
+            raise Busy(f"image {image!r}", self._held[image_id])
         for other in self:
             if other.view.state in ACTIVE:
                 if other.view.image_id == image_id:
@@ -152,6 +156,29 @@ class Guests:
             console=str(self._settings.console(identity)),
         )
         return self.add(view)
+
+    @contextlib.contextmanager
+    def hold(self, image: str, image_id: str, why: str) -> Iterator[None]:
+        """Keep any domain from starting from an image, whose files are being read or removed.
+
+        Args:
+            image: its name.
+            image_id: its identity.
+            why: what others are told, with the remedy.
+
+        Raises:
+            Busy: a domain runs from it, or it is held already.
+        """
+        for other in self:
+            if other.view.state in ACTIVE and other.view.image_id == image_id:
+                raise Busy(f"image {image!r}", f"domain {other.view.name!r} runs from it; stop that first")
+        if image_id in self._held:
+            raise Busy(f"image {image!r}", self._held[image_id])
+        self._held[image_id] = why
+        try:
+            yield
+        finally:
+            del self._held[image_id]
 
     def add(self, view: DomainView) -> Guest:
         """Put one in the table, in the place of another with its UUID."""

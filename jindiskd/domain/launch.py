@@ -31,6 +31,12 @@ from jindiskd.image.store import ImageStore
 log = structlog.get_logger(__name__)
 
 
+KEY_ELSEWHERE = (
+    "its key is not in this service's key store, but at the broker that the image pins: have guests passed on to that "
+    "broker ([broker] deployment = 'relay')"
+)
+
+
 class Launcher:
     """Launches images; one launch is one call of `launch`."""
 
@@ -47,11 +53,12 @@ class Launcher:
         sev: SevOwner | None,
         switch: Switch,
         heard: Callable[[Guest, str], None],
+        key_here: Callable[[str], bool],
     ) -> None:
-        """`heard` is told each progress word of a guest."""
+        """`heard` hears each progress word of a guest; `key_here` tells whether the broker can know an image's key."""
         self._connection, self._images, self._guests, self._bindings = connection, images, guests, bindings
         self._open_broker, self._settings, self._judge, self._heard = open_broker, settings, judge, heard
-        self._sev, self._switch = sev, switch
+        self._sev, self._switch, self._key_here = sev, switch, key_here
 
     async def launch(
         self,
@@ -65,6 +72,8 @@ class Launcher:
         """Define and start a domain for an image and follow it until its system runs; see `DomainService.launch`."""
         stored = await asyncio.to_thread(self._images.get, image_name)
         manifest = stored.manifest
+        if not await asyncio.to_thread(self._key_here, manifest.image_id):
+            raise NotSupported(f"launching image {image_name!r} here", KEY_ELSEWHERE)
         name = name or image_name
         old = self._guests.named(name)
         guest = self._guests.claim(name, image=manifest.name, image_id=manifest.image_id, platform=manifest.platform)

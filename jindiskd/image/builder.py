@@ -12,7 +12,6 @@ Apart from keys and UUIDs the result depends on the base and the request alone; 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -27,19 +26,19 @@ from jindiskd.base.process import ToolFailed
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace, NotFound
 from jindiskd.guest import config as guest
-from jindiskd.image import base, bootparts, gpt, initrd, randomness, system_initrd, tarroot
+from jindiskd.image import base, disk, initrd, randomness, system_initrd, tarroot
 from jindiskd.image import kernel as kernels
 from jindiskd.image import manifest as manifests
 from jindiskd.image.amend import amend, put_file
 from jindiskd.image.cmdline import ROOT, command_line
 from jindiskd.image.debugfs import FileSystem, FileSystemNotWritten
 from jindiskd.image.ext4 import Superblock, read_superblock, used_ranges
-from jindiskd.image.manifest import BootFile, Manifest, Partition, Shape
+from jindiskd.image.manifest import Manifest, Shape
 from jindiskd.image.measurement import launch_digest, suitable_firmware
 from jindiskd.image.refusals import RootDamaged
 from jindiskd.image.request import BaseKind, BuildTask, InitrdKind, Progress, VolumeFormat, resource_of
-from jindiskd.image.sparse import copy_ranges, data_ranges, path_of, unlinked_file
-from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL
+from jindiskd.image.sparse import path_of, unlinked_file
+from jindiskd.image.store import CMDLINE, INITRD, KERNEL
 from jindiskd.image.tools import tool
 from jindiskd.image.volume import SealedVolume, placeholder, prepare_volume
 
@@ -121,9 +120,16 @@ class _Build:
             root = self.configured(root, volume)
         self.boot_files(root, volume, line)
         digest = launch_digest(self.request, self.staging, line)
-        partitions, disk_uuid, contents = self.lay_out(root, volume)
-        disk_bytes = gpt.disk_bytes([part.size_bytes for part in partitions])
-        sealed = self.write_disk(root, volume, partitions, disk_uuid, contents, disk_bytes)
+        time = root.superblock.write_time
+        layout = disk.lay_out(self.staging, volume, self.identities, time=time, owned=self.owned)
+        ranges = used_ranges(root.fd, root.superblock)
+        sealed = disk.write_disk(
+            self.staging,
+            layout,
+            lambda fd, offset: volume.fill(
+                root.fd, fd, ranges, offset, lambda done, total: self.share("encrypt", done, total)
+            ),
+        )
         self.report(Progress(stage="finish", fraction=None))
         shutil.rmtree(self.work)
         manifest = Manifest(
@@ -136,21 +142,12 @@ class _Build:
             base_kind=self.request.base_kind,
             distribution=root.distribution,
             kernel_release=root.kernel_release,
-            disk_size_bytes=disk_bytes,
-            partitions=tuple(
-                Partition(
-                    name=part.name,
-                    uuid=part.uuid,
-                    type_uuid=part.type_uuid,
-                    offset_bytes=part.offset_bytes,
-                    size_bytes=part.size_bytes,
-                )
-                for part in partitions
-            ),
+            disk_size_bytes=layout.size_bytes,
+            partitions=layout.partitions,
             volume=sealed,
-            kernel=self.boot_file(KERNEL),
-            initrd=self.boot_file(INITRD),
-            cmdline=self.boot_file(CMDLINE),
+            kernel=disk.boot_file(self.staging, KERNEL),
+            initrd=disk.boot_file(self.staging, INITRD),
+            cmdline=disk.boot_file(self.staging, CMDLINE),
             shape=Shape(
                 firmware=self.request.firmware,
                 firmware_sha256=firmware.sha256,
@@ -180,14 +177,14 @@ class _Build:
             hashing = base.Digest(base_fd)
             self.stack.callback(hashing.stop)
             self.report(Progress(stage="read", fraction=None))
-            disk = base.open_disk(base_fd, self.staging)
-            if disk != base_fd:
-                self.owned(disk)
-            found = base.find_root(disk)
+            image = base.open_disk(base_fd, self.staging)
+            if image != base_fd:
+                self.owned(image)
+            found = base.find_root(image)
             self.require_room(found.superblock)
             fd = self.owned(unlinked_file(self.staging))
             base.copy_root(found, fd, lambda done, total: self.share("read", done, total))
-            others = tuple(FileSystem(disk, offset) for offset in found.others)
+            others = tuple(FileSystem(image, offset) for offset in found.others)
             self.resize(fd, found.superblock)
             base_sha256 = hashing.result
         else:
@@ -329,53 +326,5 @@ class _Build:
             )
         replace_file(self.staging / CMDLINE, line.encode("ascii"))
 
-    def lay_out(self, root: ClearRoot, volume: SealedVolume) -> tuple[tuple[gpt.Entry, ...], str, tuple[int, int]]:
-        """Make the two clear partitions, and place all three; also returns the disk's UUID."""
-        time = root.superblock.write_time
-        files = {name: self.staging / name for name in (KERNEL, INITRD, CMDLINE)}
-        boot = self.owned(bootparts.make_boot(files, randomness.new_uuid(self.identities), time, self.staging))
-        uefi = self.owned(bootparts.make_uefi(self.identities(4), time, self.staging))
-        disk_uuid, *uuids = (randomness.new_uuid(self.identities) for _ in range(4))
-        entries = gpt.lay_out(
-            [
-                (gpt.TYPE_BOOT, uuids[0], "boot", os.fstat(boot).st_size),
-                (gpt.TYPE_ESP, uuids[1], "UEFI", os.fstat(uefi).st_size),
-                (volume.partition_type, uuids[2], "jindisk-rootfs", volume.size_bytes),
-            ]
-        )
-        return entries, disk_uuid, (boot, uefi)
-
-    def write_disk(
-        self,
-        root: ClearRoot,
-        volume: SealedVolume,
-        entries: tuple[gpt.Entry, ...],
-        disk_uuid: str,
-        contents: tuple[int, int],
-        size_bytes: int,
-    ) -> manifests.Volume:
-        """Write the disk image: table, clear partitions, encrypted root; synced."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        disk = self.owned(os.open(self.staging / DISK, flags, 0o644))
-        os.truncate(disk, size_bytes)
-        gpt.write_table(disk, size_bytes, disk_uuid, entries)
-        for entry, content in zip(entries[:2], contents, strict=True):
-            copy_ranges(content, disk, data_ranges(content), target_offset=entry.offset_bytes)
-        ranges = used_ranges(root.fd, root.superblock)
-        sealed = volume.fill(
-            root.fd, disk, ranges, entries[2].offset_bytes, lambda done, total: self.share("encrypt", done, total)
-        )
-        os.fsync(disk)
-        return sealed
-
     def share(self, stage: str, done: int, total: int) -> None:
         self.report(Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total))
-
-    def boot_file(self, name: str) -> BootFile:
-        """Describe a boot file, and make it durable."""
-        with (self.staging / name).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").digest()
-            os.fchmod(stream.fileno(), 0o644)
-            os.fsync(stream.fileno())
-            size = os.fstat(stream.fileno()).st_size
-        return BootFile(file=name, size_bytes=size, sha256=digest)

@@ -1,4 +1,4 @@
-"""Deterministic initrd archives: the kernel's `newc` cpio, compressed with gzip.
+"""Deterministic initrd archives: the kernel's `newc` cpio, compressed with gzip; written, and read again.
 
 The same entries give the same bytes: names sorted, owner root, one time for all, inode numbers counted up, device
 numbers fixed, and a gzip header without name or time.
@@ -12,12 +12,25 @@ import zlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from jindiskd.errors import EXIT_INTEGRITY, JindiskError
+
+MAX_BYTES = 1 << 29
+"""Of an archive that is read, uncompressed."""
 GZIP_LEVEL = 6
 GZIP_WBITS = 31  # zlib.h: 15 bits of window, 16 for a gzip header
 MAGIC = b"070701"
 TRAILER = "TRAILER!!!"
+HEAD_BYTES = 6 + 13 * 8
 ALIGNMENT = 4
 NAME_LIMIT = 4096  # PATH_MAX, with the NUL; the kernel ignores longer names
+
+
+class MalformedArchive(JindiskError, code="MalformedArchive", exit_code=EXIT_INTEGRITY):
+    """An initrd is no archive of ours."""
+
+    def __init__(self, problem: str) -> None:
+        """`problem` completes "the initrd ..."."""
+        super().__init__(f"the initrd {problem}: build the image again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +87,50 @@ class Archive:
         if self._entries.setdefault(name, entry) != entry:
             raise ValueError(f"{name!r} is in the archive already, with another content or type")
 
+    def replaced(self, name: str, data: bytes) -> Archive:
+        """The same archive with another content of a regular file in it.
+
+        Raises:
+            MalformedArchive: there is no such file.
+        """
+        old = self._entries.get(name)
+        if old is None or not stat.S_ISREG(old.mode):
+            raise MalformedArchive(f"has no {name}")
+        changed = Archive()
+        changed._entries = {**self._entries, name: Entry(mode=old.mode, data=data)}
+        return changed
+
+    @classmethod
+    def read(cls, data: bytes) -> Archive:
+        """What `to_gzip` wrote.
+
+        Raises:
+            MalformedArchive: it is not that, or longer than `MAX_BYTES`.
+        """
+        plain = _unpacked(data)
+        found, at = cls(), 0
+        while True:
+            head = plain[at : at + HEAD_BYTES]
+            if len(head) != HEAD_BYTES or head[:6] != MAGIC:
+                raise MalformedArchive("is not a cpio archive throughout")
+            try:
+                values = [int(head[n : n + 8], 16) for n in range(6, HEAD_BYTES, 8)]
+            except ValueError as exc:
+                raise MalformedArchive("has a header that is none") from exc
+            mode, size, major, minor, name_bytes = values[1], values[6], values[9], values[10], values[11]
+            start = at + HEAD_BYTES
+            content = start + name_bytes + -(start + name_bytes) % ALIGNMENT
+            if not 1 < name_bytes <= NAME_LIMIT or content + size > len(plain):
+                raise MalformedArchive("is cut off")
+            name = plain[start : start + name_bytes - 1].decode(errors="replace")
+            if name == TRAILER:
+                return found
+            try:
+                found._add(name, Entry(mode=mode, data=plain[content : content + size], device=(major, minor)))
+            except ValueError as exc:
+                raise MalformedArchive(f"has an unusable name: {exc}") from exc
+            at = content + size + -(content + size) % ALIGNMENT
+
     def to_bytes(self, mtime: int = 0) -> bytes:
         """The uncompressed archive; `mtime` is seconds since the epoch, for every entry."""
         out = bytearray()
@@ -96,3 +153,15 @@ def _append(out: bytearray, inode: int, name: str, entry: Entry, mtime: int) -> 
     out += bytes(-len(out) % ALIGNMENT)
     out += entry.data
     out += bytes(-len(out) % ALIGNMENT)
+
+
+def _unpacked(data: bytes) -> bytes:
+    """One gzip member without more, bounded."""
+    inflater = zlib.decompressobj(GZIP_WBITS)
+    try:
+        plain = inflater.decompress(data, MAX_BYTES)
+    except zlib.error as exc:
+        raise MalformedArchive("is not compressed as ours are") from exc
+    if not inflater.eof or inflater.unused_data:
+        raise MalformedArchive(f"has not one gzip member of {MAX_BYTES} bytes at most")
+    return plain

@@ -92,3 +92,5 @@ class Manifest:
     """Built with a fixed seed: keys are guessable by whoever knows it; for tests and reproduction only."""
     changes: tuple[str, ...] = field(default=())
     """What the builder altered inside the root file system, in words."""
+    clone_of: str = ""
+    """Identity of the image that it was cloned from, else empty."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.image import randomness
+from jindiskd.image.manifest import Manifest
 from jindiskd.jindisk.v1.keys import ROOT_BYTES
 
 SOURCE = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*")
@@ -125,6 +126,22 @@ class BuildRequest:
             raise InvalidArgument("firmware", self.firmware, "an absolute path is needed")
 
 
+def clone_request(manifest: Manifest, name: str) -> BuildRequest:
+    """What a build of the clone would be asked for; raises as `BuildRequest.check`."""
+    request = BuildRequest(
+        name=name,
+        platform=manifest.platform,
+        format=VolumeFormat(manifest.volume.format),
+        base_kind=BaseKind(manifest.base_kind),
+        firmware=manifest.shape.firmware,
+        vcpus=manifest.shape.vcpus,
+        cpu_model=manifest.shape.cpu_model,
+        guest_features=manifest.shape.guest_features,
+    )
+    request.check()
+    return request
+
+
 def check_name(name: str) -> None:
     """Refuse a name that no image can have: it is a directory's name, and part of messages and listings.
 
@@ -151,11 +168,51 @@ class BuildTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CloneTask:
+    """A clone, as the worker reads it from its standard input."""
+
+    build: BuildTask
+    """Of the image to be: its base is the source."""
+    source: str
+    """The directory of the source in the store, which does not change meanwhile."""
+    anchor: bytes
+    """JinDisk 2: the last known state of the source's root, 73 bytes; else empty."""
+    released_to: tuple[bytes, ...]
+    """The launch digests that the source's key is released to, as the key store has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportTask:
+    """An export, as the worker reads it."""
+
+    source: str
+    """The directory of the image in the store, which does not change meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportTask:
+    """An import, as the worker reads it."""
+
+    staging: str
+    store: str
+    """The image store's directory: names and identities there are taken."""
+    name: str = ""
+    """Of the image here; that in the stream if empty."""
+    firmware: tuple[str, ...] = ()
+    """Files on this host that may be the image's firmware."""
+    firmware_dirs: tuple[str, ...] = ()
+    """Where else it is looked for, by the path and by the name that it had where the image was built."""
+
+
+Task = BuildTask | CloneTask | ExportTask | ImportTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far a build is."""
 
     stage: str
-    """One word for people: `read`, `prepare`, `boot`, `encrypt`, `finish`."""
+    """One word for people: `read`, `prepare`, `decrypt`, `boot`, `encrypt`, `write`, `receive`, `measure`, `finish`."""
     fraction: float | None
     """Of the stage, 0 to 1; None where it cannot be told."""
     done_bytes: int = 0

@@ -10,35 +10,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
 import structlog
 
-from jindiskd.base import document
-from jindiskd.base.process import ENVIRONMENT, terminate
+from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.errors import AlreadyExists, Internal, JindiskError
+from jindiskd.errors import AlreadyExists, JindiskError
 from jindiskd.image import boot_update, randomness
 from jindiskd.image.manifest import Manifest, Volume
-from jindiskd.image.request import BuildRequest, BuildTask, Progress
+from jindiskd.image.request import BuildRequest, BuildTask, CloneTask, ExportTask, ImportTask, Progress, clone_request
+from jindiskd.image.running import run_worker
 from jindiskd.image.store import ImageStore, Staging, StoredImage
+from jindiskd.keys.handover import Opened
 
 log = structlog.get_logger(__name__)
-LINE_LIMIT_BYTES = 1 << 16
 T = TypeVar("T")
 
 
 class KeyPort(Protocol):
     """What is needed of the key store; calls block, and are made in a thread."""
 
-    def add_pending(self, image_id: str, name: str, request: BuildRequest, key: Secret) -> None:
-        """Store the key of an image that is being built."""
+    def add_pending(self, image_id: str, name: str, platform: Platform, key: Secret, rules: str = "") -> None:
+        """Store the key of an image that is being made. `rules` of its release, as the key store keeps them."""
+
+    def for_clone(self, image_id: str, by: str) -> Opened:
+        """The keys of an image that is being cloned, and the last states of its volumes; written down who took them."""
 
     def prepare(self, manifest: Manifest) -> None:
         """The image is finished, and becomes visible next: do what needs the key and its manifest; pending still."""
@@ -52,22 +52,6 @@ class KeyPort(Protocol):
 
     def pending(self) -> Sequence[str]:
         """The ids of images whose key is pending."""
-
-
-class BuildWorkerFailed(JindiskError, code="BuildWorkerFailed"):
-    """The process that built an image ended without saying why."""
-
-    def __init__(self, status: int) -> None:
-        """`status` as of the process, negative for a signal."""
-        super().__init__(f"the build process ended with status {status}; the journal may say more, try again")
-
-
-def as_raised(code: str, message: str) -> JindiskError:
-    """The error that a worker named, with its text."""
-    kind = JindiskError.by_code.get(code, Internal)
-    error = kind.__new__(kind)
-    Exception.__init__(error, message)
-    return error
 
 
 class ImageService:
@@ -93,6 +77,7 @@ class ImageService:
         self._store, self._keys = store, keys
         self._spki, self._workers, self._now = broker_spki_sha256, workers, now
         self._building: set[str] = set()
+        self._committing = asyncio.Lock()
 
     async def list(self) -> list[StoredImage]:
         """All images by name."""
@@ -161,21 +146,151 @@ class ImageService:
             BaseRefused, NoSpace, JindiskError: as of `builder.build`.
         """
         request.check()
-        await asyncio.to_thread(self._store.require_free, request.name)
-        if request.name in self._building:
-            raise AlreadyExists("image", request.name)
-        self._building.add(request.name)
-        try:
+        async with self._naming(request.name):
             return await self._build(request, base_fd, progress)
+
+    async def clone(self, name: str, new_name: str, by: str, progress: Callable[[Progress], None]) -> Manifest:
+        """Make a second image of the same system, under keys and an identity of its own: never two with one key.
+
+        The source must not change meanwhile: whoever calls keeps domains from starting from it.
+
+        Args:
+            name: the source.
+            new_name: of the clone.
+            by: who asks, for the audit log.
+            progress: called in the event loop's thread.
+
+        Raises:
+            NotFound: there is no source, or its key is not here.
+            AlreadyExists: the name is taken, or being built.
+            ImageDamaged, VolumeError, NoSpace, JindiskError: as of `clone.clone`; nothing is left.
+        """
+        source = await self.get(name)
+        async with self._naming(new_name):
+            return await self._clone(source, new_name, by, progress)
+
+    async def export(self, name: str, target_fd: int, progress: Callable[[Progress], None]) -> str:
+        """Write an image without its key to a descriptor, as `stream` says; returns the stream's SHA-256 as text.
+
+        The image must not change meanwhile: whoever calls keeps domains from starting from it. Raises as
+        `transfer.export`; what was written then is no whole stream.
+        """
+        source = await self.get(name)
+        task = ExportTask(source=os.fspath(source.path))
+        digest = await run_worker(task, {}, {"export": target_fd}, progress)
+        log.info("image exported", image=name, image_id=source.manifest.image_id, sha256=digest)
+        return digest
+
+    async def import_(
+        self,
+        source_fd: int,
+        *,
+        name: str,
+        firmware: Sequence[str],
+        firmware_dirs: Sequence[str],
+        progress: Callable[[Progress], None],
+    ) -> Manifest:
+        """Take an image from a stream; its key stays where it is.
+
+        Args:
+            source_fd: read from where it stands; stays open and belongs to the caller.
+            name: of the image here; that in the stream if empty.
+            firmware: files on this host that may be its firmware.
+            firmware_dirs: where else that is looked for.
+            progress: called in the event loop's thread.
+
+        Raises:
+            StreamDamaged, AlreadyExists, NotFound, ImageDamaged, JindiskError: as of `transfer.import_`;
+                nothing is left.
+        """
+        staging = await asyncio.to_thread(self._store.stage)
+        try:
+            task = ImportTask(
+                staging=os.fspath(staging.path),
+                store=os.fspath(self._store.root),
+                name=name,
+                firmware=tuple(firmware),
+                firmware_dirs=tuple(firmware_dirs),
+            )
+            found = await run_worker(task, {}, {"import": source_fd}, progress)
+            async with self._committing:  # of two imports of one stream, one is there first
+                manifest = await _finished(lambda: self._take(staging, found))
         finally:
-            self._building.discard(request.name)
+            await _finished(staging.close)
+        log.info("image imported", image=found, image_id=manifest.image_id, simulated=manifest.platform.simulated)
+        return manifest
+
+    def _take(self, staging: Staging, name: str) -> Manifest:
+        """Make an imported image visible, unless the same image has come meanwhile."""
+        manifest = staging.manifest(name)
+        for other in self._store.list():
+            if other.manifest.image_id == manifest.image_id:
+                raise AlreadyExists("image", other.manifest.name)
+        return self._store.commit(staging, name).manifest
+
+    @contextlib.asynccontextmanager
+    async def _naming(self, name: str) -> AsyncIterator[None]:
+        """Be the only one to make an image of this name."""
+        await asyncio.to_thread(self._store.require_free, name)
+        if name in self._building:
+            raise AlreadyExists("image", name)
+        self._building.add(name)
+        try:
+            yield
+        finally:
+            self._building.discard(name)
+
+    async def _clone(
+        self, source: StoredImage, new_name: str, by: str, progress: Callable[[Progress], None]
+    ) -> Manifest:
+        image_id = randomness.new_uuid(randomness.system)
+        manifest = source.manifest
+        stored: list[str] = []
+        taken = await _finished(lambda: self._keys.for_clone(manifest.image_id, by))
+        staging = await asyncio.to_thread(self._store.stage)
+
+        def store_key() -> None:
+            self._keys.add_pending(image_id, new_name, manifest.platform, key, taken.handover.rules)
+            stored.append(image_id)
+
+        try:
+            request = clone_request(manifest, new_name)
+            with Secret(bytearray(request.stream("root key")(request.format.key_bytes))) as key:
+                await _finished(store_key)
+                anchor = taken.anchors.get(manifest.volume.uuid)
+                task = CloneTask(
+                    build=BuildTask(
+                        request=request,
+                        image_id=image_id,
+                        created=self._now().strftime("%Y-%m-%dT%H:%M:%SZ"),
+                        broker_spki_sha256=self._spki,
+                        staging=os.fspath(staging.path),
+                        workers=self._workers,
+                    ),
+                    source=os.fspath(source.path),
+                    anchor=anchor.pack() if anchor is not None else b"",
+                    released_to=taken.handover.launch_digests,
+                )
+                keys = {"key": key, "source-key": taken.keys[manifest.resource]}
+                await run_worker(task, keys, {}, progress)
+            made = await _finished(lambda: self._finish(staging, new_name))
+        except BaseException:
+            if stored:
+                await _finished(lambda: self._undo(new_name, image_id))
+            raise
+        finally:
+            taken.close()
+            await _finished(staging.close)
+        told = {"image_id": image_id, "source": manifest.name, "simulated": manifest.platform.simulated}
+        log.info("image cloned", image=new_name, **told)
+        return made
 
     async def _build(self, request: BuildRequest, base_fd: int, progress: Callable[[Progress], None]) -> Manifest:
         image_id = randomness.new_uuid(request.stream("image id"))
         stored: list[str] = []
 
         def store_key() -> None:
-            self._keys.add_pending(image_id, request.name, request, key)
+            self._keys.add_pending(image_id, request.name, request.platform, key)
             stored.append(image_id)
 
         staging = await asyncio.to_thread(self._store.stage)
@@ -190,7 +305,7 @@ class ImageService:
                     staging=os.fspath(staging.path),
                     workers=self._workers,
                 )
-                await self._work(task, base_fd, key, progress)
+                await run_worker(task, {"key": key}, {"base": base_fd}, progress)
             manifest = await _finished(lambda: self._finish(staging, request.name))
         except BaseException:
             if stored:
@@ -218,52 +333,6 @@ class ImageService:
             if self._store.get(name).manifest.image_id == image_id:
                 self._store.remove(name)
         self._keys.forget(image_id)
-
-    async def _work(self, task: BuildTask, base_fd: int, key: Secret, progress: Callable[[Progress], None]) -> None:
-        """Run the worker to its end; kill it when cancelled."""
-        with _key_pipe(key) as key_fd:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "jindiskd.image.worker", "--key", str(key_fd), "--base", str(base_fd)),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=dict(ENVIRONMENT),
-                start_new_session=True,
-                pass_fds=(key_fd, base_fd),
-                limit=LINE_LIMIT_BYTES,
-            )
-        outcome: dict[str, object] = {}
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(document.to_plain(task)).encode() + b"\n")
-            with contextlib.suppress(ConnectionError):  # its status says more
-                await process.stdin.drain()
-            while line := await process.stdout.readline():
-                message = json.loads(line)
-                if "progress" in message:
-                    progress(Progress(**message["progress"]))
-                else:
-                    outcome = message
-            status = await process.wait()
-        finally:
-            if process.returncode is None:
-                await asyncio.shield(terminate(process))
-        if "error" in outcome:
-            raise as_raised(str(outcome["error"]), str(outcome["message"]))
-        if status != 0 or "manifest" not in outcome:
-            raise BuildWorkerFailed(status)
-
-
-@contextlib.contextmanager
-def _key_pipe(key: Secret) -> Iterator[int]:
-    """A descriptor to read the key from; it fits a pipe, so that nobody waits."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    try:
-        os.write(writing, key.reveal())
-        os.close(writing)
-        yield reading
-    finally:
-        os.close(reading)
 
 
 async def _finished(function: Callable[[], T]) -> T:

@@ -54,6 +54,21 @@ def data_ranges(fd: int, offset: int = 0, length: int | None = None) -> Iterator
         yield start, at - start
 
 
+def block_ranges(fd: int, offset: int, length: int, block_bytes: int = 4096) -> list[Range]:
+    """Where the file has data in a part of it, in whole blocks, in order and apart; offsets count from `offset`.
+
+    `length` is a whole number of blocks; what the file lacks of it has no data.
+    """
+    found: list[Range] = []
+    for start, size in data_ranges(fd, offset, length):
+        first = (start - offset) // block_bytes * block_bytes
+        end = -(-(start + size - offset) // block_bytes) * block_bytes
+        if found and first <= sum(found[-1]):
+            first = found.pop()[0]
+        found.append((first, end - first))
+    return found
+
+
 def copy_range(source: int, target: int, length: int, source_offset: int, target_offset: int) -> int:
     """Copy `length` bytes, in the kernel where it can (it may then share blocks); returns how many there were.
 

@@ -1,11 +1,18 @@
-"""One build in a process of its own: `python -m jindiskd.image.worker --key FD --base FD`.
+"""One piece of work on an image in a process of its own: `python -m jindiskd.image.worker` and its descriptors.
 
-Standard input carries one line, a `BuildTask` as JSON, and then stays open: its end means that whoever wanted the build
-is gone, and ends this process at once, with the tools it started. The key comes by a descriptor. Standard
-output carries JSON lines: `{"progress": …}`, then one of `{"manifest": name}` and `{"error": code, "message": text}`.
+::
 
-The process parses what others made, holds one key, and ends. It removes nothing: what it leaves in the staging
-directory is the starter's to remove, who must be able to do so after a kill anyway.
+    --key FD --base FD            build: the new key, and the base
+    --key FD --source-key FD      clone: the new key, and that of the image that is cloned
+    --export FD                   export: where the stream goes
+    --import FD                   import: where it comes from
+
+Standard input carries one line, the task as JSON, and then stays open: its end means that whoever wanted the work is
+gone, and ends this process at once, with the tools it started. Keys come by descriptors. Standard output carries JSON
+lines: `{"progress": …}`, then one of `{"result": text}` and `{"error": code, "message": text}`.
+
+The process parses what others made, holds the keys of one image, or of a clone and its source, and ends. It removes
+nothing: what it leaves in the staging directory is the starter's to remove, who must be able to do so after a kill.
 """
 
 from __future__ import annotations
@@ -25,7 +32,9 @@ from jindiskd.base.log import setup
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_FAILED, Internal, JindiskError
 from jindiskd.image.builder import build
-from jindiskd.image.request import BuildTask, Progress
+from jindiskd.image.clone import clone
+from jindiskd.image.request import BuildTask, CloneTask, ExportTask, ImportTask, Progress
+from jindiskd.image.transfer import export, import_
 
 log = structlog.get_logger(__name__)
 REQUEST_LIMIT_BYTES = 1 << 16
@@ -90,20 +99,37 @@ def read_key(fd: int, key_bytes: int) -> Secret:
     return key
 
 
+def work(line: bytes, arguments: argparse.Namespace) -> str:
+    """Do what was asked for; the result is the image's name, or the digest of an exported stream."""
+    report = Reporter()
+    if arguments.export is not None:
+        return export(document.load(ExportTask, line, document="export task"), arguments.export, report)
+    if arguments.import_ is not None:
+        return import_(document.load(ImportTask, line, document="import task"), arguments.import_, report).name
+    if arguments.source_key is None:
+        task = document.load(BuildTask, line, document="build task")
+        with read_key(arguments.key, task.request.format.key_bytes) as key:
+            return build(task, arguments.base, key, report).name
+    cloning = document.load(CloneTask, line, document="clone task")
+    key_bytes = cloning.build.request.format.key_bytes
+    with read_key(arguments.key, key_bytes) as key, read_key(arguments.source_key, key_bytes) as source_key:
+        return clone(cloning, source_key, key, report).name
+
+
 def main() -> int:
-    """Do one build; the exit status is the error's."""
+    """Do one piece of work; the exit status is the error's."""
     parser = argparse.ArgumentParser(prog="jindiskd.image.worker")
-    parser.add_argument("--key", type=int, required=True)
-    parser.add_argument("--base", type=int, required=True)
+    for option in ("--key", "--base", "--source-key", "--export"):
+        parser.add_argument(option, type=int)
+    parser.add_argument("--import", type=int, dest="import_")
     arguments = parser.parse_args()
     setup()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would have the key in it
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     try:
-        task = document.load(BuildTask, read_line(sys.stdin.fileno()), document="build task")
+        line = read_line(sys.stdin.fileno())
         threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()
-        with read_key(arguments.key, task.request.format.key_bytes) as key:
-            manifest = build(task, arguments.base, key, Reporter())
+        result = work(line, arguments)
     except JindiskError as exc:
         say({"error": exc.code, "message": str(exc)})
         return exc.exit_code
@@ -113,7 +139,7 @@ def main() -> int:
         error = Internal(reference)
         say({"error": error.code, "message": str(error)})
         return error.exit_code
-    say({"manifest": manifest.name})
+    say({"result": result})
     return 0
 
 

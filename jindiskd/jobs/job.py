@@ -15,6 +15,9 @@ class Operation(enum.StrEnum):
     """What a job does; a closed list."""
 
     IMAGE_BUILD = "image-build"
+    IMAGE_CLONE = "image-clone"
+    IMAGE_EXPORT = "image-export"
+    IMAGE_IMPORT = "image-import"
     IMAGE_REMOVE = "image-remove"
     IMAGE_MEASURE = "image-measure"
     IMAGE_UPDATE = "image-update"

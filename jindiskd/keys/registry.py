@@ -13,13 +13,12 @@ import sqlalchemy as sa
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, InvalidArgument, JindiskError, NotFound
-from jindiskd.kbs.freshness import Anchor
 from jindiskd.kbs.messages import check_resource
 from jindiskd.keys import handover, wrap
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.database import KEY_PURPOSE, Database, images_table, keys_table, volumes_table
 from jindiskd.keys.handover import HandedVolume, Handover, HandoverUnusable, Opened
-from jindiskd.keys.store import ImageRecord, KeyState, Store, record_of
+from jindiskd.keys.store import ImageRecord, KeyState, ReleaseRefused, Store, record_of
 from jindiskd.keys.volumes import Volumes
 from jindiskd.policy import rules as release_rules
 from jindiskd.policy.rules import ReleaseRules
@@ -170,21 +169,39 @@ class Registry:
             NotFound, KeyUnreadable, InvalidArgument: nothing leaves.
         """
         handover.check_recipient(recipient)
+        taken = self.take(image_id, by, why)
+        try:
+            return handover.seal(taken.handover, taken.keys, taken.anchors, recipient)
+        finally:
+            taken.close()
+
+    def take(self, image_id: str, by: Requester, why: str, *, active: bool = False) -> Opened:
+        """All keys of an image and what is remembered of its volumes; the audit row is durable before they leave.
+
+        Args:
+            image_id: the image.
+            by: who takes them.
+            why: the kind of the audit row.
+            active: only where its keys may be released.
+
+        Raises:
+            NotFound, KeyUnreadable, ReleaseRefused: nothing leaves.
+        """
         keys: dict[str, Secret] = {}
-        anchors: dict[str, Anchor] = {}
         try:
             with self._database.write() as connection:
                 query = sa.select(images_table).where(images_table.c.image_id == image_id)
                 row = connection.execute(query).mappings().first()
                 if row is None:
                     raise NotFound("key of image", image_id)
+                record = record_of(row)
+                if active and record.state is not KeyState.ACTIVE:
+                    raise ReleaseRefused(image_id, "key.state", f"is {record.state}")
                 further = sa.select(keys_table.c.resource).where(keys_table.c.image_id == image_id)
                 for resource in [row["resource"], *connection.scalars(further)]:
                     keys[resource] = self._store.open_key(self._store.stored_key(connection, row, resource))
                 self._store.audit.append(connection, why, image_id, by, {"keys": sorted(keys)})
             volumes = [volume for volume in self._volumes.list() if volume.image_id == image_id]
-            anchors = {volume.volume: volume.anchor for volume in volumes if volume.anchor is not None}
-            record = record_of(row)
             told = Handover(
                 image_id=record.image_id,
                 name=record.name,
@@ -198,10 +215,12 @@ class Registry:
                 ),
                 rules=row["rules"],
             )
-            return handover.seal(told, keys, anchors, recipient)
-        finally:
+            anchors = {volume.volume: volume.anchor for volume in volumes if volume.anchor is not None}
+            return Opened(handover=told, keys=keys, anchors=anchors)
+        except BaseException:
             for key in keys.values():
                 key.close()
+            raise
 
     # Recovery
 

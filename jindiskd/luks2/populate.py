@@ -15,6 +15,7 @@ import signal
 import struct
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import JindiskError, NoSpace
@@ -25,6 +26,15 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Range = tuple[int, int]
 """Offset and length in bytes, both multiples of `layout.SECTOR_BYTES`."""
 _REPORT = struct.Struct("<iI")  # error number or zero, bytes done; shorter than PIPE_BUF, so written whole
+
+
+class SectorCipher(Protocol):
+    """`xts.encrypt` or `xts.decrypt`."""
+
+    def __call__(
+        self, key: bytes | bytearray, data: bytes | memoryview, *, sector_bytes: int, first_tweak: int, step: int
+    ) -> bytes:
+        """Whole sectors to whole sectors."""
 
 
 class PopulateFailed(JindiskError, code="PopulateFailed"):
@@ -70,8 +80,11 @@ def populate(
     target_offset_bytes: int = 0,
     workers: int = 1,
     progress: Callable[[int], None] = lambda _done: None,
+    cipher: SectorCipher = xts.encrypt,
 ) -> int:
     """Encrypt `ranges` of the source to the same places of the data segment, which begins at `target_offset_bytes`.
+
+    With `cipher=xts.decrypt` the other way round: the source has the data segment, the target becomes clear.
 
     Args:
         source_fd: the clear data; read with pread only.
@@ -102,9 +115,8 @@ def populate(
                     _die_with(parent)
                     os.close(reading)
                     mine = chunks[worker::workers]
-                    _work(
-                        source_fd, target_fd, mine, volume_key, source_offset_bytes, target_offset_bytes, writing
-                    )  # does not return
+                    offsets = source_offset_bytes, target_offset_bytes
+                    _work(source_fd, target_fd, mine, volume_key, offsets, writing, cipher)  # does not return
                 children.append(pid)
         finally:
             os.close(writing)
@@ -143,23 +155,24 @@ def _work(
     target_fd: int,
     chunks: Iterable[Range],
     volume_key: Secret,
-    source_offset: int,
-    target_offset: int,
+    offsets: tuple[int, int],
     reports: int,
+    cipher: SectorCipher,
 ) -> None:
     """What a forked process does; it ends here in every case, so that nothing of the parent's runs twice."""
     status = 1
+    source_offset, target_offset = offsets
     try:
         for offset, length in chunks:
             data = read_exactly(source_fd, length, source_offset + offset)
-            cipher = xts.encrypt(
+            changed = cipher(
                 volume_key.reveal(),
                 data,
                 sector_bytes=layout.SECTOR_BYTES,
                 first_tweak=offset // layout.TWEAK_UNIT_BYTES,
                 step=layout.SECTOR_BYTES // layout.TWEAK_UNIT_BYTES,
             )
-            write_exactly(target_fd, cipher, target_offset + offset)
+            write_exactly(target_fd, changed, target_offset + offset)
             os.write(reports, _REPORT.pack(0, length))
         status = 0
     except OSError as exc:

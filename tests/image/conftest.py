@@ -246,6 +246,25 @@ def disk_image(root_image, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def with_module(tmp_path_factory) -> Path:
+    """A root whose kernels have the module."""
+    entries = []
+    for info, content in tree_entries():
+        if info.name.endswith("/modules.dep"):
+            content += b"kernel/dm-jindisk.ko: kernel/dm-mod.ko\n"
+            info.size = len(content)
+        entries.append((info, content))
+    for release in RELEASES:
+        info = tarfile.TarInfo(f"usr/lib/modules/{release}/kernel/dm-jindisk.ko")
+        content = b"\x7fELF the module of the reference"
+        info.size = len(content)
+        entries.append((info, content))
+    path = tmp_path_factory.mktemp("with-module") / "root.tar"
+    path.write_bytes(make_tar(entries))
+    return path
+
+
+@pytest.fixture(scope="session")
 def firmware(vectors) -> Path:
     """Firmware with a page for kernel hashes: the end of an AmdSev build, which has all tables."""
     found = vectors / "attestation/measure/ovmf_AmdSev_suffix.bin"

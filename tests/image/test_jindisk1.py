@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -23,25 +22,6 @@ from jindiskd.jindisk.v1.layout import required_bytes
 from jindiskd.jindisk.v1.volume import open_volume
 
 KEY = hashlib.sha256(b"a test key").digest()[:28]
-
-
-@pytest.fixture(scope="module")
-def with_module(kit, tmp_path_factory) -> Path:
-    """A root whose kernels have the module."""
-    entries = []
-    for info, content in kit.tree_entries():
-        if info.name.endswith("/modules.dep"):
-            content += b"kernel/dm-jindisk.ko: kernel/dm-mod.ko\n"
-            info.size = len(content)
-        entries.append((info, content))
-    for release in kit.RELEASES:
-        info = tarfile.TarInfo(f"usr/lib/modules/{release}/kernel/dm-jindisk.ko")
-        content = b"\x7fELF the module of the reference"
-        info.size = len(content)
-        entries.append((info, content))
-    path = tmp_path_factory.mktemp("with-module") / "root.tar"
-    path.write_bytes(kit.make_tar(entries))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from jindiskd.custody import KeyPort
 from jindiskd.errors import AlreadyExists, InvalidArgument, JindiskError, NotFound
 from jindiskd.image import refusals
 from jindiskd.image.request import BaseKind
-from jindiskd.image.service import BuildWorkerFailed, ImageService
+from jindiskd.image.running import BuildWorkerFailed
+from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore, verify
 from jindiskd.keys.store import KeyState, Store
 from jindiskd.luks2 import check
@@ -316,7 +317,7 @@ def test_worker_refuses_a_wrong_key(request_for, disk_image, tmp_path) -> None:
 
 def test_worker_errors_are_all_known() -> None:
     """What a worker can name can be raised again by name."""
-    from jindiskd.image.service import as_raised
+    from jindiskd.image.running import as_raised
 
     for code, kind in JindiskError.by_code.items():
         error = as_raised(code, "a text")

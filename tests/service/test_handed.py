@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
-from jindiskd.handed import HandedKeys
+from jindiskd.handed import HandedKeys, OwnersKeys
 from jindiskd.image.manifest import BootFile, Manifest, Shape, Volume
 from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
 from jindiskd.kbs import jwk
@@ -56,7 +56,7 @@ MANIFEST = Manifest(
 
 def prepared(folder: Path) -> HandedKeys:
     keys = HandedKeys(folder, CARD)
-    keys.add_pending(IMAGE, "web", REQUEST, Secret(KEY))
+    keys.add_pending(IMAGE, "web", REQUEST.platform, Secret(KEY))
     keys.prepare(MANIFEST)
     return keys
 
@@ -67,7 +67,7 @@ def test_the_handover_opens_for_the_owner_with_all_that_belongs_to_it(tmp_path: 
     keys.activate(IMAGE, [MANIFEST.launch_digest], MANIFEST.volume)
     keys.activate(IMAGE, [MANIFEST.launch_digest], MANIFEST.volume)
     assert keys.states() == {IMAGE: "sealed"}
-    opened = handover.open_(keys.export(IMAGE, None, "me"), OWNER)
+    opened = handover.open_(keys.export(IMAGE, None), OWNER)
     assert bytes(opened.keys[MANIFEST.resource].reveal()) == KEY
     assert opened.handover.launch_digests == (MANIFEST.launch_digest,)
     (path,) = (tmp_path / "h").iterdir()
@@ -82,17 +82,17 @@ def test_the_handover_opens_for_the_owner_with_all_that_belongs_to_it(tmp_path: 
 def test_after_a_crash_the_store_decides(tmp_path: Path) -> None:
     """Before the handover is written nothing is left; after it, what became of the image is followed."""
     early = HandedKeys(tmp_path / "h", CARD)
-    early.add_pending(IMAGE, "web", REQUEST, Secret(KEY))
+    early.add_pending(IMAGE, "web", REQUEST.platform, Secret(KEY))
     assert HandedKeys(tmp_path / "h", CARD).pending() == []
     prepared(tmp_path / "h")
     again = HandedKeys(tmp_path / "h", CARD)
     assert list(again.pending()) == [IMAGE]
     assert again.states() == {IMAGE: "pending"}
     with pytest.raises(NotFound):
-        again.export(IMAGE, None, "me")
+        again.export(IMAGE, None)
     again.activate(IMAGE, [], MANIFEST.volume)
     assert list(again.pending()) == []
-    assert again.export(IMAGE, None, "me").name == "web"
+    assert again.export(IMAGE, None).name == "web"
     prepared(tmp_path / "g")
     gone = HandedKeys(tmp_path / "g", CARD)
     gone.forget(IMAGE)
@@ -101,11 +101,14 @@ def test_after_a_crash_the_store_decides(tmp_path: Path) -> None:
         gone.activate(IMAGE, [], MANIFEST.volume)
 
 
-def test_what_the_owner_decides_is_not_decided_here(tmp_path: Path) -> None:
-    """Neither revocation nor another recipient."""
+async def test_what_the_owner_decides_is_not_decided_here(tmp_path: Path) -> None:
+    """Neither revocation nor another recipient; nor is a key taken for a clone."""
     keys = prepared(tmp_path / "h")
-    for call in (keys.revoke, keys.reinstate, lambda image: keys.accept_rollback(image, "")):
+    theirs = OwnersKeys(keys)
+    for call in (theirs.revoke(IMAGE, "me"), theirs.reinstate(IMAGE, "me"), theirs.accept_rollback(IMAGE, "", "me")):
         with pytest.raises(NotSupported, match="jindiskctl broker"):
-            call(IMAGE)
+            await call
+    with pytest.raises(NotSupported, match="clone it where it was built"):
+        keys.for_clone(IMAGE, "me")
     with pytest.raises(InvalidArgument):
-        keys.export(IMAGE, replace(CARD), "me")
+        keys.export(IMAGE, replace(CARD))

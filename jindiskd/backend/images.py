@@ -1,14 +1,12 @@
-"""What stands behind the bus: image store, key store and domains, in the form that `bus.ports` describes.
-
-Defaults from the configuration are filled in here, and blocking calls are moved off the event loop.
-"""
+"""The images for the bus: orders with every default from the configuration, and the images with their keys."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +18,10 @@ from jindiskd.attest.expected import expected
 from jindiskd.attest.measure import launch_digest
 from jindiskd.base import document, plugins
 from jindiskd.base.platform import Platform
-from jindiskd.broker.relay import Relay, RelayView
-from jindiskd.bus.manager import MEBIBYTE
-from jindiskd.bus.ports import BuildOrder, GuestView, ImageView, LaunchOrder
+from jindiskd.bus.ports import BuildOrder, ImageView, ImportOrder
 from jindiskd.config import Config
 from jindiskd.domain.service import DomainService
-from jindiskd.domain.state import ACTIVE, DomainView
-from jindiskd.errors import EXIT_INTEGRITY, Busy, InvalidArgument, JindiskError, NotFound, NotSupported
+from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError, NotSupported
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of
 from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress, VolumeFormat
@@ -69,14 +64,7 @@ class ImagesBackend:
         """
         images = self._config.images
         platform = Platform(_choice(Platform, "platform", order.platform or images.platform.value))
-        firmware = Path(order.firmware) if order.firmware else images.firmware or choose(platform.tee)
-        if order.firmware:
-            real = firmware.resolve()
-            if not firmware.is_absolute() or not any(real.is_relative_to(place) for place in images.firmware_dirs):
-                places = ", ".join(str(place) for place in images.firmware_dirs)
-                raise InvalidArgument(
-                    "firmware", order.firmware, f"it must lie in one of {places} (images.firmware_dirs)"
-                )
+        firmware = self._named_firmware(order.firmware) or images.firmware or choose(platform.tee)
         order = replace(
             order,
             platform=platform.value,
@@ -93,6 +81,20 @@ class ImagesBackend:
                 "set allow_simulated in [broker]; reports of simulated firmware prove nothing",
             )
         return order
+
+    def _named_firmware(self, name: str) -> Path | None:
+        """The firmware that a caller names, if it lies where callers may name one; None for an empty name.
+
+        Raises:
+            InvalidArgument: it lies elsewhere.
+        """
+        if not name:
+            return None
+        firmware, dirs = Path(name), self._config.images.firmware_dirs
+        if not firmware.is_absolute() or not any(firmware.resolve().is_relative_to(place) for place in dirs):
+            places = ", ".join(str(place) for place in dirs)
+            raise InvalidArgument("firmware", name, f"it must lie in one of {places} (images.firmware_dirs)")
+        return firmware
 
     def _request(self, order: BuildOrder) -> BuildRequest:
         """The order as the builder takes it, with what is configured for all images."""
@@ -117,35 +119,58 @@ class ImagesBackend:
 
     async def build(self, order: BuildOrder, base_fd: int, job: Job) -> str:
         """Build one; the result is its name."""
-
-        def progress(step: Progress) -> None:
-            job.progress(step.stage, step.fraction, step.done_bytes, step.total_bytes)
-
         async with asyncio.timeout(self._config.images.build_timeout_s):
-            built = await self._service.build(self._request(order), base_fd, progress)
+            built = await self._service.build(self._request(order), base_fd, _telling(job))
         inside = built.distribution or "a system without a name"
         job.log(f"{inside}, kernel {built.kernel_release}, root {built.volume.format}, {built.disk_size_bytes} bytes")
         if built.launch_digest:
             job.log(f"launch digest {built.launch_digest.hex()}")
         return built.name
 
+    async def clone(self, name: str, new_name: str, by: str, job: Job) -> str:
+        """Make a second image of the same system under keys of its own; the result is its name."""
+        async with self._held(name, "it is being cloned; wait for that to end"):
+            return (await self._service.clone(name, new_name, by, _telling(job))).name
+
+    async def export(self, name: str, target_fd: int, job: Job) -> str:
+        """Write one as a stream; the result is the stream's SHA-256, hexadecimal."""
+        async with self._held(name, "it is being exported; wait for that to end"):
+            return await self._service.export(name, target_fd, _telling(job))
+
+    async def import_(self, order: ImportOrder, source_fd: int, job: Job) -> str:
+        """Take one from a stream; the result is its name."""
+        path = self._named_firmware(order.firmware) or self._config.images.firmware
+        firmware = (os.fspath(path),) if path is not None else ()
+        async with asyncio.timeout(self._config.images.build_timeout_s):
+            return (
+                await self._service.import_(
+                    source_fd,
+                    name=order.name,
+                    firmware=firmware,
+                    firmware_dirs=tuple(os.fspath(place) for place in self._config.images.firmware_dirs),
+                    progress=_telling(job),
+                )
+            ).name
+
+    @contextlib.asynccontextmanager
+    async def _held(self, name: str, why: str) -> AsyncIterator[None]:
+        """No domain starts from it meanwhile, and it ends in time."""
+        manifest = (await self._service.get(name)).manifest
+        with self._domains.hold(manifest.name, manifest.image_id, why):
+            async with asyncio.timeout(self._config.images.build_timeout_s):
+                yield
+
     async def remove(self, name: str) -> None:
         """Remove one and its key, unless a domain runs from it."""
-        await self._require_idle(name)
-        await self._service.remove(name)
+        async with self._held(name, "it is being removed"):
+            await self._service.remove(name)
 
     async def update(self, name: str, kernel_fd: int, initrd_fd: int, job: Job) -> bytes:
         """Replace its kernel and initramfs, unless a domain runs from it; the result is its new launch digest."""
-        await self._require_idle(name)
-        made = await self._service.update(name, kernel_fd, initrd_fd)
+        async with self._held(name, "it is being updated; wait for that to end"):
+            made = await self._service.update(name, kernel_fd, initrd_fd)
         job.log(f"kernel {made.kernel_release}")
         return made.launch_digest
-
-    async def _require_idle(self, name: str) -> None:
-        image_id = (await self._service.get(name)).manifest.image_id
-        for domain in self._domains.list():
-            if domain.image_id == image_id and domain.state in ACTIVE:
-                raise Busy(f"image {name!r}", f"domain {domain.name!r} runs from it; stop that first")
 
     async def measure(self, name: str) -> bytes:
         """Compute the launch digest from the files in the store; refuse one that is not the recorded one."""
@@ -169,6 +194,11 @@ class ImagesBackend:
         digest = await self.measure(name) if image.manifest.launch_digest else b""
         found = await asyncio.to_thread(expected, inputs_of(image))
         return json.dumps({"launch_digest": digest.hex(), **found}, ensure_ascii=False)
+
+
+def _telling(job: Job) -> Callable[[Progress], None]:
+    """Progress of a worker as that of a job."""
+    return lambda step: job.progress(step.stage, step.fraction, step.done_bytes, step.total_bytes)
 
 
 def _choice(kind: type[Platform | BaseKind | VolumeFormat | InitrdKind], what: str, value: str) -> str:
@@ -212,81 +242,4 @@ def _view(manifest: Manifest, key_state: str) -> ImageView:
         distribution=manifest.distribution,
         kernel_release=manifest.kernel_release,
         vcpus=manifest.shape.vcpus,
-    )
-
-
-class GuestsBackend:
-    """The domains, and the way of each to its owner's broker where that is another's."""
-
-    def __init__(self, service: DomainService, relay: Relay | None = None) -> None:
-        self._service, self._relay = service, relay
-
-    @property
-    def connected(self) -> bool:
-        """Whether libvirt is connected."""
-        return self._service.connection.connected
-
-    def views(self) -> Sequence[GuestView]:
-        """All domains of ours."""
-        return [self._guest(view) for view in self._service.list()]
-
-    def _guest(self, view: DomainView) -> GuestView:
-        way = self._relay.view(view.uuid) if self._relay is not None else None
-        return _guest(view, way)
-
-    def subscribe(self, changed: Callable[[], None]) -> None:
-        """Have `changed()` called when a domain appears, changes or goes, and when libvirt comes."""
-        self._service.subscribe(changed)
-        if self._relay is not None:
-            self._relay.changed = changed
-
-    async def launch(self, order: LaunchOrder, job: Job) -> str:
-        """Start one and follow it until it runs."""
-        memory = order.memory_bytes
-        view = await self._service.launch(
-            order.image,
-            name=order.name,
-            memory_mib=memory // MEBIBYTE if memory else None,
-            timeout_s=order.timeout_s,
-            progress=job.progress,
-        )
-        said = ", attested by simulated firmware, which proves nothing" if view.simulated else ""
-        job.log(f"domain {view.name} ({view.uuid}) runs from its encrypted root{said}")
-        return view.uuid
-
-    async def adopt(self, domain: str, image: str) -> str:
-        """Bind a domain that somebody else made to an image."""
-        return (await self._service.adopt(domain, image)).uuid
-
-    async def stop(self, uuid: str, *, force: bool) -> None:
-        """End one."""
-        await self._service.stop_domain(uuid, force=force)
-
-    async def undefine(self, uuid: str) -> None:
-        """Remove one that is off."""
-        await self._service.undefine(uuid)
-
-    async def open_console(self, uuid: str) -> int:
-        """A readable descriptor of its console log."""
-        view = self._service.get(uuid)
-        try:
-            return await asyncio.to_thread(os.open, view.console, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError as exc:
-            raise NotFound("console log of domain", view.name) from exc
-
-
-def _guest(view: DomainView, way: RelayView | None) -> GuestView:
-    return GuestView(
-        uuid=view.uuid,
-        name=view.name,
-        image=view.image,
-        image_id=view.image_id,
-        platform=view.platform.value,
-        simulated=view.simulated,
-        state=view.state.value,
-        reason=view.reason,
-        since=view.since,
-        cid=view.cid,
-        relay_state=way.state.value if way is not None else "",
-        relay_reason=way.reason if way is not None else "",
     )

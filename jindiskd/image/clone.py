@@ -1,0 +1,158 @@
+"""Cloning an image: the same system on a disk, under a key and with an identity of its own. Runs in a worker process.
+
+Two images with one key would share what is released and what is fresh; so a clone is encrypted anew throughout, and no
+key of the source's opens anything of it. Kernel, command line and agent are the source's, byte for byte; the measured
+configuration in the initrd names the new image and volume, so that the clone measures otherwise than its source.
+
+As with a build, clear text is kept in unlinked files only, and a kill leaves a staging directory alone.
+What a system knows of itself (host name, machine id, SSH host keys) is the source's: that is for whoever uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from jindiskd.attest import measure
+from jindiskd.base import document, files
+from jindiskd.base.secret import Secret
+from jindiskd.errors import NoSpace, NotSupported
+from jindiskd.guest import config as guest
+from jindiskd.guest.config import GuestConfig
+from jindiskd.image import disk
+from jindiskd.image import manifest as manifests
+from jindiskd.image.cpio import Archive, MalformedArchive
+from jindiskd.image.manifest import Manifest
+from jindiskd.image.measurement import inputs_of, launch_digest
+from jindiskd.image.reading import read_root
+from jindiskd.image.request import BuildTask, CloneTask, Progress, resource_of
+from jindiskd.image.sparse import block_ranges, unlinked_file
+from jindiskd.image.store import CMDLINE, INITRD, KERNEL, ImageDamaged, StoredImage, read_manifest, verify
+from jindiskd.image.volume import Expectation, prepare_volume
+
+Report = Callable[[Progress], None]
+
+
+def clone(task: CloneTask, source_key: Secret, key: Secret, report: Report) -> Manifest:
+    """Clone the image that `task` names into its staging directory.
+
+    Args:
+        task: what the service decided.
+        source_key: of the source.
+        key: of the clone, which the broker will release to its guests.
+        report: called with progress.
+
+    Raises:
+        ImageDamaged: the source is not what was built, or measures otherwise than its key is released to.
+        VolumeError, Luks2HeaderRefused, WrongKey: its disk is not what it should be, or not in its last known state.
+        NoSpace: the file system is full.
+    """
+    try:
+        with ExitStack() as stack:
+            return _clone(task, source_key, key, report, stack)
+    except OSError as exc:
+        if exc.errno == errno.ENOSPC:
+            raise NoSpace(task.build.staging) from exc
+        raise
+
+
+def measured_config(source: StoredImage, released_to: tuple[bytes, ...]) -> tuple[Archive, GuestConfig]:
+    """The initrd of an image and the configuration in it, once all of it is what its key is released to.
+
+    Raises:
+        ImageDamaged: it is not.
+        NotSupported: the initrd is not ours, but the system's own. MalformedDocument: its configuration is none.
+    """
+    verify(source)
+    manifest = source.manifest
+    if manifest.launch_digest:
+        found = measure.launch_digest(manifest.platform.tee, inputs_of(source))
+        if found not in released_to:
+            raise ImageDamaged(manifest.name, f"it measures as {found.hex()}, to which its key is not released")
+    try:
+        archive = Archive.read((source.path / INITRD).read_bytes())
+    except MalformedArchive as exc:
+        # That has the configuration in the root file system too, where its system makes initramfs images.
+        what = f"cloning image {manifest.name!r}, which starts with its system's own initramfs,"
+        raise NotSupported(what, "build it again from its base under another name") from exc
+    entry = archive.entries.get(guest.PATH)
+    data = entry.data if entry is not None else b""
+    config = document.load(GuestConfig, data, document="the guest's configuration")
+    if (config.schema, config.image_id, config.root.resource) != (guest.SCHEMA, manifest.image_id, manifest.resource):
+        raise ImageDamaged(manifest.name, "its initrd is that of another image")
+    return archive, config
+
+
+def _clone(task: CloneTask, source_key: Secret, key: Secret, report: Report, stack: ExitStack) -> Manifest:
+    build, request = task.build, task.build.request
+    staging, path = Path(build.staging), Path(task.source)
+
+    def owned(fd: int) -> int:
+        stack.callback(os.close, fd)
+        return fd
+
+    def share(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: report(
+            Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total)
+        )
+
+    report(Progress(stage="prepare", fraction=None))
+    source = StoredImage(path=path, manifest=read_manifest((path / manifests.FILE).read_bytes(), path.name))
+    archive, config = measured_config(source, task.released_to)
+    clear = owned(unlinked_file(staging))
+    size = read_root(
+        source, config, clear, key=source_key, anchor=task.anchor, workers=build.workers, share=share("decrypt")
+    )
+    report(Progress(stage="boot", fraction=None))
+    now = int(time.time())
+    volume = stack.enter_context(prepare_volume(build, key, size, now))
+    for name in (KERNEL, CMDLINE):
+        shutil.copyfile(path / name, staging / name)
+    new_config = _renamed(config, build, volume.expected)
+    initrd = archive.replaced(guest.PATH, document.dump(new_config))
+    files.replace_file(staging / INITRD, initrd.to_gzip())
+    digest = launch_digest(request, staging, (staging / CMDLINE).read_text(encoding="ascii"))
+    layout = disk.lay_out(staging, volume, request.stream("identities"), time=now, owned=owned)
+    ranges = block_ranges(clear, 0, size)
+    sealed = disk.write_disk(
+        staging, layout, lambda fd, offset: volume.fill(clear, fd, ranges, offset, share("encrypt"))
+    )
+    report(Progress(stage="finish", fraction=None))
+    manifest = dataclasses.replace(
+        source.manifest,
+        image_id=build.image_id,
+        name=request.name,
+        created=build.created,
+        disk_size_bytes=layout.size_bytes,
+        partitions=layout.partitions,
+        volume=sealed,
+        kernel=disk.boot_file(staging, KERNEL),
+        initrd=disk.boot_file(staging, INITRD),
+        cmdline=disk.boot_file(staging, CMDLINE),
+        launch_digest=digest,
+        broker_spki_sha256=build.broker_spki_sha256,
+        resource=resource_of(build.image_id),
+        seeded=False,
+        clone_of=source.manifest.image_id,
+    )
+    files.replace_file(staging / manifests.FILE, document.dump(manifest))
+    return manifest
+
+
+def _renamed(config: GuestConfig, build: BuildTask, expected: Expectation) -> GuestConfig:
+    """The configuration for another image and root volume, whose key this broker has."""
+    root = dataclasses.replace(
+        config.root,
+        resource=resource_of(build.image_id),
+        luks2=expected if isinstance(expected, guest.Luks2Expectation) else None,
+        jindisk=expected if isinstance(expected, guest.JindiskExpectation) else None,
+        jindisk1=expected if isinstance(expected, guest.Jindisk1Expectation) else None,
+    )
+    broker = dataclasses.replace(config.broker, spki_sha256=build.broker_spki_sha256)
+    return dataclasses.replace(config, image_id=build.image_id, root=root, broker=broker)
