@@ -15,6 +15,7 @@ from jindiskd.jindisk.geometry import BLOCK, default_geometry
 from jindiskd.luks2.header import make_header
 
 UUID = "7c1d1f0a-5a0e-4bd5-9a3e-3b0c6a7f0a11"
+UUID2 = "e0b51e6c-6f5e-4d52-8a0e-0d8f1c1f7a22"
 LABEL = 'a label "with" \n things'
 KEY = bytes(range(32))
 REQUEST_MAGIC, REPLY_MAGIC = 0x25609513, 0x67446698
