@@ -10,7 +10,9 @@ import contextlib
 import os
 import secrets
 import socket
+import stat
 import sys
+import syslog
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,15 @@ class Said:
     failed: Answer | None = None
 
 
+def close_sockets(keep: int) -> None:
+    """Close what was inherited: while a worker had the asker's connection too, nobody would notice the helper's end."""
+    syslog.closelog()  # the C library's own; it must not be closed behind its back
+    for path in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):  # the listing's own descriptor
+            if int(path.name) != keep and stat.S_ISSOCK(os.fstat(int(path.name)).st_mode):
+                os.close(int(path.name))
+
+
 def drop_rights(user: User) -> None:
     """Become the user, for good; the kernel takes every capability away with it."""
     os.setgroups([])
@@ -88,6 +99,7 @@ def _run(body: Callable[[socket.socket], None], parent: socket.socket, user: Use
     """The life of a worker; it ends here in every case."""
     status = 1
     try:
+        close_sockets(keep=parent.fileno())
         server_process.harden(io_flusher=user is not None)
         if user is not None:
             drop_rights(user)

@@ -31,9 +31,9 @@ BASE = ROOT / "build/base/debian.img"
 SITE = Path(sys.prefix) / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 LIBRARIES = (
     "aiohappyeyeballs", "aiohttp", "aiosignal", "alembic", "attr", "attrs", "cffi", "click", "cryptography",
-    "dbus_next", "frozenlist", "greenlet", "idna", "libvirt", "libvirtmod", "mako", "markupsafe", "multidict", "propcache", "pyudev",
-    "rich", "markdown_it", "mdurl", "pygments", "sevsnpmeasure", "sqlalchemy", "structlog", "typing_extensions",
-    "types", "yarl", "_cffi_backend", "pycparser",
+    "dbus_next", "frozenlist", "greenlet", "idna", "libvirt", "libvirtmod", "mako", "markupsafe", "multidict",
+    "propcache", "pyudev", "rich", "markdown_it", "mdurl", "pygments", "sevsnpmeasure", "sqlalchemy", "structlog",
+    "typing_extensions", "types", "yarl", "_cffi_backend", "pycparser",
 )  # fmt: skip
 """What the program imports; the whole of site-packages would be ten times as large."""
 COMMAND = "/bin/sh -c 'mount -o ro LABEL=payload /mnt && exec /bin/sh /mnt/run'"
