@@ -14,7 +14,7 @@ from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import devices
 from jindiskd.cli.image import MANAGER
-from jindiskd.cli.jobs import start_and_follow
+from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields, size, table
 
 DEVICE = "org.jindisk1.Device"
@@ -137,9 +137,10 @@ async def _open(app: App, name: str, read_only: bool, key_file: Path | None, wai
         if job is None:
             return
         found = await client.properties(path, DEVICE)
+        mapped = await result(client, job)
     how = " for reading" if read_only else ""
     app.show(
-        {"device": found, "mapped": job["Result"]}, lambda: f"{clean(found['Node'])} is open{how} as {job['Result']}."
+        {"device": found, "mapped": mapped}, lambda: f"{clean(found['Node'])} is open{how} as {clean(mapped)}."
     )
 
 
