@@ -104,6 +104,10 @@ class ImagesConfig:
         default=None,
         metadata={"help": "a program that new images ask for their key instead of the broker; for LUKS2 alone"},
     )
+    key_program_dirs: tuple[Path, ...] = field(
+        default=(Path("/usr/lib/jindiskd/key-programs"), Path("/etc/jindiskd/key-programs")),
+        metadata={"help": "where a caller may name another key program; nothing else on the host is put in an image"},
+    )
     build_timeout_s: int = field(
         default=7200, metadata={"range": (60, 86400), "help": "seconds after which a build is given up"}
     )

@@ -65,6 +65,9 @@ class ImagesBackend:
         images = self._config.images
         platform = Platform(_choice(Platform, "platform", order.platform or images.platform.value))
         firmware = self._named_firmware(order.firmware) or images.firmware or choose(platform.tee)
+        if order.key_program:
+            program = Path(order.key_program)
+            _require_place("key program", program, images.key_program_dirs, "images.key_program_dirs")
         order = replace(
             order,
             platform=platform.value,
@@ -90,21 +93,19 @@ class ImagesBackend:
         """
         if not name:
             return None
-        firmware, dirs = Path(name), self._config.images.firmware_dirs
-        if not firmware.is_absolute() or not any(firmware.resolve().is_relative_to(place) for place in dirs):
-            places = ", ".join(str(place) for place in dirs)
-            raise InvalidArgument("firmware", name, f"it must lie in one of {places} (images.firmware_dirs)")
+        firmware = Path(name)
+        _require_place("firmware", firmware, self._config.images.firmware_dirs, "images.firmware_dirs")
         return firmware
 
     def _request(self, order: BuildOrder) -> BuildRequest:
         """The order as the builder takes it, with what is configured for all images."""
         images = self._config.images
+        source = images.report_source if order.report_source is None else order.report_source
+        program = images.key_program if order.key_program is None else order.key_program
         return replace(
             _request(order),
-            report_source=plugins.find(plugins.REPORT_SOURCES, images.report_source).value
-            if images.report_source
-            else "",
-            key_program=os.fspath(images.key_program) if images.key_program else "",
+            report_source=plugins.find(plugins.REPORT_SOURCES, source).value if source else "",
+            key_program=os.fspath(program) if program else "",
         )
 
     async def views(self) -> Sequence[ImageView]:
@@ -206,6 +207,14 @@ def _choice(kind: type[Platform | BaseKind | VolumeFormat | InitrdKind], what: s
     if value not in names:
         raise InvalidArgument(what, value, f"it is one of {', '.join(names)}")
     return value
+
+
+def _require_place(what: str, path: Path, places: Sequence[Path], setting: str) -> None:
+    """Refuse a file that a caller names outside of where callers may: it is read with the service's rights."""
+    real = path.resolve()
+    if not path.is_absolute() or not any(real.is_relative_to(place) for place in places):
+        known = ", ".join(str(place) for place in places)
+        raise InvalidArgument(what, str(path), f"it must lie in one of {known} ({setting})")
 
 
 def _request(order: BuildOrder) -> BuildRequest:

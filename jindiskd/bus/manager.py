@@ -214,6 +214,9 @@ def build_order(name: str, options: Options) -> BuildOrder:
         seed=text(options, "seed") or None,
         debug=options.get("debug") is True,
         vouch_firmware=options.get("vouch-firmware") is True,
+        # An empty text is an answer here: the platform's own way, and the broker, whatever is configured.
+        report_source=text(options, "report-source") if "report-source" in options else None,
+        key_program=text(options, "key-program") if "key-program" in options else None,
     )
 
 

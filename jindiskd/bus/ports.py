@@ -64,6 +64,10 @@ class BuildOrder:
     seed: str | None = None
     debug: bool = False
     vouch_firmware: bool = False
+    report_source: str | None = None
+    """Name of a plug-in; empty for the platform's own way."""
+    key_program: str | None = None
+    """Path on the host; empty for the broker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

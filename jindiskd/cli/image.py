@@ -70,6 +70,12 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--cpu-model", help="Processor model of its guests; enters the launch digest.")
 @click.option("--firmware", type=click.Path(path_type=Path), help="Firmware of its guests; enters the launch digest.")
 @click.option("--vouch-firmware", is_flag=True, help="You know that this firmware checks the kernel's measured hash.")
+@click.option("--report-source", metavar="NAME", help="A plug-in by which its guests get their reports.")
+@click.option(
+    "--key-program",
+    metavar="FILE",
+    help="A program of the host that its guests ask for their key instead of the broker; for LUKS2.",
+)
 @click.option("--size", "size_", type=Size(), help="Size of its root file system, such as 20G.")
 @click.option("--cmdline", help="Words to add to the kernel command line; enters the launch digest.")
 @click.option("--debug", is_flag=True, help="Permit words there that open the guest to whoever has its console.")
@@ -94,6 +100,8 @@ def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
         "cpu_model": ("cpu-model", "s"),
         "firmware": ("firmware", "s"),
         "vouch_firmware": ("vouch-firmware", "b"),
+        "report_source": ("report-source", "s"),
+        "key_program": ("key-program", "s"),
         "size_": ("size", "t"),
         "cmdline": ("cmdline", "s"),
         "debug": ("debug", "b"),
@@ -102,7 +110,9 @@ def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
     options = {"base-kind": Variant("s", "rootfs" if rootfs else "disk")}
     for parameter, (name, kind) in kinds.items():
         value = given[parameter]
-        if value:
+        if parameter == "key_program" and value:
+            value = os.path.abspath(value)  # noqa: PTH100 (empty stays empty, and means the broker)
+        if value or (value == "" and parameter in {"report_source", "key_program"}):
             options[name] = Variant(kind, os.fspath(value.absolute()) if isinstance(value, Path) else value)
     return options
 

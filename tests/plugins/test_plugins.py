@@ -13,9 +13,11 @@ from jindiskd.attest.collateral import CollateralCache
 from jindiskd.attest.collecting import Collector
 from jindiskd.attest.plugins import plugged_in
 from jindiskd.attest.verifier import Evidence, judge_any
+from jindiskd.backend.images import ImagesBackend
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.base.plugins import REPORT_SOURCES, PluginUnusable, find
-from jindiskd.config import BadConfiguration, load
+from jindiskd.bus.ports import BuildOrder
+from jindiskd.config import BadConfiguration, BrokerConfig, Config, ImagesConfig, load
 from jindiskd.errors import InvalidArgument
 from jindiskd.guest import report
 from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
@@ -124,6 +126,42 @@ def test_what_a_build_takes() -> None:
     for bad in ("x", "os.system('x'):y", "../x:y", "a:b:c"):
         with pytest.raises(InvalidArgument, match="report source"):
             request(report_source=bad).check()
+
+
+def test_a_build_may_name_what_is_installed_and_nothing_else(installed: Path, tmp_path: Path) -> None:
+    """Over what is configured, or back to none; a program from one of its folders alone, whatever links lead there."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("mine", "configured"):
+        (programs / name).write_bytes(b"#!")
+    (programs / "link").symlink_to("/etc/shadow")
+    images = ImagesConfig(
+        report_source="sample",
+        key_program=programs / "configured",
+        key_program_dirs=(programs,),
+        firmware=tmp_path / "firmware",
+        format=VolumeFormat.LUKS2,
+        platform=Platform.SIMULATED_SNP,
+        cpu_model="EPYC-v4",
+    )
+    backend = ImagesBackend(None, None, None, Config(images=images, broker=BrokerConfig(allow_simulated=True)))  # type: ignore[arg-type]  # only settings are asked
+
+    def made(**changes: object) -> tuple[str, str]:
+        order = backend.checked(BuildOrder(name="x", **changes))  # type: ignore[arg-type]  # fields of it
+        asked = backend._request(order)
+        return asked.report_source, asked.key_program
+
+    source = find(REPORT_SOURCES, "sample").value
+    assert made() == (source, str(programs / "configured"))
+    assert made(report_source="", key_program="") == ("", "")
+    assert made(report_source="sample", key_program=str(programs / "mine")) == (source, str(programs / "mine"))
+    for bad in ("/etc/shadow", str(programs / "link"), str(programs / "../firmware"), "mine"):
+        with pytest.raises(InvalidArgument, match="key_program_dirs"):
+            made(key_program=bad)
+    with pytest.raises(PluginUnusable, match="not installed"):
+        made(report_source="none")
+    with pytest.raises(InvalidArgument, match="JinDisk 2"):
+        made(key_program=str(programs / "mine"), format="jindisk")
 
 
 def test_settings(tmp_path: Path) -> None:

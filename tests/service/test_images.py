@@ -93,6 +93,12 @@ def test_a_name_is_taken_once(stock, rootfs):
     [
         (["image", "build", "../x", "--rootfs", "{rootfs}"], 2, "image name '../x'"),
         (["image", "build", "x", "--rootfs", "{rootfs}", "--firmware", "/etc/passwd"], 2, "firmware_dirs"),
+        (["image", "build", "x", "--rootfs", "{rootfs}", "--report-source", "none"], 2, "is not installed"),
+        (
+            ["image", "build", "x", "--rootfs", "{rootfs}", "--format", "luks2", "--key-program", "/etc/shadow"],
+            2,
+            "key_program_dirs",
+        ),
         (["image", "build", "x", "--rootfs", "{rootfs}", "--size", "1000"], 2, "multiple of 4096"),
         (["image", "build", "x", "--rootfs", "{rootfs}", "--size", "lots"], 2, "not a size"),
         (["image", "build", "x", "--rootfs", "{rootfs}", "--platform", "tdx"], 1, "not supported"),
