@@ -16,6 +16,8 @@ from jindiskd.helper.states import SOCKET
 from jindiskd.helper.verbs import Settings
 
 FIRST = 3  # sd_listen_fds(3)
+PLACE = click.Path(path_type=Path, readable=False)
+"""Not looked at: root, as the unit has it, may not read what is the service's."""
 
 
 def handed_over() -> socket.socket:
@@ -33,8 +35,8 @@ def handed_over() -> socket.socket:
 
 @click.command()
 @click.option("--user", default="jindiskd", help="The service's user.")
-@click.option("--states", type=click.Path(path_type=Path), default=SOCKET, help="Where the service hears of states.")
-@click.option("--run", type=click.Path(path_type=Path), default=Path("/run/jindisk-helper"), help="Where faults lie.")
+@click.option("--states", type=PLACE, default=SOCKET, help="Where the service hears of states.")
+@click.option("--run", type=PLACE, default=Path("/run/jindisk-helper"), help="Where faults lie.")
 @click.option("--listen", type=click.Path(), help="Accept connections here, where no service manager does.")
 def main(user: str, states: Path, run: Path, listen: str | None) -> None:
     """Map volumes on this host for jindiskd."""

@@ -53,7 +53,7 @@ PROGRAM = "#!/usr/bin/python3 -I\nimport sys\nfrom jindiskd.{module} import main
 LIMIT_S = 1500
 MIB = 1 << 20
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow]
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.long]
 
 
 def need() -> None:
