@@ -4,6 +4,7 @@ What it wants of whoever holds the machine it prints on the console, and at the 
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import traceback
 from pathlib import Path
 
 FOUND: dict[str, object] = {}
+NODES: list[str] = []
 KEY = bytes(range(32))
 CONFIG = """
 [images]
@@ -170,7 +172,7 @@ def mapped_nodes() -> list[str]:
     return sorted(nbd + [path.name for path in Path("/sys/block").glob("dm-*")])
 
 
-def overflow() -> None:
+def overflow(_service: Service) -> None:
     """In a process of our own: the kernel drops events while we do not look."""
     from jindiskd.device.watch import BlockWatch
 
@@ -198,50 +200,63 @@ def overflow() -> None:
     asyncio.run(scene())
 
 
-def scenes() -> None:
-    install()
-    service = Service()
+def plug(service: Service) -> None:
     assert service.devices() == {}
     tell("plug")
     until(lambda: len(service.devices()) == 2, "the disk")
     note("plugged")
-    first, second = sorted(service.devices())
-    FOUND["plugged"] = [ours(service.devices()[node]) for node in (first, second)]
+    NODES[:] = sorted(service.devices())
+    FOUND["plugged"] = [ours(service.devices()[node]) for node in NODES]
     FOUND["lsblk"] = sorted(
         {
             line.split("=", 1)[1]
-            for node in (first, second)
+            for node in NODES
             for line in run("udevadm", "info", "--query=property", f"--name={node}").split("\n")
             if line.startswith("ID_FS_USAGE=") or line == "ID_FS_TYPE=jindisk"
         }
     )
-    assert first in run("jindiskctl", "device", "list")
+    assert NODES[0] in run("jindiskctl", "device", "list")
+
+
+def wrong_key(service: Service) -> None:
+    first, second = NODES
     FOUND["wrong key"] = {
         "jindisk2": service.open(first, key=bytes(32)), "luks2": service.open(second, key=bytes(32)),
     }  # fmt: skip
-    FOUND["jindisk2"] = life(service, first)
-    note("JinDisk 2 tried")
-    FOUND["luks2"] = life(service, second)
-    note("LUKS2 tried")
 
+
+def jindisk2(service: Service) -> None:
+    FOUND["jindisk2"] = life(service, NODES[0])
+
+
+def luks2(service: Service) -> None:
+    FOUND["luks2"] = life(service, NODES[1])
+
+
+def restart(service: Service) -> None:
+    first = NODES[0]
     assert service.open(first) == ""
     FOUND["before restart"] = ours(service.devices()[first])
     run("systemctl", "kill", "-s", "KILL", "jindiskd.service")
+    until(lambda: "activ" not in run("systemctl", "is-active", "jindiskd.service", check=False), "the end")
     until(lambda: run("systemctl", "is-active", "jindiskd.service", check=False).strip() == "active", "the restart")
     service.connect()
     until(lambda: first in service.devices(), "the devices after the restart")
     FOUND["after restart"] = ours(service.devices()[first])
     assert service.close(first) == ""
     FOUND["closed after restart"] = ours(service.devices()[first])
-    note("restart tried")
 
+
+def kill(service: Service) -> None:
+    first = NODES[0]
     assert service.open(first) == ""
     mapped = service.devices()[first]["MappedNode"]
     run("mount", "-t", "ext4", mapped, "/srv")
     Path("/srv/kept").write_text("y" * 100)
     os.sync()
     for process in helpers():
-        os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     until(lambda: not helpers(), "the end of the helper")
     run("umount", "-l", "/srv", check=False)
     run("udevadm", "trigger", "--action=change", f"--name-match={first}")  # an event: look again
@@ -254,11 +269,10 @@ def scenes() -> None:
     FOUND["kept after kill"] = Path("/srv/kept").read_text()
     run("umount", "/srv")
     assert service.close(first) == ""
-    note("killing tried")
 
-    overflow()
-    note("overflow tried")
 
+def unplug(service: Service) -> None:
+    first = NODES[0]
     assert service.open(first) == ""
     mapped = service.devices()[first]["MappedNode"]
     run("mount", "-t", "ext4", mapped, "/srv")
@@ -276,7 +290,17 @@ def scenes() -> None:
     until(gone, "its end")
     FOUND["after unmount"] = list(service.devices())
     FOUND["left"] = mapped_nodes()
-    note("unplugging tried")
+
+
+SCENES = {item.__name__: item for item in (plug, wrong_key, jindisk2, luks2, restart, kill, overflow, unplug)}
+
+
+def scenes() -> None:
+    install()
+    service = Service()
+    for name in Path("/mnt/scenes").read_text().split():
+        SCENES[name](service)
+        note(f"{name} is done")
 
 
 def main() -> None:

@@ -50,6 +50,8 @@ mount -t overlay -o lowerdir=/mnt/usr:/usr,upperdir=/run/over/up,workdir=/run/ov
 exec /usr/bin/python3 -B /mnt/device_agent.py
 """
 PROGRAM = "#!/usr/bin/python3 -I\nimport sys\nfrom jindiskd.{module} import main\nsys.exit(main())\n"
+SCENES = os.environ.get("JINDISK_DEVICE_SCENES", "plug wrong_key jindisk2 luks2 restart kill overflow unplug")
+"""What is tried, in this order; a part of it helps whoever looks for a fault."""
 LIMIT_S = 1500
 MIB = 1 << 20
 
@@ -117,6 +119,7 @@ def make_payload(folder: Path) -> Path:
                    check=True, capture_output=True)  # fmt: skip
     shutil.copy2(Path(__file__).with_name("device_agent.py"), tree)
     (tree / "run").write_text(RUN)
+    (tree / "scenes").write_text(SCENES)
     image = folder / "payload.ext4"
     bytes_ = sum(path.lstat().st_size + 4096 for path in tree.rglob("*"))
     with image.open("wb") as file:
