@@ -102,8 +102,8 @@ class Service:
             return found if found["State"] in {"succeeded", "failed", "cancelled"} else None
 
         found = until(ended, "the end of a job")
-        note(f"{found['Operation']} {found['State']} {found.get('ErrorMessage', '')}")
-        return "" if found["State"] == "succeeded" else found["ErrorName"].rpartition(".")[2]
+        note(f"{found['Operation']} {found['State']} {found['Message']}")
+        return "" if found["State"] == "succeeded" else found["Error"].rpartition(".")[2]
 
     def open(self, node: str, *, key: bytes = KEY, read_only: bool = False) -> str:
         from jindiskd.bus.lib import Variant
@@ -237,8 +237,9 @@ def restart(service: Service) -> None:
     first = NODES[0]
     assert service.open(first) == ""
     FOUND["before restart"] = ours(service.devices()[first])
+    process = run("systemctl", "show", "-P", "MainPID", "jindiskd.service")
     run("systemctl", "kill", "-s", "KILL", "jindiskd.service")
-    until(lambda: "activ" not in run("systemctl", "is-active", "jindiskd.service", check=False), "the end")
+    until(lambda: run("systemctl", "show", "-P", "MainPID", "jindiskd.service") not in {process, "0\n"}, "another")
     until(lambda: run("systemctl", "is-active", "jindiskd.service", check=False).strip() == "active", "the restart")
     service.connect()
     until(lambda: first in service.devices(), "the devices after the restart")
