@@ -301,7 +301,7 @@ def scenes() -> None:
     service = Service()
     for name in Path("/mnt/scenes").read_text().split():
         SCENES[name](service)
-        note(f"{name} is done")
+        note(f"{name} is done: {json.dumps(FOUND)}")
 
 
 def main() -> None:
