@@ -106,7 +106,7 @@ def loops(tmp_path: Path) -> Iterator[list[tuple[str, int, int, int]]]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a container")
 @pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this machine has nbd, and it is not the test's to use")
 def test_the_helper_in_its_unit(loops, tmp_path):
-    """Asked by the service's user: its worker reads the disks, and it stops where the kernel has nothing to map with."""
+    """Asked by the service's user: its worker reads the disks; it stops where the kernel has nothing to map with."""
     assert shutil.which("systemd-nspawn"), "systemd-container is missing: run scripts/setup"
     good, bad = devicevolumes.KEY.hex(), bytes(32).hex()
     (_, *first), (_, *second) = loops
