@@ -16,12 +16,13 @@ from jindiskd.attest.measure import (
     snp_launch_digest,
 )
 from jindiskd.attest.tdx_measure import mr_td
+from jindiskd.attest.tdx_registers import rtmr1, rtmr2
 from jindiskd.errors import JindiskError
 from jindiskd.kbs import initdata
 
 UNCONFIRMED = (
-    "MRTD follows from the firmware by the documents and was not compared with a machine; RTMR0 to RTMR2 depend on the "
-    "machine's shape: take them from a guest you trust"
+    "MRTD, RTMR1 and RTMR2 follow from firmware and boot files by the documents and were not compared with a machine; "
+    "RTMR0 depends on the machine's shape: take it from a guest you trust"
 )
 HOST_DATA_BYTES, MR_CONFIG_ID_BYTES = 32, 48
 
@@ -41,6 +42,8 @@ def expected(inputs: LaunchInputs) -> dict[str, Any]:
         "sev-es": _one(lambda: sev_launch_digest(inputs, encrypted_state=True), "for hosts with Linux 6.10 and later"),
         "sev": _one(lambda: sev_launch_digest(inputs, encrypted_state=False)),
         "tdx": _one(lambda: mr_td(inputs.firmware), UNCONFIRMED),
+        "tdx rtmr1": _one(lambda: rtmr1(inputs.kernel)),
+        "tdx rtmr2": _one(lambda: rtmr2(inputs.cmdline, inputs.initrd)),
     }
     if info.enforces_kernel_hashes is False:
         warning = "this firmware does not check the kernel's hash: it would boot any kernel under this digest"

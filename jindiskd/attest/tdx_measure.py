@@ -1,7 +1,7 @@
 """MRTD of a TDX guest from its firmware: the pages that the host adds before the guest runs, and their contents.
 
-It follows from the firmware image alone. RTMR0 (memory layout, ACPI tables), RTMR1 (kernel) and RTMR2 (command line,
-initrd) depend on the machine's shape and on QEMU's and the kernel's versions too: take them from a guest you trust.
+It follows from the firmware image alone. RTMR1 (kernel) and RTMR2 (command line, initrd) are in `tdx_registers`; RTMR0
+(memory layout, ACPI tables) depends on the machine's shape and on QEMU's version: take it from a guest you trust.
 
 Computed by the documents, and not compared with a machine: none was at hand. Source: Intel TDX module base
 architecture, "Measurement and attestation" (TDH.MEM.PAGE.ADD, TDH.MR.EXTEND); edk2
