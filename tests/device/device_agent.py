@@ -65,6 +65,10 @@ def install() -> None:
         ("busctl", "call", "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "ReloadConfig"),
     ):
         run(*words)
+    slow = Path("/etc/systemd/system/jindiskd.service.d/emulated.conf")
+    slow.parent.mkdir()
+    slow.write_text("[Service]\nTimeoutStartSec=infinity\nWatchdogSec=0\n")
+    run("systemctl", "daemon-reload")
     Path("/etc/jindiskd").mkdir(exist_ok=True)
     Path("/etc/jindiskd/jindiskd.toml").write_text(CONFIG)
     note("installed")

@@ -4,6 +4,7 @@ A target is a function of bytes that returns or raises what it is allowed to. An
 """
 
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,7 +29,11 @@ from jindiskd.attest.tdx_quote import parse_quote
 from jindiskd.base.platform import Tee
 from jindiskd.broker.judge import judge
 from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
+from jindiskd.device.probe import probe
 from jindiskd.errors import InvalidArgument, JindiskError
+from jindiskd.helper import mapped
+from jindiskd.helper import protocol as helper
+from jindiskd.jindisk.identification import Identification
 from jindiskd.kbs import encoding, initdata, jwk
 from jindiskd.kbs.evidence import snp_from_json, snp_to_json, tdx_from_json, tdx_to_json
 from jindiskd.kbs.freshness import parse_release, parse_state
@@ -38,6 +43,12 @@ NOW = datetime.fromisoformat("2026-07-15T00:00:00Z")
 NONCE = "bm9uY2U="
 VERIFIER = SnpVerifier(roots=AMD_ROOTS, allow_vlek_csp=None)
 TOKENS = TokenMaker(draw_signing_key())
+UUID = "7c1d1f0a-5a0e-4bd5-9a3e-3b0c6a7f0a11"
+OPEN = helper.Open(
+    kind=helper.Kind.JINDISK2, below=helper.Below(major=8, minor=2, sequence=7), owner=0, read_only=False, uuid=UUID,
+    anchor=bytes(73), session=bytes(32),
+)  # fmt: skip
+DEVICE = Identification(segment_bits=10, uuid=uuid.UUID(UUID), blocks=4096, end=8192, label="a").encode()[:600]
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,14 @@ TARGETS: Mapping[str, Target] = {
     "token": Target(_text(lambda text: TOKENS.session_of(text, NOW)), (TokenRefused,), (), (b"e30.e30.AAAA",)),
     "release": Target(parse_release, (MalformedMessage, InvalidArgument), (), (b'{"resource":"a/b/c","volume":""}',)),
     "state": Target(parse_state, (MalformedMessage, InvalidArgument), (), (b'{"volume":"","session":""}',)),
+    "device": Target(lambda data: probe(data.ljust(4096, b"\0")), (), (), (DEVICE,)),
+    "helper": Target(helper.parse, (helper.MalformedRequest,), (), (helper.dump(OPEN), helper.dump(helper.List()))),
+    "mark": Target(
+        _text(lambda text: [mapped.read_mark(node, text) for node in ("nbd0", "dm-0")]),
+        (),
+        (),
+        (mapped.nbd_mark(OPEN).encode(), mapped.dm_mark(OPEN).encode()),
+    ),
 }
 """`JindiskError` is never allowed as a whole: each parser has its own."""
 assert all(JindiskError not in target.allowed for target in TARGETS.values())
