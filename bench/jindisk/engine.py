@@ -185,11 +185,9 @@ def full_map(path: Path) -> None:
         loader = bulk._Loader(device, geometry, Generator(Secret(KEY), SESSION, os.urandom), ordered=False)
         size = geometry.segment_blocks
         for lba in range(0, LARGE_BLOCKS, size):
-            loader._runs.append((lba, size))
-            loader._collected += size
-            loader._next_segment()
-            raw, runs = loader._sealing.popleft()
-            loader._place(raw, runs, os.urandom(size * 16))
+            piece = bulk._Piece(lba + size, list(loader._assign([(lba, size)])))
+            loader._take(piece, os.urandom(size * 16))
+        loader._place_full(everything=True)
         loader.finish(key=Secret(KEY), uuid=VOLUME, session_id=SESSION, timestamp=0, label="")
 
 

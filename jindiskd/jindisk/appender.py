@@ -6,17 +6,22 @@ The caller holds the volume's lock around every call.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from jindiskd.jindisk.crypto import Generator
+from jindiskd.jindisk.device import write_parts
 from jindiskd.jindisk.errors import VolumeCrowded, VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK
 from jindiskd.jindisk.journal import EntryLog
+from jindiskd.jindisk.runs import TAG_BYTES, SealedRun
 from jindiskd.jindisk.segments import FreeList, Stream, Taken
 from jindiskd.jindisk.volume import Volume
 
 GUEST, CLEANER = "guest", "cleaner"
 STREAMS = (GUEST, CLEANER)
+RUN_BLOCKS = 128
+"""Sealed and written at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +32,9 @@ class _Sealed:
     """Raw block."""
     items: list[tuple[int, bytes]] = field(repr=False)
     """LBA and plaintext of each."""
-    tags: list[bytes] = field(repr=False)
-    data: memoryview = field(repr=False)
+    tags: bytes = field(repr=False)
+    data: Sequence[bytes | memoryview] = field(repr=False)
+    """The ciphertexts."""
 
 
 class Appender:
@@ -41,6 +47,7 @@ class Appender:
         self.free = FreeList(volume.segments.free_segments(volume.named), choose)
         self._streams = {name: Stream() for name in STREAMS}
         self.log = EntryLog()
+        self._run = SealedRun(RUN_BLOCKS)
         self._refused: _Sealed | None = None
         """What the store refused: written again as it is, or not at all."""
         self.written_blocks = 0
@@ -105,28 +112,30 @@ class Appender:
         stream = self._streams[name]
         if not stream.room:
             self._next_segment(stream)
-        items = items[: stream.room]
-        start, data, tags = stream.seal(items)
+        items = items[: min(stream.room, len(self._run))]
+        start = stream.seal(items, self._run)
+        data, tags = self._run.blocks[: len(items)], self._run.tags(len(items))
         sealed = _Sealed(start=start, items=items, tags=tags, data=data)
         try:
             self._write(sealed)
         except VolumeDeviceFailed:
             if name == GUEST:
-                self._refused = sealed
+                self._refused = replace(sealed, data=[bytes(block) for block in data])
             raise
         self._enter(sealed, only_pending=False)
         return len(items)
 
     def _write(self, sealed: _Sealed) -> None:
         try:
-            self._volume.device.pwrite(sealed.start * BLOCK, sealed.data)
+            write_parts(self._volume.device, sealed.start * BLOCK, sealed.data)
         except OSError as exc:
             raise VolumeDeviceFailed(f"writing data (raw block {sealed.start})", exc) from exc
 
     def _enter(self, sealed: _Sealed, *, only_pending: bool) -> None:
         """Enter written blocks into memtable and log."""
         memtable, pending, log = self._volume.memtable, self._volume.pending, self.log
-        for raw, ((lba, plain), tag) in enumerate(zip(sealed.items, sealed.tags, strict=True), sealed.start):
+        for number, (lba, plain) in enumerate(sealed.items):
+            raw, tag = sealed.start + number, sealed.tags[number * TAG_BYTES : (number + 1) * TAG_BYTES]
             waiting = pending.get(lba) is plain
             if only_pending and not waiting:
                 continue

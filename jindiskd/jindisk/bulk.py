@@ -1,8 +1,8 @@
 """Loading a whole image into a new volume in one pass (format document, section 15).
 
-Two kinds of tasks for the workers: look which blocks of a piece of the source are not zero, and seal blocks into a
-segment. This process draws all keys, decides what goes where, and writes all pages. The result depends on the content
-of the source, not on where its file has holes, so the same input, entropy and time give the same bytes.
+Workers read pieces of the source, say which of their blocks are not zero, and seal these into segments. This process
+draws all keys, decides what goes where, and writes all pages. The result depends on the content of the source, not on
+where its file has holes, so the same input, entropy and time give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import random
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
@@ -23,21 +24,25 @@ from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
-from jindiskd.jindisk.pool import Pool, default_workers
+from jindiskd.jindisk.pool import DEPTH, Pool, default_workers
+from jindiskd.jindisk.runs import SealedRun
 from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.superblock import HOLE, SLOT_START, Superblock, root_after_superblock
 from jindiskd.jindisk.tree import PageWriter, Tree, TreeUpdate
 
-PIECE_BLOCKS = 1024
+PIECE_BLOCKS = 256
+"""Read at once; a worker holds `DEPTH` such pieces."""
 SMALL_BLOCKS = 8192
 """Below this, processes cost more than they bring."""
 STEP_BLOCKS = 64
-"""Read, sealed and written at once."""
-_SCAN = struct.Struct("<BQI")
-_SEAL = struct.Struct("<BQ32s")
+"""Sealed and written at once."""
+_TASK = struct.Struct("<?QI")
+"""Whether to seal a piece, then first block and count of the piece to read; chunks follow."""
+_CHUNK = struct.Struct("<Q32sI")
+"""First raw block, key, number of runs; these follow."""
 _RUN = struct.Struct("<QI")
-_ZERO, _ZERO16 = bytes(BLOCK), bytes(16)
+_ZERO, _WORDS = bytes(BLOCK), BLOCK // 8
 _F_LEAF, _F_ENTRY, _R_LEAF = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F], PER_LEAF[Kind.R]
 Run = tuple[int, int]
 """First block and count."""
@@ -125,7 +130,7 @@ def lengthen(fd: int, size: int) -> None:
 
 
 def data_pieces(fd: int, offset: int, blocks: int) -> Iterator[Run]:
-    """The pieces of the source that may hold data, in order: runs of at most 1024 blocks."""
+    """The pieces of the source that may hold data, in order: runs of at most 256 blocks."""
     at, end = 0, blocks * BLOCK
     while at < end:
         try:
@@ -144,7 +149,7 @@ def data_pieces(fd: int, offset: int, blocks: int) -> Iterator[Run]:
 
 
 def _pieces_of(ranges: Sequence[tuple[int, int]], blocks: int) -> Iterator[Run]:
-    """The given parts of the source as runs of at most 1024 blocks."""
+    """The given parts of the source as runs of at most 256 blocks."""
     before = 0
     for offset, length in ranges:
         first, last = offset // BLOCK, (offset + length) // BLOCK
@@ -156,62 +161,118 @@ def _pieces_of(ranges: Sequence[tuple[int, int]], blocks: int) -> Iterator[Run]:
 
 
 class _Worker:
-    """The tasks, as they run in the worker processes."""
+    """The work as it is done in the worker processes: pieces of the source are read, looked at, held, and sealed.
+
+    Only when all pieces before are known to the parent does it know where the blocks of this one go. A piece waits in
+    the memory of the worker that read it until then, so that nothing is read twice.
+    """
 
     def __init__(self, source_fd: int, source_offset: int, target: FileDevice) -> None:
         self._source, self._offset, self._target = source_fd, source_offset, target
-        # Used again and again, and small: new memory, and memory far from the processor, cost more than the cipher.
-        self._plain, self._sealed = bytearray(STEP_BLOCKS * BLOCK), bytearray(STEP_BLOCKS * BLOCK + TAG_BYTES)
-
-    def _read(self, lba: int, count: int) -> None:
-        """Blocks of the source into `_plain`; zeros behind the source's end."""
-        with memoryview(self._plain) as whole, whole[: count * BLOCK] as view:
-            done = 0
-            while done < len(view):
-                more = os.preadv(self._source, [view[done:]], self._offset + lba * BLOCK + done)
-                if not more:
-                    view[done:] = bytes(len(view) - done)
-                    return
-                done += more
+        # Used again and again, and not too large: new memory, and memory far from the processor, cost more than the
+        # cipher.
+        self._room = SealedRun(STEP_BLOCKS)
+        self._free = [_Buffer() for _ in range(DEPTH)]
+        self._held: deque[tuple[int, _Buffer]] = deque()
 
     def work(self, task: bytes) -> bytes:
-        """Do one task."""
-        return self._scan(task) if task[0] == 0 else self._seal(task)
+        """Seal the piece held longest, if told so, then read another; tags, and runs of blocks that are not zero."""
+        sealing, first, count = _TASK.unpack_from(task)
+        result = b""
+        if sealing:
+            start, buffer = self._held.popleft()
+            result = self._seal(task, start, buffer)
+            self._free.append(buffer)
+        if count:
+            buffer = self._free.pop()
+            self._held.append((first, buffer))
+            buffer.read(self._source, self._offset + first * BLOCK, count)
+            result += b"".join(_RUN.pack(first + start, length) for start, length in buffer.runs(count))
+        return result
 
-    def _scan(self, task: bytes) -> bytes:
-        """Which blocks are not zero, as runs."""
-        _, first, count = _SCAN.unpack(task)
-        runs, start = [], -1
-        for lba in range(first, first + count):
-            at = (lba - first) % STEP_BLOCKS * BLOCK
-            if not at:
-                self._read(lba, min(STEP_BLOCKS, first + count - lba))
-            if self._plain[at : at + 16] != _ZERO16 or self._plain[at : at + BLOCK] != _ZERO:
-                if start < 0:
-                    start = lba
-            elif start >= 0:
-                runs.append(_RUN.pack(start, lba - start))
-                start = -1
-        if start >= 0:
-            runs.append(_RUN.pack(start, first + count - start))
-        return b"".join(runs)
-
-    def _seal(self, task: bytes) -> bytes:
-        """Seal blocks into a segment; their tags."""
-        _, raw, material = _SEAL.unpack_from(task)
-        key, tags = SealingKey.take_over(material), list[bytes]()
-        with memoryview(self._plain) as plain, memoryview(self._sealed) as sealed:
-            parts = [plain[at : at + BLOCK] for at in range(0, len(plain), BLOCK)]
-            for first, whole in _RUN.iter_unpack(task[_SEAL.size :]):
-                for lba in range(first, first + whole, STEP_BLOCKS):
-                    count = min(STEP_BLOCKS, first + whole - lba)
-                    self._read(lba, count)
-                    tags += key.seal_run(raw, zip(range(lba, lba + count), parts, strict=False), sealed)
-                    self._target.pwrite(raw * BLOCK, sealed[: count * BLOCK])
-                    raw += count
-            for part in parts:
-                part.release()
+    def _seal(self, task: bytes, start: int, buffer: _Buffer) -> bytes:
+        at, tags = _TASK.size, list[bytes]()
+        while at < len(task):
+            raw, material, count = _CHUNK.unpack_from(task, at)
+            at += _CHUNK.size
+            lbas, plains = list[int](), list[memoryview]()
+            for lba, length in _RUN.iter_unpack(task[at : at + count * _RUN.size]):
+                lbas += range(lba, lba + length)
+                plains += buffer.blocks[lba - start : lba - start + length]
+            at += count * _RUN.size
+            key = SealingKey.take_over(material)
+            for done in range(0, len(lbas), STEP_BLOCKS):
+                step = lbas[done : done + STEP_BLOCKS]
+                key.seal_run(raw + done, step, plains[done : done + STEP_BLOCKS], self._room)
+                self._target.pwritev((raw + done) * BLOCK, self._room.blocks[: len(step)])
+                tags.append(self._room.tags(len(step)))
         return b"".join(tags)
+
+
+class _Buffer:
+    """Memory for a piece of the source."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray(PIECE_BLOCKS * BLOCK)
+        self._view = memoryview(self._memory)
+        self._words = self._view.cast("Q")
+        self.blocks = [self._view[at : at + BLOCK] for at in range(0, len(self._view), BLOCK)]
+
+    def read(self, fd: int, offset: int, count: int) -> None:
+        """Blocks of the source; zeros behind its end."""
+        done, end = 0, count * BLOCK
+        while done < end:
+            more = os.preadv(fd, [self._view[done:end]], offset + done)
+            if not more:
+                self._view[done:end] = bytes(end - done)
+                return
+            done += more
+
+    def runs(self, count: int) -> Iterator[Run]:
+        """Which of the first blocks are not zero."""
+        start = 0
+        for block, word in enumerate(self._words[: count * _WORDS : _WORDS]):
+            if not word and self._memory[block * BLOCK : (block + 1) * BLOCK] == _ZERO:
+                if block > start:
+                    yield start, block - start
+                start = block + 1
+        if count > start:
+            yield start, count - start
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A segment that is being filled."""
+
+    start: int
+    """Raw block."""
+    material: bytes = field(repr=False)
+    runs: list[Run] = field(default_factory=list)
+    """Of logical blocks, as they lie in it; neighbours are one."""
+    blocks: int = 0
+    waiting: int = 0
+    """Blocks whose tags are not known yet."""
+    tags: list[bytes] = field(default_factory=list, repr=False)
+
+    def add(self, lba: int, count: int) -> None:
+        """Blocks that lie behind the others."""
+        if self.runs and sum(self.runs[-1]) == lba:
+            lba, count_before = self.runs.pop()
+            self.runs.append((lba, count_before + count))
+        else:
+            self.runs.append((lba, count))
+        self.blocks += count
+        self.waiting += count
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A piece of the source that was read: which of its blocks go to which segment."""
+
+    end: int
+    """The logical block behind it."""
+    chunks: list[tuple[_Filling, int, list[Run]]]
+    """Segment, first raw block, runs."""
 
 
 def _enter(page: bytearray, entry: int, raw: int, tags: bytes) -> None:
@@ -224,6 +285,16 @@ def _enter(page: bytearray, entry: int, raw: int, tags: bytes) -> None:
         part = words[entry * _F_ENTRY // 8 : (entry + count) * _F_ENTRY // 8]
         part[0::3], part[1::3], part[2::3] = places, halves[0::2], halves[1::2]
         part.release()
+
+
+def _task(sealed: _Piece | None, piece: Run) -> bytes:
+    """The task of sealing a piece that the worker holds, and of reading the next."""
+    parts = [_TASK.pack(sealed is not None, *piece)]
+    if sealed is not None:
+        for filling, raw, runs in sealed.chunks:
+            parts.append(_CHUNK.pack(raw, filling.material, len(runs)))
+            parts += [_RUN.pack(*run) for run in runs]
+    return b"".join(parts)
 
 
 class _Loader:
@@ -241,63 +312,86 @@ class _Loader:
         self._free = FreeList(range(geometry.segments), choose)
         self._segments = SegmentTable(geometry, self._trees[Kind.S], sequence=1, mapped=0)
         self._live: Counter[int] = Counter()
-        self._runs: deque[Run] = deque()
-        self._collected = 0
-        self._sealing: deque[tuple[int, tuple[Run, ...]]] = deque()
+        self._filling: deque[_Filling] = deque()
         self._leaf, self._leaf_page = -1, bytearray()
         self._reverse: dict[int, bytearray] = {}
 
     def run(self, pool: Pool, pieces: Iterator[Run], progress: Callable[[int, int], None]) -> None:
-        """Scan and seal everything."""
-        size, total = self._geometry.segment_blocks, self._geometry.size_bytes
-        kinds: deque[bool] = deque()  # whether the task was a seal
-        scanning, more = 0, True
-        while more or kinds or self._runs:
-            while not pool.full:
-                if self._collected >= size or (self._runs and not more and not scanning):
-                    pool.give(self._next_segment())
-                    kinds.append(True)
-                elif more and (piece := next(pieces, None)) is not None:
-                    pool.give(_SCAN.pack(0, *piece))
-                    kinds.append(False)
-                    scanning += 1
-                else:
-                    more = False
-                    if not self._runs or scanning:
-                        break
-            if not kinds:
-                continue
+        """Read and seal everything."""
+        total = self._geometry.size_bytes
+        known: list[deque[_Piece]] = [deque() for _ in range(pool.lanes)]
+        asked: deque[tuple[int, _Piece | None, Run | None]] = deque()
+
+        def ask(lane: int) -> None:
+            """Have a worker seal the piece that it has held longest, and read the next."""
+            sealed = known[lane].popleft() if known[lane] else None
+            if (piece := next(pieces, None)) or sealed:
+                pool.give(_task(sealed, piece or (0, 0)), lane)
+                asked.append((lane, sealed, piece))
+
+        for turn in range(DEPTH * pool.lanes):
+            ask(turn % pool.lanes)
+        while asked:
+            lane, sealed, piece = asked.popleft()
             result = pool.next()
-            if kinds.popleft():
-                raw, runs = self._sealing.popleft()
-                self._place(raw, runs, result)
-                progress((runs[-1][0] + runs[-1][1]) * BLOCK, total)
-            else:
-                scanning -= 1
-                for run in _RUN.iter_unpack(result):
-                    self._runs.append(run)
-                    self._collected += run[1]
+            if sealed is not None:
+                result = result[self._take(sealed, result) :]
+                progress(sealed.end * BLOCK, total)
+            if piece is not None:
+                known[lane].append(_Piece(sum(piece), list(self._assign(_RUN.iter_unpack(result)))))
+            ask(lane)
+        self._place_full(everything=True)
         progress(total, total)
 
-    def _next_segment(self) -> bytes:
-        """The task of sealing what was collected, at most a segment full."""
-        room, runs = self._geometry.segment_blocks, []
-        while room and self._runs:
-            lba, count = self._runs.popleft()
-            if count > room:
-                self._runs.appendleft((lba + room, count - room))
-                count = room
-            runs.append((lba, count))
-            room -= count
-            self._collected -= count
+    def _assign(self, runs: Iterable[Run]) -> Iterator[tuple[_Filling, int, list[Run]]]:
+        """Where the next blocks of the source go."""
+        size, part, at = self._geometry.segment_blocks, list[Run](), 0
+        for first, length in runs:
+            lba, left = first, length
+            while left:
+                if not self._filling or self._filling[-1].blocks == size:
+                    if part:
+                        yield self._filling[-1], at, part
+                        part = []
+                    self._next_segment()
+                filling = self._filling[-1]
+                if not part:
+                    at = filling.start + filling.blocks
+                count = min(left, size - filling.blocks)
+                filling.add(lba, count)
+                part.append((lba, count))
+                lba, left = lba + count, left - count
+        if part:
+            yield self._filling[-1], at, part
+
+    def _next_segment(self) -> None:
         segment, key = self._free.take(), self._segment_keys.sealing_key()
         self._segments.taken[segment] = Taken(key.material)
-        self._live[segment] = self._geometry.segment_blocks - room
-        raw = self._geometry.segment_start(segment)
-        self._sealing.append((raw, tuple(runs)))
-        return _SEAL.pack(1, raw, key.hand_over()) + b"".join(_RUN.pack(*run) for run in runs)
+        self._filling.append(_Filling(self._geometry.segment_start(segment), key.hand_over()))
 
-    def _place(self, raw: int, runs: tuple[Run, ...], tags: bytes) -> None:
+    def _take(self, piece: _Piece, tags: bytes) -> int:
+        """Take the tags of a piece that was sealed; returns how many bytes they are."""
+        at = 0
+        for filling, _, runs in piece.chunks:
+            count = sum(length for _, length in runs)
+            filling.tags.append(tags[at : at + count * TAG_BYTES])
+            filling.waiting -= count
+            at += count * TAG_BYTES
+        self._place_full()
+        return at
+
+    def _place_full(self, *, everything: bool = False) -> None:
+        """Enter segments that are full and sealed into the trees, in the order in which they were begun.
+
+        By whole segments, so that what is written when does not depend on how the source was cut into pieces.
+        """
+        size = self._geometry.segment_blocks
+        while self._filling and not self._filling[0].waiting and (everything or self._filling[0].blocks == size):
+            filling = self._filling.popleft()
+            self._live[self._geometry.segment_of(filling.start)] = filling.blocks
+            self._place(filling.start, filling.runs, b"".join(filling.tags))
+
+    def _place(self, raw: int, runs: Sequence[Run], tags: bytes) -> None:
         """Enter sealed blocks into F and R; leaves of F are complete as the input passes."""
         at = 0
         for lba, count in runs:

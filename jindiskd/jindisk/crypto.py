@@ -11,7 +11,8 @@ from __future__ import annotations
 import hmac
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic
+from jindiskd.jindisk.runs import SealedRun
 
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -72,12 +74,11 @@ def check_key(key: Secret) -> Secret:
 class OpeningKey:
     """A key that opens, and cannot seal."""
 
-    __slots__ = ("_aead", "_into")
+    __slots__ = ("_aead",)
 
     def __init__(self, material: bytes) -> None:
         """`material`: 32 bytes, from the disk or from memory."""
         self._aead = AESGCM(material)
-        self._into = getattr(self._aead, "decrypt_into", None)  # since cryptography 47
 
     def open(self, nonce: bytes, sealed: bytes, aad: bytes, what: str = "a block") -> bytes:
         """The plaintext of ciphertext and tag.
@@ -97,16 +98,28 @@ class OpeningKey:
         except InvalidTag:
             return None
 
+    def open_run(self, run: SealedRun, plains: Sequence[memoryview]) -> bool:
+        """Open the first blocks of a numbered run, one into each of `plains`; whether all tags verify.
 
-    def opens_into(self, nonce: bytes, sealed: memoryview, aad: bytes, plain: memoryview) -> bool:
-        """As `opens`, into a buffer of just the plaintext's length; whether the tag verifies."""
+        Where one does not, nothing is said of the others, and what `plains` hold is worth nothing.
+        """
+        into = getattr(self._aead, "decrypt_into", None)  # since cryptography 47
         try:
-            if self._into is not None:
-                self._into(nonce, sealed, aad, plain)
+            if into is not None:
+                deque(map(into, run.nonces, run.places, run.aads, plains), maxlen=0)
             else:
-                plain[:] = self._aead.decrypt(nonce, sealed, aad)
+                for nonce, sealed, aad, plain in zip(run.nonces, run.places, run.aads, plains, strict=False):
+                    plain[:] = self._aead.decrypt(nonce, sealed, aad)
         except InvalidTag:
             return False
+        return True
+
+    def open_run_at(self, run: SealedRun, number: int, plain: memoryview) -> bool:
+        """Open one block of a numbered run; whether its tag verifies."""
+        found = self.opens(bytes(run.nonces[number]), bytes(run.places[number]), bytes(run.aads[number]))
+        if found is None:
+            return False
+        plain[:] = found
         return True
 
 
@@ -141,30 +154,29 @@ class SealingKey:
             raise VolumeFenced("a sealing key was used in another process than its own")
         return self._aead.encrypt(nonce, plain, aad)
 
-    def seal_run(self, first: int, blocks: Iterable[tuple[int, bytes | memoryview]], sealed: memoryview) -> list[bytes]:
-        """Seal blocks of equal length under consecutive numbers from `first` on; returns their tags.
+    def seal_run(self, first: int, lbas: Sequence[int], plains: Sequence[bytes | memoryview], run: SealedRun) -> None:
+        """Seal blocks of 4096 bytes under consecutive numbers from `first` on, into the first places of a run.
 
         Args:
-            first: number of the first block's nonce, see `block_nonce`.
-            blocks: each block's associated data, as an unsigned 64-bit number, and its plaintext.
-            sealed: takes the ciphertexts one behind the other, and has room for 16 bytes more.
+            first: number of the first block's nonce, see `block_nonce`. The caller sees to it that none comes twice.
+            lbas: each block's associated data, as an unsigned 64-bit number.
+            plains: their plaintexts.
+            run: takes ciphertexts and tags.
 
         Raises:
             VolumeFenced: as `seal`.
         """
         if self._aead is None or self._lineage != _Lineage.forks:
             raise VolumeFenced("a sealing key was used in another process than its own")
+        if len(lbas) != len(plains):
+            raise ValueError("each block has one number")
+        run.number(first, lbas)
         into = getattr(self._aead, "encrypt_into", None)  # since cryptography 47
-        nonce, number, tags, at = _BLOCK_NONCE.pack, _COUNTER.pack, [], 0
-        for place, (lba, plain) in enumerate(blocks, first):
-            end = at + len(plain)
-            if into is not None:
-                into(nonce(place, 0), plain, number(lba), sealed[at : end + TAG_BYTES])
-            else:
-                sealed[at : end + TAG_BYTES] = self._aead.encrypt(nonce(place, 0), plain, number(lba))
-            tags.append(bytes(sealed[end : end + TAG_BYTES]))  # the next block overwrites it
-            at = end
-        return tags
+        if into is not None:
+            deque(map(into, run.nonces, plains, run.aads, run.places), maxlen=0)
+        else:
+            for nonce, plain, aad, sealed in zip(run.nonces, plains, run.aads, run.places, strict=False):
+                sealed[:] = self._aead.encrypt(nonce, plain, aad)
 
     def hand_over(self) -> bytes:
         """Give the key up for a worker process; it seals no more here."""

@@ -83,6 +83,25 @@ class FileDevice:
         """Do nothing: holes in the file would tell which segments are free (format document, section 14.3)."""
 
 
+def read_parts(device: Device, offset: int, parts: list[memoryview]) -> None:
+    """Fill parts, at most 1024, with what follows `offset`, with one call where the device can. Raises `OSError`."""
+    if isinstance(device, FileDevice):
+        device.preadv(offset, parts)
+        return
+    data, at = device.pread(offset, sum(map(len, parts))), 0
+    for part in parts:
+        part[:] = data[at : at + len(part)]
+        at += len(part)
+
+
+def write_parts(device: Device, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+    """Write parts, at most 1024, one after the other, with one call where the device can. Raises `OSError`."""
+    if isinstance(device, FileDevice):
+        device.pwritev(offset, parts)
+    else:
+        device.pwrite(offset, b"".join(parts))
+
+
 class OpenFile:
     """A file or block device opened by path, locked against a second writer, as a context manager giving its device."""
 

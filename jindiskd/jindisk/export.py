@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-from jindiskd.jindisk.crypto import TAG_BYTES, OpeningKey
+from jindiskd.jindisk.bulk import lengthen
+from jindiskd.jindisk.crypto import OpeningKey
+from jindiskd.jindisk.device import FileDevice, read_parts
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
-from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind
+from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind
 from jindiskd.jindisk.memtable import UNMAPPED
 from jindiskd.jindisk.pool import Pool, default_workers
-from jindiskd.jindisk.segments import Wanted, data_name, open_run
+from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.segments import data_name
 from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
 
 SMALL_BLOCKS = 8192
 LEAVES = 6
 """Leaves of the map in a task: 1020 blocks, 4 MiB."""
+STEP_BLOCKS = 170
+"""Read, opened and written at once."""
 _LEAF, _ENTRY = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F]
-_USED = _LEAF * _ENTRY
-_TASK_BYTES = LEAVES * _LEAF * BLOCK
+_USED, _ENTRY_WORDS = _LEAF * _ENTRY, _ENTRY // 8
 _HEAD = struct.Struct("<II")  # leaves, keys
 _KEY = struct.Struct("<Q32s")
 _INDEX = struct.Struct("<Q")
@@ -59,9 +64,7 @@ def bulk_export(
     if workers is None:
         workers = default_workers() if volume.superblock.mapped > SMALL_BLOCKS else 1
     tell = progress or (lambda _done, _total: None)
-    status = os.fstat(target_fd)
-    if status.st_mode & 0o170000 == 0o100000 and status.st_size < target_offset_bytes + total:  # a regular file
-        os.ftruncate(target_fd, target_offset_bytes + total)
+    lengthen(target_fd, target_offset_bytes + total)
     ends: list[int] = []
 
     def take() -> None:
@@ -99,30 +102,46 @@ def bulk_export(
     return written
 
 
-def _task(
-    volume: Volume, leaves: list[tuple[int, bytes]], damaged: Callable[[VolumeError], None] | None
-) -> bytes:
+def _task(volume: Volume, leaves: list[tuple[int, bytes]], damaged: Callable[[VolumeError], None] | None) -> bytes:
     """Leaves of the map with the keys of the segments they point into."""
-    geometry, parts, keys = volume.geometry, [], {}
-    start, end, bits = geometry.data_start, geometry.end, geometry.segment_bits
+    geometry, parts, keys = volume.geometry, [], dict[int, bytes]()
     for index, page in leaves:
-        used = bytearray(page[:_USED])
-        for at, raw in enumerate(_RAWS.unpack_from(page)):
-            if not raw or (start <= raw < end and (raw - start) >> bits in keys):
+        raws, used = _RAWS.unpack_from(page), page[:_USED]
+        wrong: dict[int, VolumeInconsistent] = {}
+        for segment in {(raw - geometry.data_start) >> geometry.segment_bits for raw in raws if raw} - keys.keys():
+            if not 0 <= segment < geometry.segments:
+                some = next(raw for raw in raws if raw and not geometry.data_start <= raw < geometry.end)
+                what = f"raw block {some} lies outside the data region"
+                wrong[segment] = VolumeInconsistent(f"leaf {index} of tree F", what)
                 continue
             try:
-                if not start <= raw < end:
-                    what = f"leaf {index} of tree F"
-                    raise VolumeInconsistent(what, f"raw block {raw} lies outside the data region")
-                keys[geometry.segment_of(raw)] = volume.segments.key(geometry.segment_of(raw))
+                keys[segment] = volume.segments.key(segment)
             except VolumeInconsistent as exc:
-                if damaged is None:
-                    raise
-                damaged(exc)
-                used[at * _ENTRY : (at + 1) * _ENTRY] = UNMAPPED
+                wrong[segment] = exc
+        if wrong:
+            used = _without(used, wrong, geometry, damaged)
         parts.append(_INDEX.pack(index) + used)
     packed = b"".join(_KEY.pack(segment, key) for segment, key in keys.items())
     return _HEAD.pack(len(leaves), len(keys)) + packed + b"".join(parts)
+
+
+def _without(
+    page: bytes,
+    wrong: dict[int, VolumeInconsistent],
+    geometry: Geometry,
+    damaged: Callable[[VolumeError], None] | None,
+) -> bytes:
+    """A leaf without the entries that point into these segments. Raises the first one's error without `damaged`."""
+    left = bytearray(page)
+    for at, (raw, _) in enumerate(_MAPPING.iter_unpack(page)):
+        error = wrong.get((raw - geometry.data_start) >> geometry.segment_bits) if raw else None
+        if error is None:
+            continue
+        if damaged is None:
+            raise error
+        damaged(error)
+        left[at * _ENTRY : (at + 1) * _ENTRY] = UNMAPPED
+    return bytes(left)
 
 
 class _Worker:
@@ -130,47 +149,52 @@ class _Worker:
 
     def __init__(self, volume: Volume, target_fd: int, offset: int, *, onward: bool) -> None:
         self._device, self._geometry, self._onward = volume.device, volume.geometry, onward
-        self._target, self._offset = target_fd, offset
+        self._target = FileDevice(target_fd, name="the target", offset_bytes=offset)
         # Used again and again: memory that is new costs more than the cipher.
-        self._sealed, self._plain = bytearray(_TASK_BYTES + TAG_BYTES), bytearray(_TASK_BYTES)
+        self._room, self._plain = SealedRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
+        self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
+        self._bad: list[bytes] = []
 
     def work(self, task: bytes) -> bytes:
-        """Read, open and write the blocks of some leaves; how many, or which one is not authentic."""
+        """Read, open and write the blocks of some leaves; how many, and which ones cannot be read."""
         leaves, keys = _HEAD.unpack_from(task)
         at = _HEAD.size + keys * _KEY.size
         opening = {segment: OpeningKey(key) for segment, key in _KEY.iter_unpack(task[_HEAD.size : at])}
-        mapped: list[Wanted] = []
         start, bits = self._geometry.data_start, self._geometry.segment_bits
-        for _ in range(leaves):
-            (index,) = _INDEX.unpack_from(task, at)
-            entries = _MAPPING.iter_unpack(task[at + _INDEX.size : at + _INDEX.size + _USED])
-            for number, (raw, tag) in enumerate(entries, index * _LEAF):
-                if raw:
-                    mapped.append((number, raw, tag, opening[(raw - start) >> bits]))
-            at += _INDEX.size + _USED
-        done = 0
-        bad: list[bytes] = []
-        with memoryview(self._sealed) as sealed, memoryview(self._plain) as plain:
-            while done < len(mapped) and (self._onward or not bad):
-                lba, raw, _, _ = mapped[done]
-                run = 1
-                while done + run < len(mapped):
-                    next_lba, next_raw, _, _ = mapped[done + run]
-                    if next_lba != lba + run or next_raw != raw + run:
-                        break
-                    run += 1
-                failed = self._read(raw, run, sealed)
-                for number in open_run(mapped[done : done + run], sealed, plain, range(0, run * BLOCK, BLOCK)):
-                    bad.append(_BAD.pack(lba + number, raw + number, failed.get(number, 0)))
-                    plain[number * BLOCK : (number + 1) * BLOCK] = ZERO_BLOCK
-                _write(self._target, plain[: run * BLOCK], self._offset + lba * BLOCK)
-                done += run
-        return _GOOD.pack(len(mapped) - len(bad)) + b"".join(bad)
+        self._bad, count = [], 0
+        with memoryview(task) as whole:
+            for _ in range(leaves):
+                (index,) = _INDEX.unpack_from(task, at)
+                at += _INDEX.size
+                raws = _RAWS.unpack_from(task, at)
+                with whole[at : at + _USED] as page, page.cast("Q") as words:
+                    for first, length in _runs(raws, bits, start):
+                        if self._bad and not self._onward:
+                            break
+                        tags = words[first * _ENTRY_WORDS : (first + length) * _ENTRY_WORDS]
+                        self._run(index * _LEAF + first, raws[first], tags, opening[(raws[first] - start) >> bits])
+                        tags.release()
+                        count += length
+                at += _USED
+        return _GOOD.pack(count - len(self._bad)) + b"".join(self._bad)
 
-    def _read(self, raw: int, count: int, into: memoryview) -> dict[int, int]:
+    def _run(self, lba: int, raw: int, entries: memoryview, key: OpeningKey) -> None:
+        """Blocks that lie one behind the other in the image and in one segment."""
+        count = len(entries) // _ENTRY_WORDS
+        failed = self._read(raw, count)
+        self._room.put_tags(entries[1::_ENTRY_WORDS], entries[2::_ENTRY_WORDS])
+        self._room.number(raw, range(lba, lba + count))
+        if failed or not key.open_run(self._room, self._plains[:count]):
+            for number in range(count):
+                if number in failed or not key.open_run_at(self._room, number, self._plains[number]):
+                    self._bad.append(_BAD.pack(lba + number, raw + number, failed.get(number, 0)))
+                    self._plains[number][:] = ZERO_BLOCK
+        self._target.pwrite(lba * BLOCK, self._plain[: count * BLOCK])
+
+    def _read(self, raw: int, count: int) -> dict[int, int]:
         """Raw blocks; going on past damage, with the error number of each that the device does not give."""
         try:
-            into[: count * BLOCK] = self._device.pread(raw * BLOCK, count * BLOCK)
+            read_parts(self._device, raw * BLOCK, self._room.blocks[:count])
         except OSError:
             if not self._onward:
                 raise
@@ -178,16 +202,23 @@ class _Worker:
             return {}
         failed = {}
         for number in range(count):
-            block = ZERO_BLOCK
             try:
-                block = self._device.pread((raw + number) * BLOCK, BLOCK)
+                read_parts(self._device, (raw + number) * BLOCK, [self._room.blocks[number]])
             except OSError as exc:
                 failed[number] = exc.errno or errno.EIO
-            into[number * BLOCK : (number + 1) * BLOCK] = block
         return failed
 
 
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
+def _runs(raws: Sequence[int], bits: int, start: int) -> Iterator[tuple[int, int]]:
+    """Where in a leaf, and how many, entries follow each other on the disk, each run in one segment."""
+    ends = [at for at, step in enumerate(map(operator.sub, raws[1:], raws), 1) if step != 1]
+    first = 0
+    for end in (*ends, len(raws)):
+        if raws[first]:
+            at = first
+            while at < end:
+                in_segment = (1 << bits) - (raws[at] - start & (1 << bits) - 1)
+                length = min(end - at, in_segment, STEP_BLOCKS)
+                yield at, length
+                at += length
+        first = end

@@ -49,6 +49,11 @@ class Pool:
         self._done: deque[bytes] = deque()
 
     @property
+    def lanes(self) -> int:
+        """How many tasks run at a time: one for each process, or one."""
+        return max(self._size, 1)
+
+    @property
     def waiting(self) -> int:
         """Tasks whose results were not taken yet."""
         return len(self._order) + len(self._done)
@@ -92,18 +97,19 @@ class Pool:
         if kind is None and any(statuses):
             raise WorkerFailed(next(status for status in statuses if status))
 
-    def give(self, task: bytes) -> None:
-        """Give a task to the least busy worker. Not while `full`."""
+    def give(self, task: bytes, lane: int | None = None) -> None:
+        """Give a task to the worker of a lane, or to the least busy one. Not while `full`.
+
+        Who chooses lanes gives none more than `DEPTH`.
+        """
         if not self._size:
             self._done.append(self._work(task))
             return
-        worker = min(range(self._size), key=self._load.__getitem__)
+        worker = min(range(self._size), key=self._load.__getitem__) if lane is None else lane
         self._load[worker] += 1
         self._order.append(worker)
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and what it said last, or nothing, tells why
             _write(self._workers[worker][1], _HEAD.pack(0, len(task)) + task)
-        except BrokenPipeError as exc:
-            raise self._lost(worker) from exc
 
     def next(self) -> bytes:
         """The result of the oldest task.

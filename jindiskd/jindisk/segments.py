@@ -10,9 +10,11 @@ import struct
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from jindiskd.jindisk.crypto import TAG_BYTES, OpeningKey, SealingKey
-from jindiskd.jindisk.errors import VolumeInconsistent
+from jindiskd.jindisk.crypto import OpeningKey, SealingKey
+from jindiskd.jindisk.device import Device, read_parts
+from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, PER_LEAF, Geometry, Kind
+from jindiskd.jindisk.runs import SealedRun
 from jindiskd.jindisk.tree import Tree, TreeUpdate
 
 ENTRY = struct.Struct("<32sIIQ")
@@ -20,7 +22,7 @@ IN_USE = 1
 _FREE = bytes(ENTRY.size)
 _LEAF = PER_LEAF[Kind.S]
 _KEYS_HELD = 4096
-_LBA, _NONCE = struct.Struct("<Q"), struct.Struct("<QI")
+_LBA = struct.Struct("<Q")
 Wanted = tuple[int, int, bytes, OpeningKey]
 """A data block to be read: LBA, raw block, tag, key."""
 
@@ -35,24 +37,33 @@ def data_name(lba: int, raw: int) -> str:
     return f"the data of logical block {lba} (raw block {raw})"
 
 
-def open_run(run: Sequence[Wanted], sealed: memoryview, plain: memoryview, places: Sequence[int]) -> list[int]:
-    """Open the blocks of a run of raw blocks; returns which of them, by number, do not open.
+def open_run(
+    device: Device, wanted: Sequence[Wanted], plains: Sequence[memoryview], room: SealedRun
+) -> VolumeError | None:
+    """Read and open blocks that lie one behind the other in one segment, with one read.
 
     Args:
-        run: what to open, in the order of the raw blocks.
-        sealed: their ciphertexts one behind the other, and room for 16 bytes more; its content is lost.
-        plain: takes the plaintexts.
-        places: where in `plain`, for each.
+        device: the volume's.
+        wanted: the blocks, at most as many as there is room for.
+        plains: take the plaintexts, 4096 bytes each.
+        room: for the ciphertexts.
+
+    Returns:
+        None, or the error of the first that cannot be read.
     """
-    bad = []
-    for number in range(len(run) - 1, -1, -1):  # backwards: a tag takes the place of what was opened already
-        lba, raw, tag, key = run[number]
-        end, place = (number + 1) * BLOCK, places[number]
-        sealed[end : end + TAG_BYTES] = tag
-        block, target = sealed[end - BLOCK : end + TAG_BYTES], plain[place : place + BLOCK]
-        if not key.opens_into(_NONCE.pack(raw, 0), block, _LBA.pack(lba), target):
-            bad.append(number)
-    return bad[::-1]
+    lba, raw, _, key = wanted[0]
+    count = len(wanted)
+    try:
+        read_parts(device, raw * BLOCK, room.blocks[:count])
+    except OSError as exc:
+        return VolumeDeviceFailed(f"reading {data_name(lba, raw)}", exc)
+    with memoryview(b"".join(tag for _, _, tag, _ in wanted)) as tags, tags.cast("Q") as halves:
+        room.put_tags(halves[0::2], halves[1::2])
+    room.number(raw, [lba for lba, _, _, _ in wanted])
+    if key.open_run(room, plains):
+        return None
+    bad = next(at for at, plain in enumerate(plains) if not key.open_run_at(room, at, plain))
+    return VolumeUnauthentic(data_name(*wanted[bad][:2]))
 
 
 class Taken:
@@ -215,8 +226,8 @@ class Stream:
         """Go on in another segment, from its first block, under a key drawn for it."""
         self.segment, self.next, self.end, self._key = segment, start, start + blocks, key
 
-    def seal(self, items: Sequence[tuple[int, bytes]]) -> tuple[int, memoryview, list[bytes]]:
-        """Seal blocks (LBA and plaintext) for the next raw blocks; returns the first of these, ciphertexts and tags.
+    def seal(self, items: Sequence[tuple[int, bytes]], room: SealedRun) -> int:
+        """Seal blocks (LBA and plaintext) for the next raw blocks, the first of which is returned.
 
         The pointer advances before anything can fail, so a nonce cannot come twice.
         """
@@ -224,9 +235,8 @@ class Stream:
         assert self._key is not None, "begun"
         assert raw + len(items) <= self.end, "the caller looked at the room"
         self.next = raw + len(items)
-        sealed = memoryview(bytearray(len(items) * BLOCK + TAG_BYTES))
-        tags = self._key.seal_run(raw, items, sealed)
-        return raw, sealed[: len(items) * BLOCK], tags
+        self._key.seal_run(raw, [lba for lba, _ in items], [plain for _, plain in items], room)
+        return raw
 
 
 class FreeList:

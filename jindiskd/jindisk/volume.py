@@ -8,23 +8,26 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.anchor import Anchor, State, Unanchored
-from jindiskd.jindisk.crypto import TAG_BYTES
+from jindiskd.jindisk.crypto import block_nonce
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind
 from jindiskd.jindisk.journal import Map, Unmap
 from jindiskd.jindisk.memtable import UNMAPPED, Memtable
 from jindiskd.jindisk.recovery import Recovered, recover
-from jindiskd.jindisk.segments import SegmentTable, Wanted, data_name, open_run
+from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.segments import SegmentTable, Wanted, data_aad, data_name, open_run
 from jindiskd.jindisk.tree import Tree
 
 CACHE_PAGES = 4096
+RUN_BLOCKS = 64
+"""Read and opened at once."""
 ZERO_BLOCK = bytes(BLOCK)
 _LEAF = PER_LEAF[Kind.F]
 _ENTRY = ENTRY_BYTES[Kind.F]
@@ -48,6 +51,7 @@ class Volume:
         self.pending: dict[int, bytes] = {}
         """Blocks written but not sealed yet, by LBA."""
         self.lock = threading.RLock()
+        self._rooms = threading.local()
         self.reuse = 0
         """Counts up whenever freed segments may be taken again: a block looked up before may be gone."""
         self.named: set[int] = set()
@@ -105,11 +109,16 @@ class Volume:
                 known, wanted = self._look_up(lba, count)
             if count == 1 and known:
                 return known[0][1]
-            found = bytearray(count * BLOCK)
-            for block, plain in known:
-                found[(block - lba) * BLOCK : (block - lba + 1) * BLOCK] = plain
+            if count == 1 and not wanted:
+                return ZERO_BLOCK
             try:
-                self._open(wanted, found, [(block - lba) * BLOCK for block, *_ in wanted])
+                if count == 1:
+                    return self._open_one(wanted[0])
+                found = bytearray(count * BLOCK)
+                for block, plain in known:
+                    found[(block - lba) * BLOCK : (block - lba + 1) * BLOCK] = plain
+                view = memoryview(found)
+                self._open(wanted, [view[(n - lba) * BLOCK : (n - lba + 1) * BLOCK] for n, *_ in wanted])
             except VolumeUnauthentic:
                 # The block may have been moved, and its place taken again, since it was looked up.
                 if reuse == self.reuse:
@@ -172,27 +181,37 @@ class Volume:
         Raises:
             VolumeUnauthentic, VolumeDeviceFailed: one of them cannot be read.
         """
-        found = bytearray(len(wanted) * BLOCK)
-        self._open(wanted, found, range(0, len(found), BLOCK))
-        return [bytes(found[at : at + BLOCK]) for at in range(0, len(found), BLOCK)]
+        found = memoryview(bytearray(len(wanted) * BLOCK))
+        parts = [found[at : at + BLOCK] for at in range(0, len(found), BLOCK)]
+        self._open(wanted, parts)
+        return [bytes(part) for part in parts]
 
-    def _open(self, wanted: list[Wanted], plain: bytearray, places: Sequence[int]) -> None:
-        """As `fetch`, each block to its place in `plain`."""
+    def _open(self, wanted: list[Wanted], plains: list[memoryview]) -> None:
+        """As `fetch`, each block into its part."""
+        room: SealedRun | None = getattr(self._rooms, "room", None)
+        if room is None:
+            room = self._rooms.room = SealedRun(RUN_BLOCKS)
         at = 0
         while at < len(wanted):
-            lba, raw, _, _ = wanted[at]
-            run = 1
-            while at + run < len(wanted) and wanted[at + run][1] == raw + run:
-                run += 1
-            try:
-                data = bytearray(self.device.pread(raw * BLOCK, run * BLOCK))
-            except OSError as exc:
-                raise VolumeDeviceFailed(f"reading {data_name(lba, raw)}", exc) from exc
-            data += bytes(TAG_BYTES)
-            bad = open_run(wanted[at : at + run], memoryview(data), memoryview(plain), places[at : at + run])
-            if bad:
-                raise VolumeUnauthentic(data_name(*wanted[at + bad[0]][:2]))
-            at += run
+            _, raw, _, key = wanted[at]
+            end = at + 1
+            while (
+                end < min(len(wanted), at + RUN_BLOCKS) and wanted[end][1] == raw + end - at and wanted[end][3] is key
+            ):
+                end += 1
+            failed = open_run(self.device, wanted[at:end], plains[at:end], room)
+            if failed is not None:
+                raise failed
+            at = end
+
+    def _open_one(self, wanted: Wanted) -> bytes:
+        """As `fetch`, of one block."""
+        lba, raw, tag, key = wanted
+        try:
+            sealed = self.device.pread(raw * BLOCK, BLOCK)
+        except OSError as exc:
+            raise VolumeDeviceFailed(f"reading {data_name(lba, raw)}", exc) from exc
+        return key.open(block_nonce(raw), sealed + tag, data_aad(lba), data_name(lba, raw))
 
     def leaves(self, damaged: Callable[[VolumeError], None] | None = None) -> Iterator[tuple[int, bytes]]:
         """Index and current page of every leaf of the map that is not empty, in order, journal included.

@@ -140,6 +140,7 @@ class Audit:
                 return self._aead.encrypt_into(nonce, data, aad, into)
 
             def _note(self, nonce: bytes) -> None:
+                nonce = bytes(nonce)  # a view of memory that is used again
                 name = (hashlib.sha256(self._key).digest()[:16], nonce)
                 if name in audit.sealed:
                     audit.repeated.append(nonce)

@@ -11,6 +11,7 @@ from jindiskd.jindisk import anchor, appender, checkpoint, recovery, segments, s
 from jindiskd.jindisk.crypto import SealingKey
 from jindiskd.jindisk.errors import VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK
+from jindiskd.jindisk.runs import SealedRun
 
 NOTICED = (AssertionError, VolumeUnauthentic, VolumeInconsistent)
 
@@ -94,11 +95,11 @@ def test_a_nonce_that_comes_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     audit.install(monkeypatch)
     seal = segments.Stream.seal
 
-    def mutated(self: segments.Stream, items: list[tuple[int, bytes]]) -> object:
+    def mutated(self: segments.Stream, items: list[tuple[int, bytes]], room: SealedRun) -> int:
         place = self.next
-        seal(self, items)
+        seal(self, items, room)
         self.next = place
-        return seal(self, items)
+        return seal(self, items, room)
 
     monkeypatch.setattr(segments.Stream, "seal", mutated)
     running = world(audit=audit).create()

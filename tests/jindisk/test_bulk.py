@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from jindiskd.jindisk.crypto import Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic, VolumeUnrecognised
 from jindiskd.jindisk.export import bulk_export
-from jindiskd.jindisk.geometry import BLOCK, largest_logical, required_bytes
+from jindiskd.jindisk.geometry import BLOCK, default_geometry, largest_logical, required_bytes
 from jindiskd.jindisk.pool import Pool, WorkerFailed
+from jindiskd.jindisk.runs import SealedRun
 from jindiskd.jindisk.volume import Volume, open_volume
 
 SIZE = 72 << 20
@@ -86,12 +88,15 @@ def test_what_is_loaded_is_what_is_read_and_exported(image: Path, tmp_path: Path
     assert (tmp_path / "out").stat().st_blocks * 512 < 32 << 20
 
 
-def test_loading_depends_on_content_and_entropy_alone(image: Path, tmp_path: Path) -> None:
-    """Holes, workers and order of work do not change a byte; another entropy changes the keys."""
+@pytest.mark.parametrize("bits", [6, 10])
+def test_loading_depends_on_content_and_entropy_alone(image: Path, tmp_path: Path, bits: int) -> None:
+    """Holes, workers and order of work do not change a byte, with segments smaller and larger than leaves of R."""
     dense = tmp_path / "dense"
     dense.write_bytes(image.read_bytes().ljust(SIZE, b"\0"))
-    first = load(image, tmp_path / "a", 1)
-    second = load(dense, tmp_path / "b", 2)
+    base = default_geometry(SIZE // BLOCK)
+    geometry = replace(base, segment_bits=bits, segments=(base.blocks >> bits) + 16)
+    first = load(image, tmp_path / "a", 1, geometry=geometry)
+    second = load(dense, tmp_path / "b", 3, geometry=geometry)
     assert first == second
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -144,7 +149,7 @@ def test_a_key_that_was_handed_over_seals_no_more() -> None:
     with pytest.raises(VolumeFenced, match="another process"):
         key.seal(bytes(12), b"", b"")
     with pytest.raises(VolumeFenced):
-        key.seal_run(0, [(0, bytes(BLOCK))], memoryview(bytearray(BLOCK + 16)))
+        key.seal_run(0, [0], [bytes(BLOCK)], SealedRun(1))
     SealingKey.take_over(material).seal(bytes(12), b"", b"")
 
 
@@ -153,14 +158,14 @@ def test_a_full_store_ends_a_load(
     image: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, left_processes: Callable[[], set[int]]
 ) -> None:
     """With the error that says so, no process left, and no volume that opens."""
-    write = FileDevice.pwrite
+    write = FileDevice.pwritev
 
-    def full(self: FileDevice, offset: int, data: bytes) -> None:
+    def full(self: FileDevice, offset: int, parts: list[memoryview]) -> None:
         if offset > 20 << 20:
             raise OSError(errno.ENOSPC, "no space left")
-        write(self, offset, data)
+        write(self, offset, parts)
 
-    monkeypatch.setattr(FileDevice, "pwrite", full)
+    monkeypatch.setattr(FileDevice, "pwritev", full)
     with pytest.raises(NoSpace):
         load(image, tmp_path / "volume", workers, ordered_placement=True)
     assert not left_processes()
