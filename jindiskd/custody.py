@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from jindiskd.base import document
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.bus.jobs import microseconds
@@ -23,7 +24,6 @@ from jindiskd.domain.state import ACTIVE
 from jindiskd.errors import Busy, InvalidArgument, NotSupported
 from jindiskd.image.manifest import Manifest, Volume
 from jindiskd.image.request import resource_of
-from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.handover import HandoverUnusable, Opened

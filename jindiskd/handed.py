@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jindiskd.base import document
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.files import fsync_directory, replace_file
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
@@ -28,7 +29,6 @@ from jindiskd.custody import from_threads
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest, Volume
 from jindiskd.jobs.job import Job
-from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import handover
 from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover, Opened, read_card
 

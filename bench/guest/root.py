@@ -27,11 +27,11 @@ import qemu_kernel
 import testroot
 from small_broker import Remembering, SmallBroker, firmware
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.guest.config import BrokerPin, GuestConfig, JindiskExpectation, Luks2Expectation, RootVolume
 from jindiskd.image import kmod
 from jindiskd.image.initrd import build_initrd
-from jindiskd.jindisk.anchor import Anchor
 
 MIB = 1 << 20
 DISK_BYTES = 192 * MIB

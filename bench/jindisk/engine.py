@@ -25,9 +25,10 @@ from uuid import UUID
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk import bulk
-from jindiskd.jindisk.anchor import UNANCHORED, Anchor
+from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.crypto import Generator
 from jindiskd.jindisk.device import FileDevice

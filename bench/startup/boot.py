@@ -43,7 +43,6 @@ from jindiskd.broker.service import Broker, BrokerLimits, Peer
 from jindiskd.guest.config import BrokerPin, GuestConfig, JindiskExpectation, RootVolume
 from jindiskd.image import initrd, python_closure
 from jindiskd.image.cpio import Archive
-from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys.store import Store
 from jindiskd.keys.volumes import Volumes
 from jindiskd.sim.firmware import SimulatedSnpFirmware
@@ -94,7 +93,7 @@ class Bench:
         for name, key in (("luks2", self.luks.key), ("jindisk", self.jindisk.key)):
             self.store.add_image(name, name, Platform.SIMULATED_SNP, f"default/{name}/root", key)
             self.store.activate(name, [DIGEST])
-        Volumes(self.store).add(testroot.UUID, "jindisk", Anchor.unpack(self.jindisk.anchor.pack()))
+        Volumes(self.store).add(testroot.UUID, "jindisk", self.jindisk.anchor)
 
     def initrd(self, way: str) -> Path:
         """The initrd of one of our ways."""

@@ -20,6 +20,7 @@ from aiohttp import web
 
 import jindiskd
 from jindiskd.base import document
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.broker.http import Handler, body_of
 from jindiskd.broker.metrics import CONTENT_TYPE, Metrics
@@ -37,7 +38,6 @@ from jindiskd.errors import (
     NotAuthorized,
     NotFound,
 )
-from jindiskd.kbs.freshness import Anchor
 from jindiskd.kbs.jwe import PrivateKey
 from jindiskd.kbs.messages import MAX_BODY_BYTES, MalformedMessage, read_object
 from jindiskd.keys import handover

@@ -11,12 +11,13 @@ import os
 from pathlib import Path
 from uuid import UUID
 
+from jindiskd.base.anchor import State
 from jindiskd.guest import broker, storage
 from jindiskd.guest.broker import GuestBroker, seconds_from_now
 from jindiskd.guest.codes import Code, GuestFailure
 from jindiskd.guest.config import JindiskExpectation
 from jindiskd.jindisk import identification
-from jindiskd.jindisk.anchor import UNANCHORED, Anchor, Reporting, State
+from jindiskd.jindisk.anchor import UNANCHORED, Reporting
 from jindiskd.jindisk.device import FileDevice, OpenFile
 from jindiskd.jindisk.errors import VolumeError, VolumeFenced, VolumeStale
 from jindiskd.jindisk.geometry import BLOCK
@@ -95,7 +96,7 @@ def open_session(device: Path, expectation: JindiskExpectation, grant: VolumeGra
         VolumeError, OSError: it cannot be opened, or is not in an acceptable state.
         JindiskError: the broker did not take the adoption.
     """
-    anchor = UNANCHORED if grant.anchor is None else Anchor.unpack(grant.anchor.pack())
+    anchor = UNANCHORED if grant.anchor is None else grant.anchor
     opened: FileDevice = OpenFile(device, writable=True).__enter__()  # for the life of the process
     try:
         volume = open_volume(

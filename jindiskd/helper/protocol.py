@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from jindiskd.base import document
+from jindiskd.base.anchor import ANCHOR_BYTES, Anchor
 from jindiskd.errors import InvalidArgument, JindiskError
-from jindiskd.jindisk.anchor import ANCHOR_BYTES, Anchor
 
 MESSAGE_BYTES = 8192
 ANSWER_BYTES = 65_536

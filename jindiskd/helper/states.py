@@ -12,7 +12,7 @@ import socket
 import time
 from pathlib import Path
 
-from jindiskd.jindisk.anchor import State
+from jindiskd.base.anchor import State
 from jindiskd.jindisk.errors import VolumeFenced
 from jindiskd.kbs.freshness import VolumeState
 

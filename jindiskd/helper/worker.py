@@ -20,11 +20,12 @@ from typing import NoReturn
 from uuid import UUID
 
 from jindiskd.base import document
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import JindiskError
 from jindiskd.helper.protocol import Answer, Kind, MalformedRequest, Open, broken, failed
 from jindiskd.helper.states import ServiceKeeper
-from jindiskd.jindisk.anchor import UNANCHORED, Anchor, Reporting
+from jindiskd.jindisk.anchor import UNANCHORED, Reporting
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeStale
 from jindiskd.jindisk.nbd_handshake import Agreed

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+from jindiskd.base.anchor import ANCHOR_BYTES, Anchor, State
 from jindiskd.base.files import replace_file
 from jindiskd.errors import EXIT_INTEGRITY, AlreadyExists, JindiskError
-from jindiskd.jindisk.anchor import ANCHOR_BYTES, Anchor, State
 from jindiskd.jindisk.errors import VolumeFenced
 
 MAGIC = b"JD2state"

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
-from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.create import wipe
 from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice

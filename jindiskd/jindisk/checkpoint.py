@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from jindiskd.jindisk.anchor import State
+from jindiskd.base.anchor import State
 from jindiskd.jindisk.errors import VolumeInconsistent
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind
 from jindiskd.jindisk.journal import JournalWriter

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from uuid import UUID
 
+from jindiskd.base.anchor import State
 from jindiskd.base.secret import Secret
-from jindiskd.jindisk.anchor import Keeper, Reporting, State
+from jindiskd.jindisk.anchor import Keeper, Reporting
 from jindiskd.jindisk.crypto import Generator
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeMalformed

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from errno import EIO, ENOSPC, EROFS
 
+from jindiskd.base.anchor import State
 from jindiskd.errors import EXIT_BUSY, EXIT_FAILED, EXIT_INTEGRITY, JindiskError
-from jindiskd.jindisk.anchor import State
 
 
 class VolumeError(JindiskError):

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from jindiskd.base.anchor import Anchor, State
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk import identification
-from jindiskd.jindisk.anchor import Anchor, State, Unanchored
+from jindiskd.jindisk.anchor import Unanchored
 from jindiskd.jindisk.crypto import OpeningKey, block_nonce
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import (

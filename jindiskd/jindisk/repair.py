@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
-from jindiskd.jindisk.anchor import Anchor, Unanchored
+from jindiskd.jindisk.anchor import Unanchored
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from jindiskd.jindisk.anchor import Keeper, Reporting, State
+from jindiskd.base.anchor import State
+from jindiskd.jindisk.anchor import Keeper, Reporting
 from jindiskd.jindisk.errors import VolumeFenced
 
 

@@ -16,9 +16,10 @@ from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
+from jindiskd.base.anchor import State
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk import checkpoint
-from jindiskd.jindisk.anchor import Forgetful, Keeper, Reporting, State
+from jindiskd.jindisk.anchor import Forgetful, Keeper, Reporting
 from jindiskd.jindisk.appender import STREAMS, Appender
 from jindiskd.jindisk.cleaner import Cleaner
 from jindiskd.jindisk.crypto import Generator, check_key

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 from uuid import UUID
 
+from jindiskd.base.anchor import Anchor, State
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
-from jindiskd.jindisk.anchor import Anchor, State, Unanchored
+from jindiskd.jindisk.anchor import Unanchored
 from jindiskd.jindisk.crypto import block_nonce
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic

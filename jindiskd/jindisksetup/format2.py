@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, JindiskError
 from jindiskd.jindisk import anchor_file
-from jindiskd.jindisk.anchor import UNANCHORED, Anchor, Unanchored
+from jindiskd.jindisk.anchor import UNANCHORED, Unanchored
 from jindiskd.jindisk.anchor_file import FileKeeper
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.check import check_volume

@@ -15,49 +15,18 @@ import struct
 import uuid
 from dataclasses import dataclass, field
 
+from jindiskd.base.anchor import ANCHOR_BYTES, Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.kbs.messages import MalformedMessage, check_resource, read_object
 
 SESSION_BYTES = ROOT_BYTES = 32
 VERBS = ("release", "adopt", "report", "close", "stale")
-_ANCHOR = struct.Struct("<B32sQ32s")
 _GRANT = struct.Struct("<4sIB73s32s")
 _MAGIC = b"JDR1"
 _HEX = re.compile(r"[0-9a-f]{64}")
 MAX_SEQUENCE = (1 << 64) - 1
-ANCHOR_BYTES = _ANCHOR.size
 MAX_KEY_BYTES = 1 << 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Anchor:
-    """The state that the broker remembers of a volume."""
-
-    open: bool
-    """Whether the session it belongs to has not been closed."""
-    session: bytes = field(repr=False)
-    """32 bytes."""
-    sequence: int
-    """Unsigned, 64 bits."""
-    root: bytes
-    """32 bytes: the state root."""
-
-    def pack(self) -> bytes:
-        """73 bytes: u8 mode, session, u64 sequence number, root (format document, section 13.1)."""
-        return _ANCHOR.pack(self.open, self.session, self.sequence, self.root)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Anchor:
-        """Read what `pack` wrote.
-
-        Raises:
-            MalformedMessage: another length or mode.
-        """
-        if len(data) != ANCHOR_BYTES or data[0] > 1:
-            raise MalformedMessage("the anchor", f"not {ANCHOR_BYTES} bytes with mode 0 or 1")
-        mode, session, sequence, root = _ANCHOR.unpack(data)
-        return cls(open=bool(mode), session=session, sequence=sequence, root=root)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,9 +61,13 @@ class VolumeGrant:
             magic, lease, anchored, anchor, session = _GRANT.unpack_from(data)
             if magic != _MAGIC or anchored > 1:
                 raise MalformedMessage("the volume's release", "of another form")
+            try:
+                known = Anchor.unpack(anchor) if anchored else None
+            except InvalidArgument as exc:
+                raise MalformedMessage("the volume's release", "without a sound anchor") from exc
             # Sliced as bytearray, which the secret takes over and wipes.
             key = Secret(data[_GRANT.size :])
-        return cls(key=key, anchor=Anchor.unpack(anchor) if anchored else None, session=session, lease_s=lease)
+        return cls(key=key, anchor=known, session=session, lease_s=lease)
 
     def close(self) -> None:
         """Wipe the key."""

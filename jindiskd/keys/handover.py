@@ -26,11 +26,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from jindiskd.base import document
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError
 from jindiskd.kbs import jwe, jwk
-from jindiskd.kbs.freshness import Anchor, check_volume
+from jindiskd.kbs.freshness import check_volume
 from jindiskd.kbs.messages import MalformedMessage, check_resource
 
 SCHEMA = 1

@@ -16,9 +16,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from jindiskd.attest.model import Finding
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_BUSY, EXIT_REFUSED, AlreadyExists, JindiskError, NotFound
-from jindiskd.kbs.freshness import SESSION_BYTES, Anchor, VolumeGrant, VolumeState, check_volume
+from jindiskd.kbs.freshness import SESSION_BYTES, VolumeGrant, VolumeState, check_volume
 from jindiskd.keys import wrap
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.database import ANCHOR_PURPOSE, PENDING_PURPOSE, images_table, volumes_table

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from brokerbench import DIGEST, IMAGE, KEY, OTHER, Bench, bench, kind
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.kbs.client import BrokerRefused, BrokerUnreachable, Fenced
-from jindiskd.kbs.freshness import Anchor, VolumeGrant
+from jindiskd.kbs.freshness import VolumeGrant
 from jindiskd.keys.volumes import Volumes
 from jindiskd.policy.rules import ReleaseRules
 from jindiskd.sim.firmware import SimulatedSnpFirmware

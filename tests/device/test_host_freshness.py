@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import devicevolumes
 import pytest
 
+from jindiskd.base.anchor import Anchor, State
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.device.registry import ImageVolume
@@ -28,11 +29,10 @@ from jindiskd.devices import OwnersVolumes, SessionStates, StoredVolumes
 from jindiskd.errors import NotSupported
 from jindiskd.helper import states, worker
 from jindiskd.helper.protocol import Below, Kind, Open
-from jindiskd.jindisk.anchor import UNANCHORED, Anchor, State
+from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.errors import VolumeFenced, VolumeStale
 from jindiskd.jindisk.volume import Volume, anchor_of, open_volume
-from jindiskd.kbs.freshness import Anchor as KeptAnchor
 from jindiskd.keys.store import ReleaseRefused, Store
 from jindiskd.keys.volumes import Volumes
 
@@ -59,7 +59,7 @@ class Host:
         self.store = Store.open(f"sqlite:///{folder}/keys.db", Secret.random(32))
         self.store.add_image(IMAGE, "web", Platform.SIMULATED_SNP, f"default/{IMAGE}/root", Secret(devicevolumes.KEY))
         with self.volume(UNANCHORED) as found:
-            anchor = KeptAnchor.unpack(anchor_of(found.state, still_open=False).pack())
+            anchor = Anchor.unpack(anchor_of(found.state, still_open=False).pack())
         self.volumes = Volumes(self.store)
         self.volumes.add(devicevolumes.UUID, IMAGE, anchor)
         self.store.activate(IMAGE, [bytes(48)])
@@ -68,7 +68,7 @@ class Host:
         self.listener: StatesListener | None = None
 
     @property
-    def anchor(self) -> KeptAnchor:
+    def anchor(self) -> Anchor:
         found = self.volumes.get(devicevolumes.UUID).anchor
         assert found is not None
         return found

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from jindiskd.base.anchor import Anchor, State
 from jindiskd.base.secret import Secret
-from jindiskd.jindisk.anchor import Anchor, State
 from jindiskd.kbs import binding, evidence, freshness, jwe
 
 ERROR = "https://github.com/confidential-containers/kbs/errors/"
@@ -109,7 +109,7 @@ class Remembering:
             assert body == {"resource": "default/image/root", "volume": self.volume}
             self.pending = bytes([len(self.told)]) * 32
             grant = freshness.VolumeGrant(
-                key=self.key, anchor=freshness.Anchor.unpack(self.anchor.pack()), session=self.pending, lease_s=0
+                key=self.key, anchor=self.anchor, session=self.pending, lease_s=0
             )
             return 200, jwe.seal(grant.pack(), self.broker.recipient).encode()
         if verb == "stale":

@@ -5,13 +5,13 @@ from uuid import UUID
 
 import pytest
 
+from jindiskd.base.anchor import State
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.guest import broker, jindisk_root
 from jindiskd.guest.codes import Code, GuestFailure
 from jindiskd.guest.config import JindiskExpectation
 from jindiskd.jindisk import served
-from jindiskd.jindisk.anchor import State
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.errors import (

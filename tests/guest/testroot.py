@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.guest.config import Luks2Expectation
 from jindiskd.image import python_closure
 from jindiskd.image.cpio import Archive
-from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.geometry import BLOCK, default_geometry

@@ -10,13 +10,13 @@ from uuid import UUID
 
 import pytest
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.custody import KeyPort
 from jindiskd.image import gpt
 from jindiskd.image.request import BaseKind, VolumeFormat
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
-from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeUnauthentic

@@ -10,9 +10,9 @@ from uuid import UUID
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from jindiskd.base.anchor import Anchor, State
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk import crypto
-from jindiskd.jindisk.anchor import Anchor, State
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.errors import VolumeFenced
 from jindiskd.jindisk.geometry import BLOCK, Geometry, default_geometry

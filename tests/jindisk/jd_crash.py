@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from jd import KEY, UUID1, ZERO, Audit, Broker, MemoryDevice, World, content, world
 
+from jindiskd.base.anchor import Anchor, State
 from jindiskd.base.secret import Secret
-from jindiskd.jindisk.anchor import Anchor, Reporting, State
+from jindiskd.jindisk.anchor import Reporting
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START
 from jindiskd.jindisk.recovery import recover

@@ -7,7 +7,8 @@ import pytest
 from jd import Audit, World, content, world
 from jd_crash import RecordingDevice, Run, crashes, verify
 
-from jindiskd.jindisk import anchor, appender, checkpoint, recovery, segments, session, slots
+from jindiskd.base import anchor
+from jindiskd.jindisk import appender, checkpoint, recovery, segments, session, slots
 from jindiskd.jindisk.crypto import SealingKey
 from jindiskd.jindisk.errors import VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK

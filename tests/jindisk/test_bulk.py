@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from jd import KEY, UUID1
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
-from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.crypto import Generator, SealingKey

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 from jd import Audit, Broker, MemoryDevice, World, content, world
 
-from jindiskd.jindisk.anchor import Anchor, Reporting, State
+from jindiskd.base.anchor import Anchor, State
+from jindiskd.jindisk.anchor import Reporting
 from jindiskd.jindisk.errors import VolumeFenced, VolumeStale
 from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START
 from jindiskd.jindisk.session import Session

@@ -13,8 +13,9 @@ from uuid import UUID
 import pytest
 from jd import UUID1, ZERO, Broker, MemoryDevice, World, content
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
-from jindiskd.jindisk.anchor import UNANCHORED, Anchor
+from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.errors import (
     VolumeError,

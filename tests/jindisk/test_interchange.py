@@ -13,9 +13,10 @@ from jd import KEY, UUID1, ZERO, MemoryDevice, small_geometry
 from jd_crash import Run, anchored, crashes
 from jd_reader import Reader, Wrong
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk import crypto
-from jindiskd.jindisk.anchor import UNANCHORED, Anchor
+from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import FileDevice

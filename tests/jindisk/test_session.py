@@ -12,9 +12,10 @@ from uuid import UUID
 import pytest
 from jd import KEY, UUID1, ZERO, Audit, Broker, MemoryDevice, World, content, world
 
+from jindiskd.base.anchor import State
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
-from jindiskd.jindisk.anchor import UNANCHORED, Reporting, State
+from jindiskd.jindisk.anchor import UNANCHORED, Reporting
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import FileDevice

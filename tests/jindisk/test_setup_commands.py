@@ -14,9 +14,10 @@ import click
 import pytest
 from jd import KEY, UUID1
 
+from jindiskd.base.anchor import State
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk import anchor_file
-from jindiskd.jindisk.anchor import UNANCHORED, State
+from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.anchor_file import AnchorFileDamaged, FileKeeper
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.errors import VolumeFenced

@@ -9,10 +9,10 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
-from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import wrap
 from jindiskd.keys.database import META, DatabaseNewer, KekWrong
 from jindiskd.keys.store import ApprovalWaiting, RecordChanged, ReleaseRefused, Requester, Store

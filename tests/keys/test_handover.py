@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jindiskd.base import document
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, JindiskError
 from jindiskd.kbs import jwe, jwk
-from jindiskd.kbs.freshness import Anchor
 from jindiskd.keys import handover
 from jindiskd.keys.handover import HandedVolume, Handover, HandoverUnusable
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, NotFound
-from jindiskd.kbs.freshness import Anchor, VolumeGrant, VolumeState
+from jindiskd.kbs.freshness import VolumeGrant, VolumeState
 from jindiskd.keys.store import ReleaseRefused, Requester, Store
 from jindiskd.keys.volumes import LeaseHeld, SessionRefused, Volumes
 from jindiskd.policy.rules import ReleaseRules
