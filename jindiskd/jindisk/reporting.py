@@ -27,7 +27,7 @@ class Reporter:
         lease_s: float,
         monotonic: Callable[[], float],
     ) -> None:
-        """`lease_s`: fence when the keeper's last answer is older; 0 for no lease."""
+        """`lease_s`: fence when the keeper's last answer is older; 0 for no lease. Reports then come often enough."""
         self._keeper, self._reporting, self._monotonic = keeper, reporting, monotonic
         self._interval_s, self._lease_s = interval_s, lease_s
         self._told: State | None = None
@@ -48,8 +48,13 @@ class Reporter:
             raise VolumeFenced(self.fenced)
 
     def adopt(self, found: State, session_id: bytes) -> None:
-        """The session begins from the state found. Raises `VolumeFenced`, and whatever the keeper raises."""
+        """The session begins from the state found. Raises `VolumeFenced`, and whatever the keeper raises.
+
+        The first state of the session itself is due at the next tick: until it is told, the state that was found is
+        acceptable again at the next start.
+        """
         self._tell(lambda: self._keeper.adopt(found, session_id), found)
+        self._last_report = self._monotonic() - self._interval_s
 
     def committed(self, state: State) -> None:
         """A state is durable and about to be acknowledged; tell it first where that is the policy.
@@ -87,11 +92,14 @@ class Reporter:
         if self._reporting is not Reporting.INTERVAL:
             return
         with self._one_at_a_time:
-            state = current()
-            due = self._monotonic() - self._last_report >= self._interval_s
-            if state is None or state == self._told or not due or self.fenced is not None:
+            state, now = current(), self._monotonic()
+            # A lease is renewed in time for two more attempts, also by a session that has nothing new to tell.
+            renewal_s = self._lease_s / 3 if self._lease_s else self._interval_s
+            due = now - self._last_report >= min(self._interval_s, renewal_s)
+            renew = self._lease_s > 0 and now - self._answered >= renewal_s
+            if state is None or not due or (state == self._told and not renew) or self.fenced is not None:
                 return
-            self._last_report = self._monotonic()
+            self._last_report = now
             try:
                 self.report(state)
             except Exception:  # noqa: BLE001 - no answer is no refusal: the next interval tries again, a lease may run out

@@ -103,6 +103,11 @@ class Remembering:
         self.told: list[str] = []
         broker.more = self.answer
 
+    @property
+    def said(self) -> list[str]:
+        """What was told, without reports: how many there are depends on the clock."""
+        return [word for word in self.told if word != "report"]
+
     def answer(self, verb: str, body: dict) -> tuple[int, bytes]:
         self.told.append(verb)
         if verb == "release":

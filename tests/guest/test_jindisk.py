@@ -84,7 +84,7 @@ def test_life(boot) -> None:
     boot.run()
     assert boot.machine.stages == ["boot", "report", "attested", "key", "unlocked", "running"], boot.machine.console
     assert "ROOT-SEES" in boot.machine.console, boot.machine.console
-    assert boot.memory.told == ["release", "adopt", "close"]
+    assert boot.memory.said == ["release", "adopt", "close"]
     assert not boot.memory.anchor.open
     found = testroot.export_jindisk(boot.volume, boot.memory.anchor, boot.tmp_path / "found.ext4")
     checked = subprocess.run(["/usr/sbin/e2fsck", "-fn", found], capture_output=True, text=True)
@@ -92,11 +92,11 @@ def test_life(boot) -> None:
     listed = subprocess.run(["/usr/sbin/debugfs", "-R", "ls /", found], capture_output=True, text=True).stdout
     assert "written-39" in listed
     boot.run()
-    assert boot.memory.told == ["release", "adopt", "close"] * 2, boot.machine.console
+    assert boot.memory.said == ["release", "adopt", "close"] * 2, boot.machine.console
     boot.volume.path = old
     boot.run()
     assert boot.machine.stages[-1] == f"fail {Code.STALE.value}"
-    assert boot.memory.told[-2:] == ["release", f"stale {first}"]
+    assert boot.memory.said[-2:] == ["release", f"stale {first}"]
 
 
 def test_power_failure(boot, tmp_path_factory) -> None:
@@ -109,7 +109,7 @@ def test_power_failure(boot, tmp_path_factory) -> None:
         boot.machine.wait_for("READY", LIMIT_S)
         boot.machine.close()
         assert f"FOUND {number}" in boot.machine.console
-    assert boot.memory.told == ["release", "adopt"] * 2
+    assert boot.memory.said == ["release", "adopt"] * 2
     assert boot.memory.anchor.open
     found = testroot.export_jindisk(boot.volume, boot.memory.anchor, boot.tmp_path / "found.ext4")
     replayed = subprocess.run(["/usr/sbin/e2fsck", "-fp", found], capture_output=True, text=True)

@@ -220,7 +220,7 @@ def test_with_commit_reporting_nothing_unreported_is_acknowledged() -> None:
 
 
 def test_interval_and_lease_follow_the_clock() -> None:
-    """Reports come when an interval has passed and there was a commit; silence past the lease fences."""
+    """A report comes at once, then after an interval with a commit in it; silence past the lease fences."""
     now = [0.0]
     here = world()
     here.create().close()
@@ -229,27 +229,43 @@ def test_interval_and_lease_follow_the_clock() -> None:
     here.broker = moody
     session = here.begin(monotonic=lambda: now[0], interval_s=10.0, lease_s=100.0)
     session.tick()
-    assert not getattr(moody, "reports", [])
-    now[0] = 11.0
-    session.tick()
     assert moody.reports == [session.durable.sequence]  # that of the first checkpoint
-    now[0] = 50.0
-    session.tick()
-    assert len(moody.reports) == 1, "nothing new"
     session.write(0, content(1))
     session.flush()
+    now[0] = 9.0
     session.tick()
-    assert len(moody.reports) == 2
+    assert len(moody.reports) == 1, "not yet"
+    now[0] = 11.0
+    session.tick()
+    assert moody.reports[1:] == [session.durable.sequence]
+    now[0] = 40.0
+    session.tick()
+    assert len(moody.reports) == 2, "nothing new"
     moody.silent = True
     session.write(0, content(2))
     session.flush()
-    now[0] = 149.0
+    now[0] = 110.0
     session.tick()
     session.flush()
-    now[0] = 151.0
+    now[0] = 112.0
     with pytest.raises(VolumeFenced, match="lease"):
         session.flush()
     assert session.read(0, BLOCK) == content(2)
+
+
+@pytest.mark.parametrize("lease_s", [15.0, 300.0])
+def test_a_session_that_writes_nothing_keeps_its_lease(lease_s: float) -> None:
+    """It says the same again in time, be the lease shorter or longer than the interval."""
+    now = [0.0]
+    here = world()
+    here.create().close()
+    session = here.begin(monotonic=lambda: now[0], interval_s=60.0, lease_s=lease_s)
+    for second in range(1000):
+        now[0] = float(second)
+        session.tick()
+    session.write(0, content(1))
+    session.flush()
+    assert session.fenced is None
 
 
 def test_a_session_that_has_not_begun_writes_nothing() -> None:
