@@ -5,6 +5,7 @@ The caller holds the volume's lock around every call.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from jindiskd.jindisk.device import write_parts
 from jindiskd.jindisk.errors import VolumeCrowded, VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK
 from jindiskd.jindisk.journal import EntryLog
-from jindiskd.jindisk.runs import TAG_BYTES, SealedRun
+from jindiskd.jindisk.runs import SealedRun, entries_of
 from jindiskd.jindisk.segments import FreeList, Stream, Taken
 from jindiskd.jindisk.volume import Volume
 
@@ -133,17 +134,17 @@ class Appender:
 
     def _enter(self, sealed: _Sealed, *, only_pending: bool) -> None:
         """Enter written blocks into memtable and log."""
-        memtable, pending, log = self._volume.memtable, self._volume.pending, self.log
-        for number, (lba, plain) in enumerate(sealed.items):
-            raw, tag = sealed.start + number, sealed.tags[number * TAG_BYTES : (number + 1) * TAG_BYTES]
-            waiting = pending.get(lba) is plain
-            if only_pending and not waiting:
-                continue
-            memtable.put(lba, raw.to_bytes(8, "little") + tag)
-            log.map(lba, raw, tag)
-            if waiting:
-                del pending[lba]
-        self.written_blocks += len(sealed.items)
+        pending, count = self._volume.pending, len(sealed.items)
+        entries = entries_of(sealed.start, sealed.tags)
+        written = [(lba, entry) for (lba, _), entry in zip(sealed.items, entries, strict=True)]
+        waiting = [pending.get(lba) is plain for lba, plain in sealed.items]
+        if only_pending:
+            written = list(itertools.compress(written, waiting))
+        self._volume.memtable.put_all(written)
+        self.log.map_all(written)
+        for lba, _ in itertools.compress(sealed.items, waiting):
+            del pending[lba]
+        self.written_blocks += count
 
     def _next_segment(self, stream: Stream) -> None:
         if not len(self.free):

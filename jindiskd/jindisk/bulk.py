@@ -25,7 +25,7 @@ from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
 from jindiskd.jindisk.pool import DEPTH, Pool, default_workers
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import SealedRun, packed_entries
 from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.superblock import HOLE, SLOT_START, Superblock, root_after_superblock
@@ -275,18 +275,6 @@ class _Piece:
     """Segment, first raw block, runs."""
 
 
-def _enter(page: bytearray, entry: int, raw: int, tags: bytes) -> None:
-    """Entries of F from `entry` on: consecutive raw blocks from `raw` on, with these tags."""
-    count = len(tags) // TAG_BYTES
-    places = memoryview(struct.pack(f"<{count}Q", *range(raw, raw + count))).cast("Q")
-    halves = memoryview(tags).cast("Q")
-    # An entry is three words. Words are only copied here, so the machine's byte order does not matter.
-    with memoryview(page) as whole, whole.cast("Q") as words:
-        part = words[entry * _F_ENTRY // 8 : (entry + count) * _F_ENTRY // 8]
-        part[0::3], part[1::3], part[2::3] = places, halves[0::2], halves[1::2]
-        part.release()
-
-
 def _task(sealed: _Piece | None, piece: Run) -> bytes:
     """The task of sealing a piece that the worker holds, and of reading the next."""
     parts = [_TASK.pack(sealed is not None, *piece)]
@@ -402,7 +390,8 @@ class _Loader:
                     self._end_leaf()
                     self._leaf, self._leaf_page = leaf, bytearray(BLOCK)
                 part = min(count, _F_LEAF - entry)
-                _enter(self._leaf_page, entry, raw, tags[at * TAG_BYTES : (at + part) * TAG_BYTES])
+                entries = packed_entries(raw, tags[at * TAG_BYTES : (at + part) * TAG_BYTES])
+                self._leaf_page[entry * _F_ENTRY : (entry + part) * _F_ENTRY] = entries
                 lba, raw, at, count = lba + part, raw + part, at + part, count - part
 
     def _end_leaf(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from jindiskd.base.anchor import State
 from jindiskd.jindisk.errors import VolumeInconsistent
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind
 from jindiskd.jindisk.journal import JournalWriter
-from jindiskd.jindisk.memtable import LEAF, UNMAPPED, Memtable
+from jindiskd.jindisk.memtable import LEAF, Memtable
 from jindiskd.jindisk.superblock import SLOT_START, root_after_superblock
 from jindiskd.jindisk.tree import ZERO_PAGE, PageWriter, TreeUpdate
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 _ENTRY = ENTRY_BYTES[Kind.F]
 _R_LEAF = PER_LEAF[Kind.R]
+_RAWS = struct.Struct("<" + f"Q{_ENTRY - 8}x" * LEAF)
+_LBA = struct.Struct("<Q")
+FEW_ENTRIES = 24
+"""Of a leaf: fewer are cheaper one by one."""
 
 
 def merge(session: Session, *, closing: bool) -> tuple[list[int], bytes, JournalWriter]:
@@ -84,27 +90,33 @@ def _merge_map(
 ) -> None:
     """Tree F: patch each touched leaf; count blocks that come and go by segment; collect (raw block, LBA)."""
     volume, geometry = session.volume, session.volume.geometry
+    start, end, bits = geometry.data_start, geometry.end, geometry.segment_bits
     tree, cleared = volume.trees[Kind.F], volume.memtable.cleared
     for index, entries in volume.memtable.by_leaf():
         old = tree.page(0, index) or ZERO_PAGE
         new = bytearray(ZERO_PAGE if index in cleared else old)
         for at, entry in entries:
             new[at * _ENTRY : (at + 1) * _ENTRY] = entry
-            if entry != UNMAPPED:
-                placed.append((int.from_bytes(entry[:8], "little"), index * LEAF + at))
         changed = range(LEAF) if index in cleared else [at for at, _ in entries]
-        for at in changed:
-            place = slice(at * _ENTRY, at * _ENTRY + 8)
-            for raw, change in ((old[place], -1), (new[place], 1)):
-                number = int.from_bytes(raw, "little")
-                if not number:
-                    continue
-                if not geometry.data_start <= number < geometry.end:
-                    what = f"the entry of logical block {index * LEAF + at} in tree F"
-                    raise VolumeInconsistent(what, f"raw block {number} lies outside the data region")
-                delta[geometry.segment_of(number)] += change
+        for at, was, now in zip(changed, _raws(old, changed), _raws(new, changed), strict=True):
+            if (was and not start <= was < end) or (now and not start <= now < end):
+                what = f"the entry of logical block {index * LEAF + at} in tree F"
+                raise VolumeInconsistent(what, f"raw block {was} or {now} lies outside the data region")
+            if was:
+                delta[(was - start) >> bits] -= 1
+            if now:
+                delta[(now - start) >> bits] += 1
+                placed.append((now, index * LEAF + at))
         if new != old:
             update.replace(index, bytes(new))
+
+
+def _raws(page: bytes | bytearray, places: Sequence[int]) -> list[int]:
+    """The raw blocks of some entries of a leaf of F."""
+    if len(places) < FEW_ENTRIES:
+        return [int.from_bytes(page[at * _ENTRY : at * _ENTRY + 8], "little") for at in places]
+    found = _RAWS.unpack_from(page)
+    return [found[at] for at in places]
 
 
 def _merge_reverse(session: Session, update: TreeUpdate, placed: list[tuple[int, int]]) -> None:
@@ -112,13 +124,13 @@ def _merge_reverse(session: Session, update: TreeUpdate, placed: list[tuple[int,
     volume = session.volume
     tree, start = volume.trees[Kind.R], volume.geometry.data_start
     placed.sort()
-    leaf, page = -1, bytearray()
+    leaf, page, base = -1, bytearray(), start - _R_LEAF
     for raw, lba in placed:
-        index, at = divmod(raw - start, _R_LEAF)
-        if index != leaf:
+        if raw - base >= _R_LEAF:
             if page:
                 update.replace(leaf, bytes(page))
-            leaf, page = index, bytearray(tree.page(0, index) or ZERO_PAGE)
-        page[at * 8 : at * 8 + 8] = (lba + 1).to_bytes(8, "little")
+            leaf = (raw - start) // _R_LEAF
+            page, base = bytearray(tree.page(0, leaf) or ZERO_PAGE), start + leaf * _R_LEAF
+        _LBA.pack_into(page, (raw - base) * 8, lba + 1)
     if page:
         update.replace(leaf, bytes(page))

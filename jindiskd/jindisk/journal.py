@@ -18,6 +18,7 @@ UNORDERED_MAPS = 256
 _VALUE_MASK = (1 << 56) - 1
 _HEAD = struct.Struct("<QQIHHQ")
 _ENTRY = struct.Struct("<QQ16s")
+_MAP_HEAD = struct.Struct("<Q")
 _AAD = struct.Struct("<4sIQQ32s")
 _PLAIN_BYTES = BLOCK - 16
 _ZERO16 = bytes(16)
@@ -55,6 +56,13 @@ class EntryLog:
         """Add a MAP."""
         self.entries.append(map_entry(lba, raw, tag))
         self.maps += 1
+        self._unmapped = None
+
+    def map_all(self, entries: Sequence[tuple[int, bytes]]) -> None:
+        """Add MAPs: LBAs with their entries of F, which are the rest of a MAP as they are."""
+        head = _MAP_HEAD.pack
+        self.entries += [head(MAP << 56 | lba) + entry for lba, entry in entries]
+        self.maps += len(entries)
         self._unmapped = None
 
     def unmap(self, lba: int, count: int) -> None:

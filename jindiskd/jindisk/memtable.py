@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from jindiskd.jindisk.geometry import PER_LEAF, Kind
 
@@ -38,6 +38,11 @@ class Memtable:
         """Set an entry."""
         self.entries[lba] = entry
         self.touched.add(lba // LEAF)
+
+    def put_all(self, entries: Sequence[tuple[int, bytes]]) -> None:
+        """Set entries, given with their LBAs."""
+        self.entries.update(entries)
+        self.touched.update({lba // LEAF for lba, _ in entries})
 
     def clear(self, lba: int, count: int, present: Callable[[int, int], Iterable[int]]) -> None:
         """Unmap a range.

@@ -11,10 +11,11 @@ import functools
 import struct
 from collections.abc import Sequence
 
-from jindiskd.jindisk.geometry import BLOCK
+from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, Kind
 
 TAG_BYTES = 16
 NONCE_BYTES = 12
+_ENTRY = ENTRY_BYTES[Kind.F]
 STRIDE = BLOCK + TAG_BYTES
 _WORDS, _TAG_WORD = STRIDE // 8, BLOCK // 8
 
@@ -27,6 +28,28 @@ def _nonces(count: int) -> struct.Struct:
 @functools.cache
 def _numbers(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}Q")
+
+
+@functools.cache
+def _entries(count: int) -> struct.Struct:
+    return struct.Struct(f"{_ENTRY}s" * count)
+
+
+def packed_entries(first: int, tags: bytes) -> bytearray:
+    """Entries of tree F, 24 bytes each, for consecutive raw blocks from `first` on with these tags."""
+    count = len(tags) // TAG_BYTES
+    packed = bytearray(_ENTRY * count)
+    places = memoryview(_numbers(count).pack(*range(first, first + count))).cast("Q")
+    halves = memoryview(tags).cast("Q")
+    # Words are only copied, here and below, so the machine's byte order does not matter.
+    with memoryview(packed) as whole, whole.cast("Q") as words:
+        words[0::3], words[1::3], words[2::3] = places, halves[0::2], halves[1::2]
+    return packed
+
+
+def entries_of(first: int, tags: bytes) -> tuple[bytes, ...]:
+    """As `packed_entries`, one by one."""
+    return _entries(len(tags) // TAG_BYTES).unpack(packed_entries(first, tags))
 
 
 class SealedRun:
@@ -60,7 +83,6 @@ class SealedRun:
     def tags(self, count: int) -> bytes:
         """The tags of the first blocks, 16 bytes each."""
         tags = bytearray(count * TAG_BYTES)
-        # Words are only copied, here and below, so the machine's byte order does not matter.
         with memoryview(tags) as view, view.cast("Q") as words:
             words[0::2] = self._words[_TAG_WORD : count * _WORDS : _WORDS]
             words[1::2] = self._words[_TAG_WORD + 1 : count * _WORDS : _WORDS]
