@@ -6,20 +6,23 @@ import struct
 from collections.abc import Callable, Iterator
 
 from jindiskd.jindisk.bulk import lengthen
-from jindiskd.jindisk.device import FileDevice
+from jindiskd.jindisk.device import FileDevice, read_parts
 from jindiskd.jindisk.errors import VolumeUnauthentic
 from jindiskd.jindisk.pool import Pool, default_workers
-from jindiskd.jindisk.v1.keys import TAG_BYTES
+from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.v1.keys import open_run
 from jindiskd.jindisk.v1.layout import BLOCK
 from jindiskd.jindisk.v1.nodes import RECORD_BYTES
-from jindiskd.jindisk.v1.volume import Volume, block_name, open_in_place
+from jindiskd.jindisk.v1.volume import Volume, block_name
 
 BATCH_BLOCKS = 1024
 SMALL_BLOCKS = 8192
 """Below this, processes cost more than they bring."""
+STEP_BLOCKS = 64
+"""Read, opened and written at once."""
 _COUNT = struct.Struct("<I")
 _RESULT = struct.Struct("<BQQ")
-_POSITION = struct.Struct("<Q")
+_RECORD_WORDS = RECORD_BYTES // 8
 GOOD, BAD = 0, 1
 
 
@@ -102,43 +105,42 @@ class _Worker:
     def __init__(self, volume: Volume, target_fd: int, offset: int) -> None:
         self._device, self._layout, self._size = volume.device, volume.layout, volume.size_bytes
         self._target = FileDevice(target_fd, name="the target", offset_bytes=offset)
-        room, stride = memoryview(bytearray(BATCH_BLOCKS * (BLOCK + TAG_BYTES))), BLOCK + TAG_BYTES
-        self._sealed = [room[at : at + stride] for at in range(0, len(room), stride)]
-        self._parts = [sealed[:BLOCK] for sealed in self._sealed]
+        # Used again and again: memory that is new costs more than the cipher.
+        self._room, self._plain = SealedRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
+        self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
 
     def work(self, task: bytes) -> bytes:
         """Read, open and write some blocks; how many bytes, or which block is not authentic."""
         (count,) = _COUNT.unpack_from(task)
         keys = struct.unpack_from(f"<{count}I", task, _COUNT.size)
         at = _COUNT.size + 4 * count
-        records = [task[n : n + RECORD_BYTES] for n in range(at, len(task), RECORD_BYTES)]
-        positions = [_POSITION.unpack_from(record)[0] for record in records]
+        positions = struct.unpack_from("<" + f"Q{RECORD_BYTES - 8}x" * count, task, at)
         done = written = 0
         while done < count:
             run = 1
             lba, position = keys[done], positions[done]
-            while done + run < count and (keys[done + run], positions[done + run]) == (lba + run, position + run):
+            while (
+                run < STEP_BLOCKS
+                and done + run < count
+                and keys[done + run] == lba + run
+                and positions[done + run] == position + run
+            ):
                 run += 1
-            self._read(position, run)
-            plain: list[bytes | memoryview] = []
-            for number in range(run):
-                opened = open_in_place(self._sealed[number], records[done + number])
-                if opened is None:
-                    return _RESULT.pack(BAD, lba + number, position + number)
-                plain.append(opened)
-            if (lba + run) * BLOCK > self._size:  # the last block of a size that is no multiple of 4096
-                plain[-1] = plain[-1][: self._size - (lba + run - 1) * BLOCK]
-            self._target.pwritev(lba * BLOCK, plain)
-            written += sum(map(len, plain))
+            read_parts(self._device, (self._layout.data_start + position) * BLOCK, self._room.blocks[:run])
+            start = at + done * RECORD_BYTES
+            bad = self._open(position, task[start : start + run * RECORD_BYTES], run)
+            if bad is not None:
+                return _RESULT.pack(BAD, lba + bad, position + bad)
+            # The last block of a size that is no multiple of 4096 is cut.
+            length = min(run * BLOCK, self._size - lba * BLOCK)
+            self._target.pwrite(lba * BLOCK, self._plain[:length])
+            written += length
             done += run
         return _RESULT.pack(GOOD, written, 0)
 
-    def _read(self, position: int, run: int) -> None:
-        """Read blocks to where there is room for their tags behind each."""
-        at = (self._layout.data_start + position) * BLOCK
-        if isinstance(self._device, FileDevice):
-            self._device.preadv(at, self._parts[:run])
-            return
-        data = memoryview(self._device.pread(at, run * BLOCK))
-        for number in range(run):
-            self._parts[number][:] = data[number * BLOCK : (number + 1) * BLOCK]
+    def _open(self, position: int, records: bytes, count: int) -> int | None:
+        """Open blocks that were read; which one does not open."""
+        words = memoryview(records).cast("Q")
+        self._room.put_tags(words[1::_RECORD_WORDS], words[2::_RECORD_WORDS])
+        keys = struct.unpack("24x16s" * count, records)
+        return open_run(keys, position, self._room, self._plains[:count])

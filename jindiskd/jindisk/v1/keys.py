@@ -7,7 +7,9 @@ in clear. A password adds nothing but the reference tools' fixed salts.
 from __future__ import annotations
 
 import enum
+import functools
 import struct
+from collections.abc import Sequence
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -17,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.errors import VolumeUnauthentic
+from jindiskd.jindisk.runs import SealedRun
 
 ROOT_BYTES = 28
 """A root key as this package takes it: 16 bytes of AES key, then 12 of IV."""
@@ -82,6 +85,41 @@ def unseal(key: bytes, sealed: bytes | memoryview, aad: bytes = NODE_AAD) -> byt
         return AESGCM(key).decrypt(ZERO_NONCE, sealed, aad)
     except InvalidTag:
         return None
+
+
+@functools.cache
+def _aads(count: int) -> tuple[struct.Struct, struct.Struct]:
+    return struct.Struct("<" + "Q12x" * count), struct.Struct("20s" * count)
+
+
+def seal_run(keys: Sequence[bytes], first: int, plains: Sequence[memoryview], run: SealedRun) -> None:
+    """Seal blocks of consecutive numbers from `first` on, each under its own key, into the first places of a run."""
+    pack, unpack = _aads(len(keys))
+    aads = unpack.unpack(pack.pack(*range(first, first + len(keys))))
+    for key, plain, aad, sealed in zip(keys, plains, aads, run.places, strict=False):
+        aead = AESGCM(key)
+        into = getattr(aead, "encrypt_into", None)  # since cryptography 47
+        if into is not None:
+            into(ZERO_NONCE, plain, aad, sealed)
+        else:
+            sealed[:] = aead.encrypt(ZERO_NONCE, plain, aad)
+
+
+def open_run(keys: Sequence[bytes], first: int, run: SealedRun, plains: Sequence[memoryview]) -> int | None:
+    """Open what `seal_run` sealed; the place of the first that does not open, or None."""
+    pack, unpack = _aads(len(keys))
+    aads = unpack.unpack(pack.pack(*range(first, first + len(keys))))
+    for at, (key, sealed, aad, plain) in enumerate(zip(keys, run.places, aads, plains, strict=False)):
+        aead = AESGCM(key)
+        into = getattr(aead, "decrypt_into", None)  # since cryptography 47
+        try:
+            if into is not None:
+                into(ZERO_NONCE, sealed, aad, plain)
+            else:
+                plain[:] = aead.decrypt(ZERO_NONCE, sealed, aad)
+        except InvalidTag:
+            return at
+    return None
 
 
 def seal_superblock(root: Secret, plain: bytes) -> bytes:

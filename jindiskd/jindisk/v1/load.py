@@ -18,10 +18,11 @@ from jindiskd.jindisk.bulk import data_pieces, lengthen
 from jindiskd.jindisk.device import Device, FileDevice
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeMalformed
 from jindiskd.jindisk.pool import Pool, default_workers
+from jindiskd.jindisk.runs import SealedRun
 from jindiskd.jindisk.v1 import superblock
 from jindiskd.jindisk.v1.catalogue import Entry
 from jindiskd.jindisk.v1.index_file import IndexWriter
-from jindiskd.jindisk.v1.keys import KEY_BYTES, TAG_BYTES, check_root, data_aad, seal
+from jindiskd.jindisk.v1.keys import KEY_BYTES, check_root, seal_run
 from jindiskd.jindisk.v1.layout import (
     BITC_PER_BLOCK,
     BLOCK,
@@ -33,11 +34,13 @@ from jindiskd.jindisk.v1.layout import (
     ceil_div,
     layout_for,
 )
-from jindiskd.jindisk.v1.nodes import RECORD, RECORD_BYTES
+from jindiskd.jindisk.v1.nodes import RECORD_BYTES, pack_records
 from jindiskd.jindisk.v1.tables import EMPTY_ENTRY, FULL_ENTRY, dst_block, dst_entry, first_bits, must_pad, write_zeros
 
 SMALL_BLOCKS = 8192
 """Below this, processes cost more than they bring."""
+STEP_BLOCKS = 64
+"""Read, sealed and written at once."""
 _RUN = struct.Struct("<QI")
 _ZERO = bytes(BLOCK)
 Run = tuple[int, int]
@@ -182,6 +185,17 @@ class _Source:
             data += more
         return data.ljust(length, b"\0")
 
+    def read_into(self, lba: int, view: memoryview) -> None:
+        """Blocks; zeros behind the end."""
+        done, want = 0, max(0, min(len(view), self._size - lba * BLOCK))
+        while done < want:
+            more = os.preadv(self._fd, [view[done:want]], self._offset + lba * BLOCK + done)
+            if not more:
+                break
+            done += more
+        if done < len(view):
+            view[done:] = bytes(len(view) - done)
+
     def written(self, blocks: int) -> Iterator[Run]:
         """Runs of blocks that are not zero; holes are not read."""
         for lba, count in data_pieces(self._fd, self._offset, blocks):
@@ -199,10 +213,13 @@ class _Source:
 
 
 class _Worker:
-    """The task, as it runs in the worker processes: seal blocks into a segment with one write; their tags."""
+    """The task, as it runs in the worker processes: seal blocks into a segment; their tags."""
 
     def __init__(self, source: _Source, target: FileDevice) -> None:
         self._source, self._target = source, target
+        # Used again and again: memory that is new costs more than the cipher.
+        self._room, self._plain = SealedRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
+        self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
 
     def work(self, task: bytes) -> bytes:
         """First raw block, PBA, number of runs, the runs, a key for each block."""
@@ -210,15 +227,16 @@ class _Worker:
         at = struct.calcsize("<QQI")
         runs = [_RUN.unpack_from(task, at + number * _RUN.size) for number in range(count)]
         at += count * _RUN.size
-        sealed, tags = [], []
+        keys = struct.unpack_from(f"{KEY_BYTES}s" * ((len(task) - at) // KEY_BYTES), task, at)
+        tags, done = list[bytes](), 0
         for lba, length in runs:
-            data = memoryview(self._source.read(lba, length))
-            for start in range(0, len(data), BLOCK):
-                block = seal(task[at : at + KEY_BYTES], data[start : start + BLOCK], data_aad(position))
-                sealed.append(memoryview(block)[:BLOCK])
-                tags.append(block[BLOCK:])
-                position, at = position + 1, at + KEY_BYTES
-        self._target.pwritev(raw * BLOCK, sealed)
+            for start in range(0, length, STEP_BLOCKS):
+                count = min(STEP_BLOCKS, length - start)
+                self._source.read_into(lba + start, self._plain[: count * BLOCK])
+                seal_run(keys[done : done + count], position + done, self._plains[:count], self._room)
+                self._target.pwritev((raw + done) * BLOCK, self._room.blocks[:count])
+                tags.append(self._room.tags(count))
+                done += count
         return b"".join(tags)
 
 
@@ -267,10 +285,7 @@ class _Loader:
         first, used = layout.rit_start + position // RIT_PER_BLOCK, len(keys)
         whole = struct.pack(f"<{used}Q", *keys).ljust(ceil_div(used, RIT_PER_BLOCK) * BLOCK, b"\0")
         self._device.pwrite(first * BLOCK, whole)
-        records = b"".join(
-            RECORD.pack(position + n, tags[at : at + TAG_BYTES], secret[at : at + KEY_BYTES])
-            for n, at in enumerate(range(0, used * TAG_BYTES, TAG_BYTES))
-        )
+        records = pack_records(position, tags, secret)
         at = 0
         while at < used:
             if self._writer is None:

@@ -19,6 +19,7 @@ RECORD_BYTES = 40
 """PBA, u64; tag and key of the data block, 16 bytes each."""
 RECORD = struct.Struct("<Q16s16s")
 MARK = RECORD.pack(NONE, bytes(16), bytes(16))
+_WORDS = RECORD_BYTES // 8
 """A deletion mark."""
 _HEAD = struct.Struct("<BQ")
 _KEYS_AT = _HEAD.size
@@ -32,6 +33,21 @@ assert _NEXT_AT + _NEXT.size == LEAF_PLAIN, "the table of the format's page"
 assert _HEAD.size + _CHILD.size * INNER_CHILDREN == INNER_PLAIN, "the table of the format's page"
 _POSITIONS = tuple(struct.Struct("<" + "Q32x" * count) for count in range(LEAF_RECORDS + 1))
 _KEYS = tuple(struct.Struct(f"<{count}I") for count in range(LEAF_RECORDS + 1))
+
+
+def pack_records(first: int, tags: bytes, keys: bytes) -> bytes:
+    """The records of blocks at consecutive positions from `first` on, with 16 bytes of tag and of key for each."""
+    count = len(tags) // 16
+    packed = bytearray(count * RECORD_BYTES)
+    places = memoryview(struct.pack(f"<{count}Q", *range(first, first + count))).cast("Q")
+    seals, materials = memoryview(tags).cast("Q"), memoryview(keys).cast("Q")
+    # Words are only copied here, so the machine's byte order does not matter.
+    with memoryview(packed) as whole, whole.cast("Q") as words:
+        words[0::_WORDS] = places
+        words[1::_WORDS], words[2::_WORDS] = seals[0::2], seals[1::2]
+        words[3::_WORDS], words[4::_WORDS] = materials[0::2], materials[1::2]
+    return bytes(packed)
+
 
 
 class BadNode(ValueError):
