@@ -1,9 +1,9 @@
 """Keys: drawing, sealing and opening (format document, section 6).
 
 The rule K1 is carried by types. An `OpeningKey` is made of bytes from anywhere and can only open. A `SealingKey` is
-made by a `Generator`, which draws it, and nowhere else; the one exception is a worker process of a bulk load, to which
-the drawing process hands a key over and by that loses it. After a fork the child's generators and sealing keys are
-dead.
+made by a `Generator`, which draws it, and nowhere else; the one exception are the worker processes of a bulk load, to
+which the drawing process hands a key over and by that loses it, each raw block to one of them. After a fork the child's
+generators and sealing keys are dead.
 """
 
 from __future__ import annotations
