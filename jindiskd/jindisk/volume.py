@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from uuid import UUID
@@ -32,6 +33,7 @@ RUN_BLOCKS = 64
 ZERO_BLOCK = bytes(BLOCK)
 _LEAF = PER_LEAF[Kind.F]
 _ENTRY = ENTRY_BYTES[Kind.F]
+_MAPPING, _NO_TAG = struct.Struct("<Q16s"), UNMAPPED[8:]
 
 
 class Volume:
@@ -138,8 +140,9 @@ class Volume:
             changed, page, looked = leaf in memtable.touched, None, False
             if not changed and not pending:
                 page, looked = tree.page(0, leaf), True
-                if page is None:
-                    continue
+                if page is not None:
+                    self._look_up_run(page, leaf, range(low, high), wanted)
+                continue
             for block in range(low, high):
                 if pending and (plain := pending.get(block)) is not None:
                     known.append((block, plain))
@@ -155,6 +158,21 @@ class Volume:
                 if entry != UNMAPPED:
                     wanted.append(self.wanted(block, entry))
         return known, wanted
+
+    def _look_up_run(self, page: bytes, leaf: int, lbas: range, wanted: list[Wanted]) -> None:
+        """As `_look_up`, where a leaf of F alone counts."""
+        start, end, bits = self.geometry.data_start, self.geometry.end, self.geometry.segment_bits
+        first, segment, key = leaf * _LEAF, -1, None
+        entries = page[(lbas.start - first) * _ENTRY : (lbas.stop - first) * _ENTRY]
+        for lba, (raw, tag) in zip(lbas, _MAPPING.iter_unpack(entries), strict=True):
+            if not raw and tag == _NO_TAG:
+                continue
+            if not start <= raw < end:
+                raise VolumeInconsistent(data_name(lba, raw), "it lies outside the data region")
+            if key is None or (raw - start) >> bits != segment:
+                segment = (raw - start) >> bits
+                key = self.segments.opening_key(segment)
+            wanted.append((lba, raw, tag, key))
 
     def entry(self, lba: int) -> bytes:
         """Where a block is now, pending writes aside: an entry of F. Call with the lock held."""
