@@ -24,11 +24,6 @@ _PLAIN_BYTES = BLOCK - 16
 _ZERO16 = bytes(16)
 
 
-def map_entry(lba: int, raw: int, tag: bytes) -> bytes:
-    """`lba` is at raw block `raw` under `tag`."""
-    return _ENTRY.pack(MAP << 56 | lba, raw, tag)
-
-
 def unmap_entry(lba: int, count: int) -> bytes:
     """`count` blocks from `lba` read as zeros."""
     return _ENTRY.pack(UNMAP << 56 | lba, count, _ZERO16)
@@ -51,12 +46,6 @@ class EntryLog:
         self.segments: list[int] = []
         """Segments declared."""
         self._unmapped: tuple[int, int] | None = None
-
-    def map(self, lba: int, raw: int, tag: bytes) -> None:
-        """Add a MAP."""
-        self.entries.append(map_entry(lba, raw, tag))
-        self.maps += 1
-        self._unmapped = None
 
     def map_all(self, entries: Sequence[tuple[int, bytes]]) -> None:
         """Add MAPs: LBAs with their entries of F, which are the rest of a MAP as they are."""

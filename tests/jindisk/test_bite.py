@@ -185,13 +185,12 @@ def superblock_before_pages(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_a_commit_entry(patch: pytest.MonkeyPatch) -> None:
-    log = appender.EntryLog.map
+    log = appender.EntryLog.map_all
 
-    def mutated(self: appender.EntryLog, lba: int, raw: int, tag: bytes) -> None:
-        if lba % 50:
-            log(self, lba, raw, tag)
+    def mutated(self: appender.EntryLog, entries: list[tuple[int, bytes]]) -> None:
+        log(self, [(lba, entry) for lba, entry in entries if lba % 50])
 
-    patch.setattr(appender.EntryLog, "map", mutated)
+    patch.setattr(appender.EntryLog, "map_all", mutated)
 
 
 Mutation = Callable[[pytest.MonkeyPatch], None]

@@ -73,7 +73,7 @@ def test_single_objects_are_sealed_as_documented() -> None:
     )
     log = journal.EntryLog()
     log.segment(1, material)
-    log.map(5, 200, data[BLOCK:])
+    log.map_all([(5, (200).to_bytes(8, "little") + data[BLOCK:])])
     writer = journal.JournalWriter(SealingKey.take_over(material), 2, b"\x22" * 32)
     block = writer.seal(log.blocks(), 3, ordered=False)
     assert block[-16:].hex() == "ef98592b7512f6efe8217a99b3d8a858"
