@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 from uuid import UUID
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.guest.config import GuestConfig, Luks2Expectation
 from jindiskd.image.sparse import block_ranges
 from jindiskd.image.store import ImageDamaged, StoredImage
-from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.export import bulk_export
 from jindiskd.jindisk.v1.export import bulk_export as bulk_export1

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from jindiskd.attest.measure import MAX_VCPUS
+from jindiskd.base.anchor import ANCHOR_BYTES
 from jindiskd.image.manifest import SCHEMA, BootFile, Manifest
 from jindiskd.image.request import MAX_ROOT_BYTES, NAME, BaseKind, VolumeFormat, resource_of
 from jindiskd.image.store import CMDLINE, INITRD, KERNEL
-from jindiskd.jindisk.anchor import ANCHOR_BYTES
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")

@@ -13,6 +13,7 @@ from uuid import UUID
 import pytest
 
 from jindiskd.base import document
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.custody import KeyPort
 from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
@@ -21,7 +22,6 @@ from jindiskd.image.cpio import Archive
 from jindiskd.image.request import BaseKind, VolumeFormat
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageDamaged, ImageStore, verify
-from jindiskd.jindisk.anchor import Anchor
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeStale, VolumeUnauthentic
 from jindiskd.jindisk.export import bulk_export
