@@ -24,6 +24,7 @@ install() {
         dfatal "the initramfs would not open the root"
         exit 1
     }
+    inst_rules 60-jindisk-root.rules
     inst_hook emergency 00 "$moddir/emergency.sh"
     inst_hook pre-pivot 90 "$moddir/running.sh"
     if dracut_module_included systemd; then
