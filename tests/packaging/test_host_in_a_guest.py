@@ -162,6 +162,9 @@ def host(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iter
     for unit in MASKED:
         (units / unit).symlink_to("/dev/null")
     (units / "driver.service").write_text(DRIVER.replace("$CHECKS", "${CHECKS}"))
+    for unit in ("jindiskd", "jindisk-broker"):
+        (units / f"{unit}.service.d").mkdir()
+        (units / f"{unit}.service.d/slow.conf").write_text("[Service]\nTimeoutStartSec=900s\nWatchdogSec=600s\n")
     (root / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 1\n")
     (root / "etc/hostname").write_text("host\n")
     (root / "etc/initramfs-tools/modules").write_text("virtio_pci\nvirtio_blk\next4\n")
