@@ -34,6 +34,7 @@ RequestNameReply = _top.RequestNameReply
 Variant = _top.Variant
 MessageBus = _aio.MessageBus
 MessageWriter = _aio._MessageWriter  # noqa: SLF001 (its writing loop has to be replaced)
+DBusError = _errors.DBusError
 InvalidMessageError = _errors.InvalidMessageError
 HeaderField = _constants.HeaderField
 MarshallerStreamEndError = _unmarshaller.MarshallerStreamEndError

@@ -11,13 +11,13 @@ from jindiskd.bus.domains import DomainsOnBus
 from jindiskd.bus.images import ImagesOnBus
 from jindiskd.bus.jobs import JobsOnBus
 from jindiskd.bus.keys import KeysOnBus
-from jindiskd.bus.lib import NameFlag, RequestNameReply
+from jindiskd.bus.lib import DBusError, NameFlag, RequestNameReply
 from jindiskd.bus.manager import ManagerObject
 from jindiskd.bus.polkit import Authority
 from jindiskd.bus.ports import Audit, Devices, Diagnosis, Guests, Images, Keys, Policies, ServiceFacts
 from jindiskd.bus.server import Server
 from jindiskd.bus.transport import Connection
-from jindiskd.errors import Busy
+from jindiskd.errors import Busy, ServiceUnavailable
 from jindiskd.jobs.manager import JobManager
 
 log = structlog.get_logger(__name__)
@@ -66,6 +66,7 @@ class BusService:
 
         Raises:
             Busy: another process has the name.
+            ServiceUnavailable: the bus does not let us have it.
         """
         await self._server.start()
         self._server.export(ROOT_PATH, self.manager)
@@ -75,7 +76,11 @@ class BusService:
         self.keys.start()
         await self._audit.start()
         self.devices.refresh()
-        reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
+        try:
+            reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
+        except DBusError as exc:
+            remedy = "have the bus read its policy again ('systemctl reload dbus'), or see 'jindiskctl system-files'"
+            raise ServiceUnavailable(f"the bus name {BUS_NAME} ({exc})", remedy) from exc
         if reply is not RequestNameReply.PRIMARY_OWNER:
             raise Busy(f"the bus name {BUS_NAME}", "another jindiskd runs on this bus; stop it first")
         log.info("on the bus", name=BUS_NAME, unique=self._bus.unique_name)

@@ -38,7 +38,7 @@ MEMORY = "3G"
 FIRMWARE = ROOT / "build/tools/usr/share/ovmf/OVMF.fd"
 BOOT_S = 3500
 CMDLINE = "root=/dev/vda rw console=ttyS0 quiet noresume no_timer_check"
-KEPT = {"virtio", "block", "md", "vmw_vsock", "crypto", "ext4", "jbd2", "lib", "dax", "x86"}
+KEPT = {"virtio", "block", "hw_random", "md", "vmw_vsock", "crypto", "ext4", "jbd2", "lib", "dax", "x86"}
 """Folders of kernel modules that a guest may need."""
 NAP = "import time\nwhile True:\n    time.sleep(60)\n"
 QEMU = """#!/bin/sh

@@ -164,6 +164,28 @@ def test_losing_the_bus_ends_it(unstarted, private_bus, bus_process):
     unstarted.process = None
 
 
+def test_a_bus_that_does_not_know_us(unstarted, bus_process):
+    """Because its policy was read before there was the user, say: what to do is told, and the status says try again."""
+    configuration = Path(bus_process.args[1].partition("=")[2])
+    text = configuration.read_text()
+    configuration.write_text(text.replace("</policy>", '<deny own="org.jindisk1"/></policy>'))
+    bus_process.send_signal(signal.SIGHUP)
+    words = [PROGRAM, "--config", unstarted.configuration]
+    until = time.monotonic() + 300
+    while True:  # the bus reads it some time after the signal
+        with subprocess.Popen(words, env=unstarted.environment, stderr=subprocess.PIPE, text=True) as process:
+            seen = ""
+            for line in process.stderr:
+                seen += line
+                if "event='ready'" in line or "ready" in line.split():
+                    process.terminate()
+        if process.returncode == 69:
+            break
+        assert time.monotonic() < until, seen
+    assert "systemctl reload dbus" in seen
+    assert "Traceback" not in seen
+
+
 def test_a_second_service_does_not_start(daemon, unstarted):
     """Neither on the same store nor under the same name."""
     other = subprocess.run(
