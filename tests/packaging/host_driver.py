@@ -1,5 +1,6 @@
 #!/usr/bin/python3
-"""Runs in the guest that is a host, as root, and tells what it sees: a line of JSON a check on the second serial port.
+"""Runs in the guest that is a host, as root, and tells what it sees: a line of JSON a check, on the second serial port
+of a guest, or in the file that `$PORT` names.
 
 `host_driver.py CHECK,...`: the checks, in this order; each is a function below. A check that fails is told and does not
 keep the others from being made. Standard library alone.
@@ -17,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-PORT = Path("/dev/ttyS1")
+PORT = Path(os.environ.get("PORT", "/dev/ttyS1"))
 CONFIG = Path("/etc/jindiskd/jindiskd.toml")
 PACKAGES = Path("/packages")
 STATE = Path("/var/lib/jindiskd")
@@ -148,7 +149,6 @@ def polkit():
     until(lambda: run("jindiskctl", "audit", "list", user="alice", status=None) is not None, "polkit's answer")
     run("jindiskctl", "audit", "list", user="alice")
     run("jindiskctl", "audit", "list", user="bob", status=5)
-    run("jindiskctl", "image", "remove", "none", "--yes", user="alice", status=5)
     ctl("audit", "list")
     return denied.strip()
 
@@ -170,7 +170,7 @@ def credential():
     ctl("audit", "verify")
     # Without it the keys are shut: the service says so instead of drawing another, and is not started over and over.
     run("systemctl", "stop", UNIT)
-    CREDENTIAL.rename("/run/kek.cred")
+    away = CREDENTIAL.rename(CREDENTIAL.with_suffix(".away"))
     try:
         run("systemctl", "start", UNIT, status=None)
         until(lambda: shown("ActiveState") == "failed", "the end of a service without its key")
@@ -178,7 +178,7 @@ def credential():
         assert "keys are stored: restore it from its backup" in journal, journal
         assert not (STATE / "kek").exists()
     finally:
-        Path("/run/kek.cred").replace(CREDENTIAL)
+        away.replace(CREDENTIAL)
     run("systemctl", "reset-failed", UNIT)
     run("systemctl", "start", UNIT)
     ctl("audit", "verify")
@@ -209,7 +209,7 @@ def watchdog():
     }
 
 
-def hook_of_death():
+def killed():
     """Killed, it is started again, and its state is as it was."""
     before = shown("MainPID")
     run("systemctl", "kill", "--signal=KILL", "--kill-whom=main", UNIT)
