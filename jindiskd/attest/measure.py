@@ -25,8 +25,9 @@ from sevsnpmeasure.vmm_types import VMMType
 from sevsnpmeasure.vmsa import VMSA
 
 from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, inspect_firmware
+from jindiskd.attest.tdx_measure import mr_td
 from jindiskd.base.platform import Tee
-from jindiskd.errors import EXIT_USAGE, InvalidArgument, JindiskError, NotFound, NotSupported
+from jindiskd.errors import EXIT_USAGE, InvalidArgument, JindiskError, NotFound
 
 GUEST_FEATURES_SNP = 0x1
 GUEST_FEATURES_DEBUG_SWAP = 0x21
@@ -192,14 +193,16 @@ def kernel_hashes_table(kernel: Path, initrd: Path, cmdline: str) -> bytes:
 def launch_digest(tee: Tee, inputs: LaunchInputs) -> bytes:
     """The launch digest of a guest of this kind with kernel hashes: 48 bytes for SNP, 32 for SEV and SEV-ES.
 
+    For TDX it is MRTD, 48 bytes, which covers the firmware alone: kernel, initrd and command line go to registers while
+    the guest boots, whose values the owner's policy names.
+
     Raises:
-        NotSupported: TDX has registers instead.
         FirmwareUnsuitable, UnknownCpuModel, NotFound, InvalidArgument: as the functions above.
     """
     if tee is Tee.SNP:
         return snp_launch_digest(inputs)
     if tee is Tee.TDX:
-        raise NotSupported("a launch digest for TDX", "its registers are measured while the guest boots")
+        return mr_td(inputs.firmware)
     return sev_launch_digest(inputs, encrypted_state=tee is Tee.SEV_ES)
 
 

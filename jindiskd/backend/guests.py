@@ -58,6 +58,25 @@ class GuestsBackend:
         """Bind a domain that somebody else made to an image."""
         return (await self._service.adopt(domain, image)).uuid
 
+    async def start(self, uuid: str, timeout_s: int | None, job: Job) -> str:
+        """Start one that is off, as it is defined, and follow it until it runs."""
+        return (await self._service.start_domain(uuid, timeout_s=timeout_s, progress=job.progress)).uuid
+
+    async def release(self, uuid: str) -> None:
+        """Let go of one that was adopted."""
+        await self._service.release(uuid)
+
+    async def definition(self, uuid: str) -> str:
+        """Its XML as libvirt keeps it, without secrets."""
+        return await self._service.definition(uuid)
+
+    async def plan(self, order: LaunchOrder) -> str:
+        """The XML that a launch would define."""
+        memory = order.memory_bytes
+        return await self._service.plan(
+            order.image, name=order.name, memory_mib=memory // MEBIBYTE if memory else None
+        )
+
     async def stop(self, uuid: str, *, force: bool) -> None:
         """End one."""
         await self._service.stop_domain(uuid, force=force)

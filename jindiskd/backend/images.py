@@ -17,7 +17,7 @@ from jindiskd.attest.descriptors import choose
 from jindiskd.attest.expected import expected
 from jindiskd.attest.measure import launch_digest
 from jindiskd.base import document, plugins
-from jindiskd.base.platform import Platform
+from jindiskd.base.platform import Platform, Tee
 from jindiskd.bus.ports import BuildOrder, ImageView, ImportOrder
 from jindiskd.config import Config
 from jindiskd.domain.service import DomainService
@@ -126,6 +126,8 @@ class ImagesBackend:
         job.log(f"{inside}, kernel {built.kernel_release}, root {built.volume.format}, {built.disk_size_bytes} bytes")
         if built.launch_digest:
             job.log(f"launch digest {built.launch_digest.hex()}")
+        if built.platform.tee is Tee.TDX:
+            job.log("that is MRTD alone: its key is released once its policy names RTMR0 to RTMR2 (docs/policy.md)")
         return built.name
 
     async def clone(self, name: str, new_name: str, by: str, job: Job) -> str:

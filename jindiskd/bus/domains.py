@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jindiskd.bus.contract import ROOT_PATH, path_label
-from jindiskd.bus.jobs import job_path, microseconds
-from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.jobs import job_path, microseconds, start_bound
+from jindiskd.bus.objects import Object, ObjectPath, Options, number
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Guests, GuestView
 from jindiskd.bus.server import Server
-from jindiskd.errors import NotFound
+from jindiskd.errors import InvalidArgument, NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager
+
+TIMEOUT_LIMIT_S = 86_400
 
 
 def domain_path(uuid: str) -> ObjectPath:
     """Where a domain is exported."""
     return ObjectPath(f"{ROOT_PATH}/domain/{path_label(uuid)}")
+
+
+def bounded_timeout(options: Options) -> int | None:
+    """The option `timeout`, in seconds.
+
+    Raises:
+        InvalidArgument: it is out of its range.
+    """
+    timeout_s = number(options, "timeout")
+    if timeout_s is not None and not 1 <= timeout_s <= TIMEOUT_LIMIT_S:
+        raise InvalidArgument("timeout", timeout_s, f"give 1 to {TIMEOUT_LIMIT_S} seconds")
+    return timeout_s
 
 
 class DomainObject(Object, spec="org.jindisk1.Domain"):
@@ -43,6 +57,30 @@ class DomainObject(Object, spec="org.jindisk1.Domain"):
         different = [name for name, (before, now) in pairs.items() if before != now]
         if different:
             self.changed(*different)
+
+    async def start(self, caller: Caller, options: Options) -> ObjectPath:
+        """Start the guest."""
+        view, timeout_s = self._view, bounded_timeout(options)
+
+        async def work(job: Job) -> str:
+            return await self._guests.start(view.uuid, timeout_s, job)
+
+        return start_bound(self._jobs, caller, Operation.DOMAIN_START, [view.name], work, options)
+
+    async def release(self, caller: Caller, options: Options) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
+        """Let go of an adopted domain."""
+        view = self._view
+
+        async def work(job: Job) -> None:
+            job.progress("releasing")
+            await self._guests.release(view.uuid)
+
+        job = self._jobs.start(Operation.DOMAIN_RELEASE, [view.name], caller.uid, work, cancelable=False)
+        return job_path(job.number)
+
+    async def get_xml(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (the contract's arguments)
+        """Its definition."""
+        return await self._guests.definition(self._view.uuid)
 
     async def stop(self, caller: Caller, options: Options) -> ObjectPath:
         """End the guest."""

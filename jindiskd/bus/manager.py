@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from jindiskd.bus.devices import DevicesOnBus, device_path
-from jindiskd.bus.domains import DomainsOnBus, domain_path
+from jindiskd.bus.domains import DomainsOnBus, bounded_timeout, domain_path
 from jindiskd.bus.images import ImagesOnBus, image_path
 from jindiskd.bus.jobs import start_bound
 from jindiskd.bus.keyfd import document_descriptor, read_secret, take_regular_file, take_stream
@@ -24,7 +24,6 @@ DOMAIN_LIMIT = 128
 PEM_LIMIT_BYTES = 1 << 16
 MEBIBYTE = 1 << 20
 MEMORY_LIMIT_BYTES = 16 << 40
-TIMEOUT_LIMIT_S = 86_400
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """The name becomes part of messages, listings and libvirt's file names."""
 
@@ -95,6 +94,10 @@ class ManagerObject(Object, spec="org.jindisk1.Manager"):
             return await self._guests.launch(order, job)
 
         return start_bound(self._jobs, caller, Operation.DOMAIN_LAUNCH, [order.image], work, options)
+
+    async def describe_domain(self, caller: Caller, image: str, options: Options) -> str:  # noqa: ARG002 (as below)
+        """What a launch would define."""
+        return await self._guests.plan(launch_order(self._images_on_bus.find(image).name, options))
 
     async def adopt_domain(self, caller: Caller, domain: str, image: str, options: Options) -> ObjectPath:
         """Bind a domain that somebody else made to an image."""
@@ -226,12 +229,10 @@ def launch_order(image: str, options: Options) -> LaunchOrder:
     Raises:
         InvalidArgument: one is out of its range.
     """
-    name, memory, timeout_s = text(options, "name"), number(options, "memory"), number(options, "timeout")
+    name, memory, timeout_s = text(options, "name"), number(options, "memory"), bounded_timeout(options)
     if name and not DOMAIN_NAME.fullmatch(name):
         remedy = "it has 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit"
         raise InvalidArgument("domain name", name[:100], remedy)
     if memory is not None and (memory % MEBIBYTE or not MEBIBYTE <= memory <= MEMORY_LIMIT_BYTES):
         raise InvalidArgument("memory", memory, f"give whole MiB, {MEMORY_LIMIT_BYTES} bytes at most")
-    if timeout_s is not None and not 1 <= timeout_s <= TIMEOUT_LIMIT_S:
-        raise InvalidArgument("timeout", timeout_s, f"give 1 to {TIMEOUT_LIMIT_S} seconds")
     return LaunchOrder(image=image, name=name, memory_bytes=memory, timeout_s=timeout_s)

@@ -181,6 +181,18 @@ class Guests(Protocol):
     async def adopt(self, domain: str, image: str) -> str:
         """Bind a domain that somebody else made, by name or UUID, to an image; the result is its UUID."""
 
+    async def start(self, uuid: str, timeout_s: int | None, job: Job) -> str:
+        """Start one that is off, as it is defined, and follow it until it runs; the result is its UUID."""
+
+    async def release(self, uuid: str) -> None:
+        """Let go of one that was adopted."""
+
+    async def definition(self, uuid: str) -> str:
+        """Its XML as libvirt keeps it, without secrets."""
+
+    async def plan(self, order: LaunchOrder) -> str:
+        """The XML that a launch would define."""
+
     async def stop(self, uuid: str, *, force: bool) -> None:
         """End one."""
 

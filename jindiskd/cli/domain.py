@@ -161,6 +161,84 @@ async def _adopt(app: App, name: str, image: str) -> None:
 
 @domain.command()
 @click.argument("name", shell_complete=domains)
+@click.option("--timeout", type=click.IntRange(1), help="Seconds until it must run.")
+@click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
+@common
+@pass_app
+def start(app: App, name: str, timeout: int | None, no_wait: bool) -> None:
+    """Start a domain that is off, as it is defined, and follow it until its system runs.
+
+    Like virsh start, and also for SEV and SEV-ES, which are measured before they run.
+    """
+    run(_start(app, name, {"timeout": Variant("u", timeout)} if timeout else {}, not no_wait))
+
+
+async def _start(app: App, name: str, options: dict[str, Any], wait: bool) -> None:
+    async with connected() as client:
+        path, _ = await find(client, name)
+        job = await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Start", options), wait=wait)
+        if job is None:
+            return
+        _, found = await find(client, await result(client, job))
+    app.show({"domain": found}, lambda: _ended(found))
+
+
+@domain.command()
+@click.argument("name", shell_complete=domains)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common
+@pass_app
+def release(app: App, name: str, yes: bool) -> None:
+    """Undo domain adopt: the domain stays in libvirt, and is none of ours any more.
+
+    Our metadata and our vsock device are removed. What it boots stays the image's until you change it, and it can no
+    longer unlock the image's disk.
+    """
+    run(_release(app, name, yes))
+
+
+async def _release(app: App, name: str, yes: bool) -> None:
+    async with connected() as client:
+        path, found = await find(client, name)
+        app.confirm(f"Let go of domain {found['Name']}?", f"releasing domain {name}", yes=yes)
+        await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Release", {}), wait=True)
+    app.show({"released": found["Name"]}, lambda: f"Domain {clean(found['Name'])} is no guest of ours any more.")
+
+
+@domain.command()
+@click.argument("name", required=False, shell_complete=domains)
+@click.option("--image", shell_complete=images, help="Of the domain that launch would define for this image, instead.")
+@click.option("--memory", type=Size(), help="Memory of that, such as 2G.")
+@common
+@pass_app
+def xml(app: App, name: str | None, image: str | None, memory: int | None) -> None:
+    """Print the definition of domain NAME as libvirt keeps it; or with --image the one that launch would make.
+
+    With both, NAME is the name it would have.
+    """
+    if name is None and image is None:
+        raise click.UsageError("give a domain, or --image")
+    if memory is not None and image is None:
+        raise click.UsageError("--memory is for what launch would define: give --image")
+    run(_xml(app, name, image, memory))
+
+
+async def _xml(app: App, name: str | None, image: str | None, memory: int | None) -> None:
+    async with connected() as client:
+        if image is not None:
+            options: dict[str, Any] = {"name": Variant("s", name)} if name else {}
+            if memory:
+                options["memory"] = Variant("t", memory)
+            text: str = await client.call(ROOT_PATH, MANAGER, "DescribeDomain", image, options)
+        else:
+            assert name is not None  # by the caller
+            path, _ = await find(client, name)
+            text = await client.call(path, DOMAIN, "GetXml", {})
+    app.show({"xml": text}, text.rstrip)
+
+
+@domain.command()
+@click.argument("name", shell_complete=domains)
 @click.option("--force", is_flag=True, help="Power it off instead of asking its system to shut down.")
 @click.option("--yes", is_flag=True, help="Do not ask before --force.")
 @click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")

@@ -11,11 +11,12 @@ import structlog
 from jindiskd.domain import adoption, machine
 from jindiskd.domain.binding import Bindings
 from jindiskd.domain.connection import Connection
+from jindiskd.domain.guest import Guest
 from jindiskd.domain.guests import DomainSettings, Guests
 from jindiskd.domain.launch import Launcher, compare
 from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.state import ACTIVE, DomainView
-from jindiskd.errors import Busy, JindiskError
+from jindiskd.errors import Busy, JindiskError, NotSupported
 from jindiskd.image.store import ImageStore
 
 log = structlog.get_logger(__name__)
@@ -40,6 +41,7 @@ class Adopter:
 
     async def adopt(self, key: str, image_name: str) -> DomainView:
         """Bind a domain, by name or UUID, to an image; see `DomainService.adopt`."""
+        self._connection.require_local("adopting a domain")
         stored = await asyncio.to_thread(self._images.get, image_name)
         found = await machine.definition(self._connection, key)
         known = self._guests.get(found.uuid)
@@ -73,3 +75,20 @@ class Adopter:
             await known.retire()
         log.info("adopted a domain", domain=found.name, image=image_name, simulated=binding.platform.simulated)
         return self._guests.add(self._guests.off(found.uuid, found.name, binding)).view
+
+    async def release(self, guest: Guest) -> None:
+        """Let go of a domain that was adopted; see `DomainService.release`."""
+        view, binding = guest.view, self._bindings.get(guest.view.uuid)
+        if binding is None or not binding.adopted:
+            text = "it was made here, and is nothing without its image: remove it by 'jindiskctl domain undefine'"
+            raise NotSupported(f"releasing domain {view.name!r}", text)
+        found = await machine.definition(self._connection, view.uuid)
+        if found.active or view.state in ACTIVE:
+            raise Busy(f"domain {view.name!r}", "it is running; stop it first")
+        await machine.define(self._connection, found.name, adoption.release(found.text))
+        await guest.retire()
+        # Last: while the record is there, the domain is shown, and can be released again.
+        self._bindings.drop(view.uuid)
+        self._guests.remove(guest)
+        self._guests.notify()
+        log.info("released a domain", domain=found.name, image=binding.image)

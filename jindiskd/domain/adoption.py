@@ -49,6 +49,31 @@ def adopt(text: str, spec: DomainSpec) -> str:
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
+def release(text: str) -> str:
+    """The definition without what only we can serve: our metadata, and the vsock device whose socket we make.
+
+    What is measured stays the image's: what it was before is not known.
+
+    Raises:
+        MalformedDomain: not a domain.
+    """
+    root = xml.parse(text)
+    metadata = root.find("metadata")
+    if metadata is not None:
+        for ours in metadata.findall(_OURS):
+            metadata.remove(ours)
+    for commandline in root.findall(_COMMANDLINE):
+        arguments = commandline.findall(_QEMU_ARG)
+        for option, value in zip(arguments[::2], arguments[1::2], strict=False):
+            if "jdvsock" in value.get("value", ""):
+                commandline.remove(option)
+                commandline.remove(value)
+        if not len(commandline):
+            root.remove(commandline)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
 def _obstacles(root: ET.Element, spec: DomainSpec) -> Iterator[Fault]:
     """What we do not change for the owner."""
     machine = root.find("os/type")

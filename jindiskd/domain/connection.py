@@ -8,12 +8,13 @@ import re
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import libvirt
 import structlog
 
 from jindiskd.domain.thread import CallThread
-from jindiskd.errors import AlreadyExists, JindiskError, NotFound, ServiceUnavailable
+from jindiskd.errors import AlreadyExists, JindiskError, NotFound, NotSupported, ServiceUnavailable
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -75,6 +76,21 @@ class Connection:
         self._task: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._registration = -1
+
+    @property
+    def remote(self) -> bool:
+        """Whether libvirt is another machine's, whose guests reach no socket of this one."""
+        return is_remote(self._uri)
+
+    def require_local(self, what: str) -> None:
+        """Refuse what needs sockets, devices or files of the host that libvirt runs on.
+
+        Raises:
+            NotSupported: libvirt is another machine's.
+        """
+        if self.remote:
+            remedy = "guests reach sockets of their own host alone: run jindiskd there, with domains.libvirt_uri unset"
+            raise NotSupported(f"{what} on another machine ({shown(self._uri)})", remedy)
 
     @property
     def connected(self) -> bool:
@@ -167,6 +183,22 @@ class Connection:
         loop = self._loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(function, *args)
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a libvirt URI names a machine. A port that is forwarded from here is another machine's, too.
+
+    Source: libvirt, "Connection URIs": `driver[+transport]://[user@][host][:port]/path`; without a host, and with the
+    transport `unix`, it is the machine itself.
+    """
+    parts = urlsplit(uri)
+    return bool(parts.hostname) and not parts.scheme.endswith("+unix")
+
+
+def shown(uri: str) -> str:
+    """A URI without user, password and parameters."""
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
 
 
 def _stands(conn: libvirt.virConnect) -> bool:

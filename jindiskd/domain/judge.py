@@ -75,7 +75,8 @@ class Judge:
             return f"what it boots cannot be read ({exc}): {again}"
         if changed:
             return f"{changed} is not what image {binding.image!r} was measured with: {again}, or build the image again"
-        unchecked = "" if manifest.platform.simulated else enforcement_problem(manifest.shape.firmware_sha256)
+        measured = manifest.platform.simulated or manifest.platform.tee is Tee.TDX  # what boots goes to registers
+        unchecked = "" if measured else enforcement_problem(manifest.shape.firmware_sha256)
         if unchecked:
             return f"its firmware {unchecked}: build image {binding.image!r} again with one that does"
         faults = [str(fault) for fault in check.faults(root, simulated=manifest.platform.simulated)]

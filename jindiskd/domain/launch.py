@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import structlog
 
@@ -70,6 +71,7 @@ class Launcher:
         progress: Callable[[str], None],
     ) -> DomainView:
         """Define and start a domain for an image and follow it until its system runs; see `DomainService.launch`."""
+        self._connection.require_local("launching a guest")
         stored = await asyncio.to_thread(self._images.get, image_name)
         manifest = stored.manifest
         if not await asyncio.to_thread(self._key_here, manifest.image_id):
@@ -99,6 +101,16 @@ class Launcher:
             raise
         guest.follower = None
         return guest.view
+
+    async def plan(self, image_name: str, name: str, memory_mib: int) -> str:
+        """The XML that a launch of an image would define; nothing is made."""
+        stored = await asyncio.to_thread(self._images.get, image_name)
+        binding = Binding(
+            image=stored.manifest.name, image_id=stored.manifest.image_id, platform=stored.manifest.platform
+        )
+        old = self._guests.named(name)
+        view = self._guests.off(old.view.uuid if old else str(uuid4()), name, binding)
+        return self._made(view, stored.path, stored.manifest, memory_mib)
 
     async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> str:
         """Make libvirt's definition what is to be started; returns its XML."""

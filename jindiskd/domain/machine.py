@@ -63,6 +63,16 @@ async def definition(connection: Connection, key: str) -> Definition:
     return await connection.call(key, call)
 
 
+async def public_definition(connection: Connection, name: str, uuid: str) -> str:
+    """The XML of a domain's next start, without secrets; of a machine that is not kept, what runs."""
+
+    def call(conn: libvirt.virConnect) -> str:
+        dom = conn.lookupByUUIDString(uuid)
+        return str(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if dom.isPersistent() else 0))
+
+    return await connection.call(f"reading domain {name!r}", call)
+
+
 async def define(connection: Connection, name: str, text: str) -> str:
     """Make the domain of this XML known to libvirt; returns the XML that libvirt keeps."""
 

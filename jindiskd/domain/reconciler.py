@@ -67,7 +67,8 @@ class Reconciler:
             )
             for item in found:
                 known = self._guests.get(item.uuid)
-                binding = self._bindings.get(item.uuid)
+                # What runs on another machine is shown as its metadata claims; nothing is done by that.
+                binding = self._bindings.get(item.uuid) or (item.claim if self._connection.remote else None)
                 if binding is None:
                     log.info("a domain claims an image but was not made by us", domain=item.name)
                 elif known is None:
@@ -109,6 +110,8 @@ class Reconciler:
 
     async def _look_at(self, guest: Guest, item: inventory.Found, binding: Binding) -> None:
         """A domain that is off: say beforehand what would keep it from being started; somebody may have edited it."""
+        if self._connection.remote:
+            return  # its files are there
         problem = await asyncio.to_thread(self._judge.problem, item.root, binding, item.name)
         if guest.view.state in {DomainState.DEFINED, DomainState.STOPPED} and self._guests.holds(guest):
             self._guests.amend(guest, name=item.name, reason=problem)
@@ -117,7 +120,9 @@ class Reconciler:
         """Take over a domain that an earlier process of this service made or adopted."""
         record = vsock.read_record(self._settings.vsock_dir / item.uuid) if item.active else None
         state, reason = (DomainState.RUNNING, "") if item.active else (DomainState.DEFINED, "")
-        if item.active and record is None:
+        if item.active and record is None and self._connection.remote:
+            reason = "it runs on another machine, whose service knows more of it"
+        elif item.active and record is None:
             reason = "its vsock device is not known to this service; it cannot attest again"
         interrupted = record is not None and not record.running
         if interrupted:

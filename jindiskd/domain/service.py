@@ -193,6 +193,41 @@ class DomainService:
         """
         return await self._adopter.adopt(key, image_name)
 
+    async def release(self, key: str) -> None:
+        """Let go of an adopted domain that is off: our metadata, our record and the vsock device go, the domain stays.
+
+        Raises:
+            NotFound: no such domain of ours. Busy: it runs. NotSupported: it was made here.
+        """
+        await self._adopter.release(self._guests.find(key))
+
+    async def start_domain(
+        self, key: str, *, timeout_s: int | None = None, progress: Callable[[str], None] = lambda _stage: None
+    ) -> DomainView:
+        """Start a domain of ours that is off, as it is defined, and follow it until its system runs.
+
+        Raises:
+            NotFound: no such domain of ours. Busy: it runs.
+            LaunchRefused, LaunchFailed, JindiskError: as of `launch`.
+        """
+        view = self._guests.find(key).view
+        if view.state in ACTIVE:
+            raise Busy(f"domain {view.name!r}", "it is running already")
+        found = await machine.definition(self.connection, view.uuid)
+        memory = xml.memory_mib(xml.parse(found.text))
+        return await self._launcher.launch(
+            view.image, name=view.name, memory_mib=memory, timeout_s=timeout_s, progress=progress
+        )
+
+    async def definition(self, key: str) -> str:
+        """A domain's XML as libvirt keeps it, without secrets; raises `NotFound`."""
+        view = self._guests.find(key).view
+        return await machine.public_definition(self.connection, view.name, view.uuid)
+
+    async def plan(self, image_name: str, *, name: str = "", memory_mib: int | None = None) -> str:
+        """The XML that a launch would define; nothing is made. Raises `NotFound`, `DomainRefused`."""
+        return await self._launcher.plan(image_name, name or image_name, memory_mib or self._settings.memory_mib)
+
     async def problem(self, key: str) -> str:
         """Why a domain would not attest if it were started as it is defined now; empty if nothing is known against it.
 

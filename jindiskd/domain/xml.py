@@ -155,6 +155,18 @@ def parse(text: str) -> ET.Element:
     return root
 
 
+def memory_mib(root: ET.Element) -> int | None:
+    """A domain's memory in MiB, rounded up; None where it is not given in a way that is known."""
+    memory = root.find("memory")
+    text = "" if memory is None else (memory.text or "").strip()
+    # libvirt writes KiB, whatever it was given.
+    unit = {"b": 1, "bytes": 1, "KiB": 1 << 10, "k": 1 << 10, "MiB": 1 << 20, "M": 1 << 20, "GiB": 1 << 30}
+    scale = unit.get("KiB" if memory is None else memory.get("unit", "KiB"))
+    if scale is None or not text.isascii() or not text.isdigit() or len(text) > 20:
+        return None
+    return -(-int(text) * scale // (1 << 20))
+
+
 def binding_of(root: ET.Element) -> Binding | None:
     """Our metadata of a domain; None where there is none."""
     image = root.find(f"metadata/{{{METADATA_URI}}}domain/{{{METADATA_URI}}}image")

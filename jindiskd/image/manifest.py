@@ -83,7 +83,7 @@ class Manifest:
     cmdline: BootFile
     shape: Shape
     launch_digest: bytes
-    """48 bytes (SNP); empty where the platform's value cannot be computed before the launch."""
+    """48 bytes (SNP; of TDX, MRTD) or 32 (SEV, SEV-ES)."""
     broker_spki_sha256: bytes
     resource: str
     initrd_kind: str = "own"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jindiskd.attest import measure
 from jindiskd.attest.firmware import FirmwareInfo, FirmwareUnsuitable, enforcement_problem, inspect_firmware
+from jindiskd.attest.tdx_measure import mr_td
+from jindiskd.base.platform import Tee
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import BuildRequest
 from jindiskd.image.store import StoredImage
@@ -25,6 +27,9 @@ def suitable_firmware(request: BuildRequest) -> FirmwareInfo:
     if request.platform.measured_before and not (info.has_hash_table and info.secret_address):
         raise FirmwareUnsuitable(path, "has no place for kernel hashes and a secret")
     if request.platform.simulated:
+        return info
+    if request.platform.tee is Tee.TDX:
+        mr_td(path)  # what follows is measured into registers, so that no hash needs to be checked; refuses without TDX
         return info
     problem = enforcement_problem(info.sha256)
     if problem:
@@ -46,7 +51,7 @@ def require_launch_firmware(manifest: Manifest) -> None:
     if manifest.platform.simulated:
         return
     path = Path(manifest.shape.firmware)
-    problem = enforcement_problem(manifest.shape.firmware_sha256)
+    problem = "" if manifest.platform.tee is Tee.TDX else enforcement_problem(manifest.shape.firmware_sha256)
     if not problem and inspect_firmware(path).sha256 != manifest.shape.firmware_sha256:
         problem = "is another than the image was measured with: put that back, or build the image again; otherwise"
     if problem:
@@ -54,7 +59,7 @@ def require_launch_firmware(manifest: Manifest) -> None:
 
 
 def launch_digest(request: BuildRequest, directory: Path, cmdline: str) -> bytes:
-    """The launch digest of the image whose boot files lie in `directory`: 48 bytes, for SEV and SEV-ES 32."""
+    """The launch digest of the image whose boot files lie in `directory`, as `measure.launch_digest` says."""
     return measure.launch_digest(
         request.platform.tee,
         measure.LaunchInputs(

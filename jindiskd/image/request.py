@@ -6,7 +6,7 @@ import enum
 import re
 from dataclasses import dataclass
 
-from jindiskd.base.platform import Platform, Tee
+from jindiskd.base.platform import Platform
 from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.image import randomness
 from jindiskd.image.manifest import Manifest
@@ -100,8 +100,6 @@ class BuildRequest:
             NotSupported: the platform cannot be built for yet.
         """
         check_name(self.name)
-        if self.platform.tee is Tee.TDX:
-            raise NotSupported(f"building for {self.platform}", f"build for {Platform.SNP} or {Platform.SIMULATED_SNP}")
         if self.platform.measured_before and self.format is not VolumeFormat.LUKS2:
             text = f"choose format {VolumeFormat.LUKS2}: a broker tells a JinDisk volume's state while the guest boots"
             raise NotSupported(f"a root of format {self.format} on {self.platform}", text)

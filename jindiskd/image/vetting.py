@@ -26,7 +26,7 @@ MAX_BOOT_FILE_BYTES = 1 << 30
 MAX_CMDLINE_BYTES = 1 << 16
 MAX_DISK_BYTES = 4 * MAX_ROOT_BYTES
 SHA256_BYTES = 32
-DIGEST_BYTES = (0, 32, 48)
+DIGEST_BYTES = (32, 48)
 
 
 def faults(manifest: Manifest) -> Iterator[str]:

@@ -25,6 +25,8 @@ class Operation(enum.StrEnum):
     AUDIT_VERIFY = "audit-verify"
     DOMAIN_ADOPT = "domain-adopt"
     DOMAIN_LAUNCH = "domain-launch"
+    DOMAIN_RELEASE = "domain-release"
+    DOMAIN_START = "domain-start"
     DOMAIN_STOP = "domain-stop"
     DOMAIN_UNDEFINE = "domain-undefine"
     DEVICE_OPEN = "device-open"

@@ -155,3 +155,19 @@ def test_no_secret_is_in_clear_where_others_can_read(host: Host) -> None:
     search = ["grep", "-c", "-a", "guest-witness", str(disk)]
     found = subprocess.run(search, capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "0"
+
+
+def test_a_clone_boots_from_its_own_key(host: Host) -> None:
+    """The same system, attested as another image; and the source's key is not asked for."""
+    host.ctl("image", "clone", "web", "copy")
+    try:
+        before = len(host.rows("web"))
+        host.ctl("launch", "copy")
+        said = host.wait_console("copy", "witness: done")
+        assert "witness: / is /dev/nbd0 (disk)" in said
+        assert [row["kind"] for row in host.rows("copy")].count("released") == 1
+        assert len(host.rows("web")) == before
+    finally:
+        host.ctl("domain", "stop", "copy", "--force", "--yes", check=False)
+        host.ctl("domain", "undefine", "copy", "--yes", check=False)
+        host.ctl("image", "remove", "copy", "--yes", check=False)

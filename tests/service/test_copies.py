@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -143,3 +144,27 @@ def test_descriptors_of_other_kinds_are_refused(daemon, tmp_path, kind):
     )
     assert done.returncode != 0
     assert "file descriptor is not open for reading" in done.stderr or "pass a regular file" in done.stderr
+
+
+def test_what_launch_would_define_is_shown_and_defines_nothing(daemon, rootfs):
+    """The domain's XML with the image's boot files, and the name and memory asked for."""
+    daemon.ctl("image", "build", "web", "--rootfs", str(rootfs), "--format", "luks2")
+    text = daemon.ctl("domain", "xml", "other", "--image", "web", "--memory", "3G")
+    root = ET.fromstring(text)
+    assert (root.findtext("name"), root.find("memory").get("unit"), root.findtext("memory")) == ("other", "MiB", "3072")
+    assert root.findtext("os/kernel") == str(daemon.state / "images/web/vmlinuz")
+    assert daemon.json("domain", "xml", "--image", "web")["xml"].count("<name>web</name>") == 1
+    assert daemon.json("domain", "list")["domains"] == []
+
+
+def test_guests_are_not_started_on_another_machine(unstarted, rootfs):
+    """A libvirt elsewhere: said before anything is done, with what to do instead."""
+    text = unstarted.configuration.read_text().replace("test:///none", "qemu+tcp://me@127.0.0.1:1/system")
+    unstarted.configuration.write_text(text)
+    unstarted.start()
+    unstarted.ctl("image", "build", "web", "--rootfs", str(rootfs), "--format", "luks2")
+    for words in (("launch", "web"), ("domain", "adopt", "theirs", "web")):
+        said = unstarted.ctl(*words, status=1)
+        assert "qemu+tcp://127.0.0.1/system" in said
+        assert "run jindiskd there" in said
+    assert "domains.libvirt_uri" in said
