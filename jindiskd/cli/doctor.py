@@ -32,7 +32,11 @@ SERVICE_DOWN = {
 @click.command()
 @click.option("--image", help="Look at this image too.", shell_complete=images)
 @click.option("--domain", help="Look at this domain too, and its image.", shell_complete=domains)
-@click.option("--platform", type=click.Choice(list(Platform)), help="Only what guests of this platform need.")
+@click.option(
+    "--platform",
+    type=click.Choice([item.value for item in Platform]),
+    help="Only what guests of this platform need.",
+)
 @click.option("--all", "everything", is_flag=True, help="Show what is right, too.")
 @common
 @pass_app

@@ -1,6 +1,6 @@
 """Reference documents made from what they describe: the bus from its contract, the errors from their tree.
 
-`python -m jindiskd.cli.reference DIRECTORY` writes dbus.md and errors.md. A test holds the committed ones against it.
+`python -m jindiskd.cli.reference DIRECTORY` writes dbus.md, errors.md and json.md. A test compares the committed ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jindiskd
 from jindiskd.bus.contract import ACTION, ACTION_UNLESS_OWNER, EMITS, ERROR_PREFIX, OPTIONS
+from jindiskd.cli import schemas
 from jindiskd.cli.exits import MEANINGS
 from jindiskd.errors import JindiskError
 
@@ -145,7 +146,7 @@ def errors() -> str:
     return "\n".join(lines) + "\n"
 
 
-DOCUMENTS = {"dbus.md": dbus, "errors.md": errors}
+DOCUMENTS = {"dbus.md": dbus, "errors.md": errors, "json.md": schemas.document}
 
 
 def main() -> int:

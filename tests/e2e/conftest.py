@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonout
 import pytest
 from played import Played
 from smallroot import idle_kernel, root_archive
@@ -81,7 +82,9 @@ class Host:
         return done
 
     def json(self, *words: str) -> Any:
-        return json.loads(self.ctl(*words, "--json").stdout)
+        found = json.loads(self.ctl(*words, "--json").stdout)
+        jsonout.check(words, found)
+        return found
 
     def image(self, name: str) -> Path:
         return self.state / "images" / name

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonout import check
+
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -104,5 +106,7 @@ libvirt_uri = "test:///none"
         return out if status == 0 or not err else err
 
     def json(self, *words: str) -> Any:
-        """What jindiskctl --json prints."""
-        return json.loads(self.ctl("--json", *words))
+        """What jindiskctl --json prints, held against the schema of the command."""
+        found = json.loads(self.ctl("--json", *words))
+        check(words, found)
+        return found
