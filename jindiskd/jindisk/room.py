@@ -8,7 +8,7 @@ from __future__ import annotations
 from jindiskd.jindisk.appender import STREAMS, Appender
 from jindiskd.jindisk.geometry import PER_LEAF, Kind
 from jindiskd.jindisk.slots import Slots
-from jindiskd.jindisk.tree import page_name, ref_raw
+from jindiskd.jindisk.tree import page_name
 from jindiskd.jindisk.volume import Volume
 
 RESERVED_SEGMENTS = 4
@@ -41,8 +41,11 @@ class Room:
             return
         slots = Slots(self._volume.geometry)
         for kind, tree in self._volume.trees.items():
-            for level, index, ref in tree.interior_refs():
-                slots.mark(ref_raw(ref), page_name(kind, level, index, ref_raw(ref)))
+            for level, first, raws in tree.page_raws():
+                if not slots.mark_all(raws):
+                    for index, raw in enumerate(raws, first):
+                        if raw:
+                            slots.mark(raw, page_name(kind, level, index, raw))  # raises for one of them
         self._slots = slots
 
     def suffices(self, blocks: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jindiskd.jindisk.errors import VolumeCrowded, VolumeInconsistent
 from jindiskd.jindisk.geometry import Geometry
 
@@ -30,6 +32,21 @@ class Slots:
             raise VolumeInconsistent(name, "its page slot is in use by another page")
         self._used[at] = 1
         self.free -= 1
+
+    def mark_all(self, raws: Sequence[int]) -> bool:
+        """Pages are in these slots; 0 is none. False, with nothing marked, where `mark` would fail for one of them."""
+        places = [raw - self._start for raw in raws if raw]
+        if not places:
+            return True
+        used = self._used
+        if min(places) < 0 or max(places) >= len(used) or len(set(places)) < len(places):
+            return False
+        if any([used[place] for place in places]):  # noqa: C419 - a list is quicker here, and this is a long loop
+            return False
+        for place in places:
+            used[place] = 1
+        self.free -= len(places)
+        return True
 
     def take(self) -> int:
         """Raw block of a free slot.

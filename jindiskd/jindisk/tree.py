@@ -20,6 +20,7 @@ ZERO_PAGE = bytes(BLOCK)
 RUN_PAGES = 256
 _AAD = struct.Struct("<4sBBHQQ")
 _RAW = struct.Struct("<Q")
+_CHILDREN = struct.Struct("<" + f"Q{REF_BYTES - 8}x" * FANOUT)
 
 
 def page_aad(kind: Kind, level: int, index: int, raw: int) -> bytes:
@@ -184,6 +185,30 @@ class Tree:
         """Level, index and reference of every page, the top first; reads interior pages, not leaves."""
         if self.top != HOLE:
             yield from self._below(self.top_level, 0, self.top)
+
+    def page_raws(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Where all pages lie: level and index of the first of some neighbours, and their raw blocks, 0 for a hole.
+
+        As `interior_refs`, quicker where there are many.
+        """
+        if self.top != HOLE:
+            yield self.top_level, 0, (ref_raw(self.top),)
+            yield from self._raws_below(self.top_level, 0)
+
+    def _raws_below(self, level: int, index: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        page = self.page(level, index) if level else None
+        if page is None:
+            return
+        raws = _CHILDREN.unpack_from(page)[: self.used(level, index) // REF_BYTES]
+        for at, raw in enumerate(raws):
+            if not raw and page[at * REF_BYTES : (at + 1) * REF_BYTES] != HOLE:
+                name = page_name(self.kind, level, index, ref_raw(self.ref(level, index)))
+                raise VolumeInconsistent(name, "the reference of a hole is not zero")
+        yield level - 1, index * FANOUT, raws
+        if level > 1:
+            for at, raw in enumerate(raws):
+                if raw:
+                    yield from self._raws_below(level - 1, index * FANOUT + at)
 
     def _below(self, level: int, index: int, ref: bytes) -> Iterator[tuple[int, int, bytes]]:
         yield level, index, ref

@@ -32,6 +32,8 @@ from jindiskd.jindisk.export import bulk_export
 from jindiskd.jindisk.geometry import BLOCK, Kind, default_geometry
 from jindiskd.jindisk.repair import restore_identification, salvage
 from jindiskd.jindisk.session import Session
+from jindiskd.jindisk.slots import Slots
+from jindiskd.jindisk.tree import ref_raw
 from jindiskd.jindisk.volume import open_volume
 
 UUID2 = UUID(int=2)
@@ -571,3 +573,29 @@ def test_threads_share_a_session(tmp_path: Path, audit: Audit) -> None:
         expected = b"".join(last.get(lba, ZERO) for lba in range(4096))
         assert volume.read(0, 4096 * BLOCK) == expected
         assert not check_volume(volume, data=True).faults
+
+
+def test_page_slots_are_found_as_the_trees_name_them() -> None:
+    """Neighbours at once, and one by one; what marks one twice or outside marks nothing."""
+    here = world()
+    session = here.create()
+    for lba in range(0, 4096, 13):
+        session.write(lba * BLOCK, content(lba))
+    session.checkpoint()
+    for tree in session.volume.trees.values():
+        singly = {(level, index): ref_raw(ref) for level, index, ref in tree.interior_refs()}
+        rows = {
+            (level, index): raw
+            for level, first, raws in tree.page_raws()
+            for index, raw in enumerate(raws, first)
+            if raw
+        }
+        assert rows == singly
+    slots = Slots(session.volume.geometry)
+    start, free = session.volume.geometry.meta_start, slots.free
+    assert slots.mark_all((start, 0, 0, start + 5))
+    assert slots.free == free - 2
+    for wrong in ((start + 1, start + 5), (start + 1, start + 1), (start + 1, start - 1), (start + 1, start + free)):
+        assert not slots.mark_all(wrong)
+    assert slots.free == free - 2
+    slots.mark(start + 1, "a page")
