@@ -39,10 +39,11 @@ from jindiskd.attest.vendors import Vendors
 from jindiskd.attest.verifier import Verifier
 from jindiskd.base import log as logs
 from jindiskd.base.endpoint import Endpoint, parse_endpoint
-from jindiskd.broker.admin import Admin, MetricsPage
+from jindiskd.broker.admin import Admin
 from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import Listener, Serves, listen_local, listen_tcp, listen_unix, listen_vsock
 from jindiskd.broker.metrics import Metrics
+from jindiskd.broker.metrics_page import MetricsPage
 from jindiskd.broker.peer import BrokerLimits, Peer
 from jindiskd.broker.service import Broker
 from jindiskd.broker.shared import DatabaseSessions

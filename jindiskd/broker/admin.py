@@ -11,8 +11,8 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import structlog
@@ -22,9 +22,10 @@ import jindiskd
 from jindiskd.base import document
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
+from jindiskd.broker.admin_request import Answer, Asked, Call, Caller, Route
 from jindiskd.broker.http import Handler, body_of
 from jindiskd.broker.metrics import CONTENT_TYPE, Metrics
-from jindiskd.broker.peer import BrokerLimits, Peer
+from jindiskd.broker.peer import LOCAL_LIMITS, Peer
 from jindiskd.broker.refused import decided_again, explained
 from jindiskd.broker.refused import told as with_remedy
 from jindiskd.errors import (
@@ -39,7 +40,7 @@ from jindiskd.errors import (
     NotFound,
 )
 from jindiskd.kbs.jwe import PrivateKey
-from jindiskd.kbs.messages import MAX_BODY_BYTES, MalformedMessage, read_object
+from jindiskd.kbs.messages import MAX_BODY_BYTES, MalformedMessage
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.handover import BrokerCard
@@ -53,64 +54,10 @@ from jindiskd.policy import rules as release_rules
 
 log = structlog.get_logger(__name__)
 PREFIX = "/v1"
-LIMITS = BrokerLimits(connections_per_peer=16, connections=64)
 MOST_ROWS = 10_000
 WARNING_S = 10.0
 TOKEN_LIFE_S = 90 * 86400
 STATUSES = {EXIT_NOT_FOUND: 404, EXIT_USAGE: 400, EXIT_BUSY: 409, EXIT_NOT_AUTHORIZED: 403, EXIT_UNAVAILABLE: 503}
-Answer = dict[str, Any] | str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asks."""
-
-    who: Requester
-    role: Role
-    local: bool
-    """Whether by the socket of this machine."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One request: the variable parts of its path, its query and its body."""
-
-    caller: Caller
-    parts: tuple[str, ...]
-    query: Mapping[str, str]
-    body: bytes
-
-    def members(self, **kinds: type) -> dict[str, Any]:
-        """The body as a JSON object with these members, each of its type; those of `NoneType` unions are not for here.
-
-        Raises:
-            InvalidArgument: it is another one.
-        """
-        try:
-            found = read_object(self.body or b"{}", "the body")
-        except MalformedMessage as exc:
-            raise InvalidArgument("the body", f"of {len(self.body)} bytes", exc.problem) from exc
-        unknown = sorted(set(found) - set(kinds))
-        if unknown:
-            raise InvalidArgument("member", unknown[0][:100], f"known are {', '.join(kinds)}")
-        for name, value in found.items():
-            if type(value) is not kinds[name]:
-                raise InvalidArgument(name, type(value).__name__, f"it is a {kinds[name].__name__}")
-        return found
-
-
-Call = Callable[[Asked], Answer]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """One thing that can be asked for."""
-
-    method: str
-    path: re.Pattern[str]
-    role: Role
-    local: bool
-    call: Call
 
 
 class Admin:
@@ -133,7 +80,7 @@ class Admin:
         facts: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Answer nothing yet."""
-        self.limits, self.metrics = LIMITS, Metrics()  # its own connections are not counted with the guests'
+        self.limits, self.metrics = LOCAL_LIMITS, Metrics()  # its own connections are not counted with the guests'
         self._store, self._card, self._transfer_key = store, card, transfer_key
         self._shown, self._facts = metrics, facts
         self._registry, self._volumes = Registry(store), Volumes(store)
@@ -410,33 +357,6 @@ class Admin:
     def _remove_token(self, asked: Asked) -> Answer:
         self._tokens.remove(asked.parts[0], asked.caller.who)
         return {}
-
-
-class MetricsPage:
-    """`/metrics` for Prometheus and `/healthz` for a load balancer; nothing else, and nothing secret."""
-
-    def __init__(self, metrics: Metrics, healthy: Callable[[], Awaitable[bool]]) -> None:
-        """`healthy` says whether requests could be served now."""
-        self.limits, self.metrics = LIMITS, Metrics()
-        self._shown, self._healthy = metrics, healthy
-
-    def handler(self, peer: Peer) -> Handler:
-        """The same for all."""
-
-        async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            if request.method == "GET" and request.path == "/metrics":
-                try:
-                    text = await asyncio.to_thread(self._shown.render)
-                except JindiskError as exc:
-                    log.warning("metrics cannot be told", problem=str(exc), who=peer.description)
-                    return web.Response(status=503, text="the database does not answer\n")
-                return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
-            if request.method == "GET" and request.path == "/healthz":
-                good = await self._healthy()
-                return web.Response(status=200 if good else 503, text="ok\n" if good else "the database is away\n")
-            return web.Response(status=404, text="there are /metrics and /healthz\n")
-
-        return handle
 
 
 def _number(text: str) -> int:

@@ -56,3 +56,7 @@ class BrokerLimits:
     connections_per_peer: int = 64
     connections: int = 1024
     """Of one listener."""
+
+
+LOCAL_LIMITS = BrokerLimits(connections_per_peer=16, connections=64)
+"""Of what is no guest: administrators and whoever reads metrics."""

@@ -7,6 +7,7 @@ told that it was refused, never why: the reasons go to the audit log and to whoe
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from aiohttp import web
 from jindiskd.attest.kept import Kept, keep
 from jindiskd.attest.model import EvidenceRefused, Finding
 from jindiskd.attest.verifier import Verifier
-from jindiskd.base.secret import Secret
+from jindiskd.broker.deciding import Deciding, Give, requester
 from jindiskd.broker.freshness import Freshness
 from jindiskd.broker.http import Handler, Refusal, answer, body_of, error, with_cookie
 from jindiskd.broker.judge import judge
@@ -30,8 +31,7 @@ from jindiskd.broker.peer import BrokerEvent, BrokerLimits, Peer
 from jindiskd.broker.refusals import Refusals
 from jindiskd.broker.sessions import MemorySessions, Session, SessionKeeper, Stage, TooManySessions, session_id
 from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
-from jindiskd.errors import InvalidArgument, JindiskError, NotFound
-from jindiskd.kbs import jwe
+from jindiskd.errors import InvalidArgument, JindiskError
 from jindiskd.kbs.freshness import parse_release
 from jindiskd.kbs.messages import (
     COOKIE,
@@ -45,14 +45,11 @@ from jindiskd.kbs.messages import (
 )
 from jindiskd.keys.store import (
     ApprovalWaiting,
-    ImageRecord,
     RecordChanged,
-    ReleaseRefused,
     Requester,
     Store,
 )
 from jindiskd.keys.volumes import Volumes
-from jindiskd.policy.release import decide
 
 __all__ = ["Broker", "BrokerEvent", "BrokerLimits", "Peer"]
 log = structlog.get_logger(__name__)
@@ -60,8 +57,6 @@ T = TypeVar("T")
 _NAME = re.compile(r"[0-9a-f]{32}")
 JUDGES = 4
 """Evidences that are judged at the same time."""
-DECISIONS = 3
-"""How often a decision is made anew because the record changed under it."""
 
 
 class Broker:
@@ -95,7 +90,7 @@ class Broker:
         """Open nothing."""
         self.limits = limits or BrokerLimits()
         self.metrics = metrics or Metrics()
-        self._store, self._verifiers, self._allow_simulated = store, tuple(verifiers), allow_simulated
+        self._store, self._verifiers = store, tuple(verifiers)
         self._on_event, self._now = on_event, now
         self._tees = {verifier.tee.value: verifier.tee for verifier in self._verifiers}
         with store.database.signing_key(draw_signing_key) as key:
@@ -105,6 +100,7 @@ class Broker:
         self._pace = Pace(self.limits, monotonic)
         self._judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
         self._volumes = Volumes(store)
+        self._deciding = Deciding(store, self._volumes, allow_simulated=allow_simulated, now=now)
         self._freshness = Freshness(self._volumes, monotonic)
         self.metrics.gauge("jindisk_broker_sessions", self._sessions.count)
 
@@ -231,29 +227,15 @@ class Broker:
             resource = check_resource(path)
         except InvalidArgument as exc:
             raise Refusal("InvalidRequestPath", "the path is not a resource", 404) from exc
-
-        def give(record: ImageRecord, who: Requester) -> Secret:
-            return self._store.release_to(record.image_id, who, revision=record.revision, resource=resource)
-
-        return await self._decided(session, peer, resource, give)
+        return await self._decided(session, peer, resource, self._deciding.key)
 
     async def _release(self, request: web.BaseRequest, peer: Peer) -> web.Response:
         session = await self._session(request, peer)
         resource, volume = parse_release(await body_of(request))
-
-        def give(record: ImageRecord, who: Requester) -> Secret:
-            grant = self._volumes.release(
-                volume, record.image_id, who, revision=record.revision, resource=resource
-            )
-            try:
-                return Secret(grant.pack())
-            finally:
-                grant.close()
-
-        return await self._decided(session, peer, resource, give)
+        return await self._decided(session, peer, resource, functools.partial(self._deciding.grant, volume))
 
     async def _decided(
-        self, session: Session, peer: Peer, resource: str, give: Callable[[ImageRecord, Requester], Secret]
+        self, session: Session, peer: Peer, resource: str, give: Give
     ) -> web.Response:
         """Decide about an attested session, and seal what `give` gives."""
         if session.stage is not Stage.VERIFIED or session.verified is None:
@@ -262,47 +244,21 @@ class Broker:
             raise Refusal("TokenNotFound", "the session has asked as often as it may")
         self._turn_away(peer)
         with self.metrics.timed("jindisk_broker_release_seconds"):
-            image_id, sealed, findings = await asyncio.to_thread(self._decide, session, peer, resource, give)
+            try:
+                decided = await asyncio.to_thread(self._deciding.decide, session, peer, resource, give)
+            except (ApprovalWaiting, RecordChanged) as exc:
+                # A kind that clients try again after a while; by then a person may have looked.
+                raise Refusal("PluginInternalError", "not available yet") from exc
         simulated = session.verified.simulated
+        image_id, sealed, findings = decided
         if findings:
             await self._keep(self._sessions.end, session)
-            await self._refused(peer, _requester(session, peer), image_id, findings, keep(session.verified))
+            await self._refused(peer, requester(session, peer), image_id, findings, keep(session.verified))
             raise Refusal("PolicyDeny", "Access denied by policy")
         log.info("released", peer=peer.description, image_id=image_id, simulated=simulated)
         self.metrics.count("jindisk_broker_releases_total", simulated=str(simulated).lower())
         self._on_event(BrokerEvent(peer=peer, kind="released", image_id=image_id, simulated=simulated))
         return web.Response(text=sealed, content_type="application/json")
-
-    def _decide(
-        self, session: Session, peer: Peer, resource: str, give: Callable[[ImageRecord, Requester], Secret]
-    ) -> tuple[str, str, Sequence[Finding]]:
-        """Image, sealed key, findings against it; blocks. The audit row of a release is durable when this returns."""
-        assert session.verified is not None
-        image_id = ""
-        for _ in range(DECISIONS):
-            try:
-                record = self._store.by_resource(resource)
-                image_id = record.image_id
-                findings = decide(
-                    record, session.verified, allow_simulated=self._allow_simulated, now=self._now()
-                )
-                if peer.image_id is not None and peer.image_id != image_id:
-                    text = "the guest asked for the key of another image than its own"
-                    findings.insert(0, Finding("peer.image", text))
-                if findings:
-                    return image_id, "", findings
-                with give(record, _requester(session, peer)) as key:
-                    return image_id, jwe.seal(key.reveal(), session.tee_pubkey), ()
-            except RecordChanged:
-                continue
-            except NotFound as exc:
-                return image_id, "", [Finding("resource.unknown", str(exc))]
-            except ReleaseRefused as exc:
-                return image_id, "", [Finding(exc.finding, str(exc))]
-            except ApprovalWaiting as exc:
-                # A kind that clients try again after a while; by then a person may have looked.
-                raise Refusal("PluginInternalError", "not available yet") from exc
-        raise Refusal("PluginInternalError", "not available yet")
 
     async def _refused(
         self, peer: Peer, who: Requester, image_id: str, findings: Sequence[Finding], evidence: Kept | None
@@ -356,19 +312,6 @@ class Broker:
         if self._sessions.blocking:
             return await asyncio.to_thread(call, *arguments)
         return call(*arguments)
-
-
-def _requester(session: Session, peer: Peer) -> Requester:
-    assert session.verified is not None
-    verified = session.verified
-    return Requester(
-        peer=peer.description,
-        measurement=verified.measurement,
-        simulated=verified.simulated,
-        guest=verified.guest,
-        chip=verified.chip,
-        token=session.session_id,
-    )
 
 
 _STEPS = {

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from jindiskd.base import document
 from jindiskd.base.secret import Secret
-from jindiskd.broker.admin import Admin, Asked, Caller
+from jindiskd.broker.admin import Admin
+from jindiskd.broker.admin_request import Asked, Caller
 from jindiskd.broker.metrics import Metrics
 from jindiskd.errors import JindiskError
 from jindiskd.kbs import jwk

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from jindiskd.base import document
-from jindiskd.broker.admin import MetricsPage
 from jindiskd.broker.listener import listen_local
 from jindiskd.broker.metrics import Metrics
+from jindiskd.broker.metrics_page import MetricsPage
 from jindiskd.brokerd import local_users
 from jindiskd.kbs.client import BrokerRefused
 from jindiskd.keys import handover
