@@ -7,10 +7,8 @@ Calls block; call them in a thread.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +17,7 @@ import sqlalchemy as sa
 from jindiskd.attest.kept import Kept
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.errors import EXIT_BUSY, EXIT_REFUSED, AlreadyExists, JindiskError, NotFound
+from jindiskd.errors import AlreadyExists, NotFound
 from jindiskd.keys import wrap
 from jindiskd.keys.approvals import Approvals
 from jindiskd.keys.audit import AuditBroken, AuditLog, Requester
@@ -31,73 +29,31 @@ from jindiskd.keys.database import (
     releases_table,
     volumes_table,
 )
+from jindiskd.keys.records import (
+    ApprovalWaiting,
+    ImageRecord,
+    KeyState,
+    RecordChanged,
+    ReleaseRefused,
+    StoredKey,
+    record_of,
+)
 from jindiskd.keys.refusals import Refusals
-from jindiskd.policy import rules as release_rules
 from jindiskd.policy.rules import ReleaseRules
 
-__all__ = ["AuditBroken", "ImageRecord", "KeyState", "ReleaseRefused", "Requester", "Store"]
+__all__ = [
+    "ApprovalWaiting",
+    "AuditBroken",
+    "ImageRecord",
+    "KeyState",
+    "RecordChanged",
+    "ReleaseRefused",
+    "Requester",
+    "Store",
+    "record_of",
+]
 PURPOSE = KEY_PURPOSE
 HOUR_S = 3600.0
-
-
-class KeyState(enum.StrEnum):
-    """Whether a key may be released."""
-
-    PENDING = "pending"  # its image is being built
-    ACTIVE = "active"
-    REVOKED = "revoked"
-
-
-class ReleaseRefused(JindiskError, code="ReleaseRefused", exit_code=EXIT_REFUSED):
-    """The store does not give this key."""
-
-    def __init__(self, image_id: str, finding: str, reason: str) -> None:
-        """`finding` is a dotted id, `reason` a part of a sentence about the key."""
-        super().__init__(f"the key of image {image_id} {reason}: it is not released")
-        self.finding = finding
-
-
-class ApprovalWaiting(JindiskError, code="ApprovalWaiting", exit_code=EXIT_BUSY):
-    """A person has to approve the release first."""
-
-    def __init__(self, number: int) -> None:
-        """`number` of the approval that is waited for."""
-        super().__init__(f"the release waits for approval {number}")
-        self.number = number
-
-
-class RecordChanged(JindiskError, code="RecordChanged", exit_code=EXIT_BUSY):
-    """The image's record is another one than that by which it was decided."""
-
-    def __init__(self, image_id: str) -> None:
-        """Decide again."""
-        super().__init__(f"the record of image {image_id} was changed while it was decided about: decide again")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRecord:
-    """What the store knows of an image, without its key."""
-
-    image_id: str
-    name: str
-    platform: Platform
-    resource: str
-    state: KeyState
-    launch_digests: tuple[bytes, ...]
-    created: str
-    rules: ReleaseRules = field(default_factory=ReleaseRules)
-    revision: int = 0
-    """Counts the changes of this record."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredKey:
-    """One key of an image, wrapped."""
-
-    owner: str
-    """What it is bound to."""
-    resource: str
-    wrapped: bytes
 
 
 class Store:
@@ -424,19 +380,3 @@ class Store:
             AuditBroken: names the first row that does not fit.
         """
         return self.audit.verify()
-
-
-def record_of(row: Mapping[Any, Any]) -> ImageRecord:
-    """A record from a row of the images table."""
-    return ImageRecord(
-        image_id=row["image_id"],
-        name=row["name"],
-        platform=Platform(row["platform"]),
-        resource=row["resource"],
-        state=KeyState(row["state"]),
-        launch_digests=tuple(bytes.fromhex(digest) for digest in row["launch_digests"]),
-        created=row["created"],
-        # Images of version 1 of the tables have no rules of their own: the strict defaults.
-        rules=release_rules.load(row["rules"]) if row["rules"] else ReleaseRules(),
-        revision=row["revision"],
-    )
