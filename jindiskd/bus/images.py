@@ -24,6 +24,10 @@ def image_path(image_id: str) -> ObjectPath:
     return ObjectPath(f"{ROOT_PATH}/image/{path_label(image_id)}")
 
 
+MEASURED_AT_ONCE = 2
+"""Each takes a thread, which guests need too, and reads a kernel, an initrd and a firmware into memory."""
+
+
 class ImageObject(Object, spec="org.jindisk1.Image"):
     """One image."""
 
@@ -33,8 +37,10 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         images: Images,
         jobs: JobManager,
         refresh: Callable[[], Awaitable[None]],
+        measuring: asyncio.Semaphore,
     ) -> None:
         self._view, self._images, self._jobs, self._refresh = view, images, jobs, refresh
+        self._measuring = measuring
 
     def polkit_details(self) -> Mapping[str, str]:
         """Its name, for the question."""
@@ -92,8 +98,10 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         everything = options.get("all") is True
 
         async def work(job: Job) -> str:
-            job.progress("measuring")
-            return await self._images.measure_all(name) if everything else (await self._images.measure(name)).hex()
+            job.progress("waiting")
+            async with self._measuring:
+                job.progress("measuring")
+                return await self._images.measure_all(name) if everything else (await self._images.measure(name)).hex()
 
         job = self._jobs.start(Operation.IMAGE_MEASURE, [name], caller.uid, work)
         return job_path(job.number)
@@ -206,6 +214,7 @@ class ImagesOnBus:
         self._objects: dict[str, ImageObject] = {}
         self._views: dict[str, ImageView] = {}
         self._lock = asyncio.Lock()
+        self._measuring = asyncio.Semaphore(MEASURED_AT_ONCE)
 
     async def refresh(self) -> None:
         """After a change of ours: look at the store again, and at the keys."""
@@ -223,7 +232,9 @@ class ImagesOnBus:
                 if image_id in self._objects:
                     self._objects[image_id]._update(view)  # noqa: SLF001 (one thing in two classes)
                 else:
-                    item = self._objects[image_id] = ImageObject(view, self._images, self._jobs, self.refresh)
+                    item = self._objects[image_id] = ImageObject(
+                        view, self._images, self._jobs, self.refresh, self._measuring
+                    )
                     self._server.export(image_path(image_id), item)
 
     def find(self, name: str) -> ImageView:

@@ -190,3 +190,21 @@ def test_random_calls_of_an_ordinary_user_find_nothing(stock):
     assert open_descriptors(stock) <= before + 20
     assert "fault in a bus method" not in stock.log.read_text()
     assert stock.json("audit", "verify")["rows"] == rows, "nothing was decided"
+
+
+def test_many_measurements_wait_for_each_other(stock, raw):
+    """Thirty at once leave threads to others, all of them end, and thirty more take no more memory than the first."""
+    _, body = raw.call(MANAGER, "GetImage", "s", ("stock",))
+    memory = []
+    for _ in range(2):
+        jobs = []
+        for _ in range(30):
+            error, answer = raw.call("org.jindisk1.Image", "Measure", "a{sv}", ({},), path=body[0])
+            assert error == "", answer
+            jobs.append(answer[0])
+        assert raw.call("org.jindisk1.Audit", "List", "a{sv}", ({},), path="/org/jindisk1/audit")[0] == ""
+        settle(raw)
+        memory.append(resident_kib(stock))
+        results = {raw.call("org.jindisk1.Job", "GetResult", "a{sv}", ({},), path=job)[1][0] for job in jobs}
+        assert results == {stock.json("image", "show", "stock")["image"]["LaunchDigest"]}
+    assert memory[1] - memory[0] < 16 * 1024
