@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,13 @@ class Host:
         with OpenFile(path or self.disk, writable=False) as device:
             key = Secret(devicevolumes.KEY)
             yield open_volume(device, key=key, uuid=uuid.UUID(devicevolumes.UUID), anchor=anchor)
+
+    def wait_for_report(self, before: int) -> None:
+        """A session's own first state is reported soon after it was adopted."""
+        end_s = time.monotonic() + 300
+        while self.anchor.sequence == before:
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
 
     def block(self, at: int, path: Path | None = None) -> bytes:
         """Read a block of what the key store's anchor accepts."""
@@ -236,7 +244,9 @@ async def test_a_service_that_was_restarted_meanwhile_hears_of_the_end(host):
 
 async def test_a_newer_session_fences_this_one(host):
     """A guest elsewhere, say: what this one has not yet written is not written."""
+    before = host.anchor.sequence
     volume = await opened(host, host.permit())
+    await asyncio.to_thread(host.wait_for_report, before)
     grant = host.permit()
     theirs = states.ServiceKeeper(devicevolumes.UUID, grant.session, host.path)
     kept = host.anchor
