@@ -17,7 +17,7 @@ from distribution import make_disk, make_initramfs, make_system
 
 from jindiskd.guest.config import PATH
 
-from .conftest import Host, cleared, started
+from .conftest import Host, cleared, started, virsh
 
 pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.slow, pytest.mark.long]
 
@@ -65,6 +65,11 @@ def shut_down(host: Host, name: str) -> None:
     host.wait_off(name)
 
 
+def wait_for_power_off(host: Host, name: str) -> None:
+    """Until the machine is off, whatever the service calls that."""
+    host.until(lambda: virsh("domstate", name).strip() == "shut off", f"the end of {name}", within_s=900)
+
+
 def kinds(host: Host, image: str) -> list[str]:
     return [row["kind"] for row in host.rows(image)]
 
@@ -106,7 +111,7 @@ def test_an_altered_command_line_is_refused_without_a_shell(host: Host, word: st
     finally:
         cmdline.write_bytes(original)
     assert done.returncode != 0
-    host.wait_off("mine")
+    wait_for_power_off(host, "mine")
     said = console(host, "mine")
     assert "jindisk: E32" in said or "jindisk: E47" in said, said[-3000:]
     assert kinds(host, "mine").count("released") == released
@@ -126,14 +131,16 @@ def test_a_root_that_does_not_mount_gives_no_shell(host: Host, tmp_path: Path) -
         file.seek(start)
         file.write(bytes(8192))
     try:
-        host.ctl("launch", "plain", check=False)
-        host.wait_off("plain")
+        done = host.ctl("launch", "plain", check=False)
+        wait_for_power_off(host, "plain")
     finally:
         with disk.open("r+b") as file:
             file.seek(start)
             file.write(superblock)
     said = console(host, "plain")
     assert kinds(host, "plain")[-1] == "released"
+    assert done.returncode == 1
+    assert "(E47)" in done.stderr
     assert "jindisk: E47" in said, said[-3000:]
     assert "(initramfs)" not in said
     assert ":/#" not in said
