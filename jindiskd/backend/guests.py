@@ -49,6 +49,7 @@ class GuestsBackend:
             memory_mib=memory // MEBIBYTE if memory else None,
             timeout_s=order.timeout_s,
             progress=job.progress,
+            host_data=order.host_data,
         )
         said = ", attested by simulated firmware, which proves nothing" if view.simulated else ""
         job.log(f"domain {view.name} ({view.uuid}) runs from its encrypted root{said}")
@@ -74,7 +75,10 @@ class GuestsBackend:
         """The XML that a launch would define."""
         memory = order.memory_bytes
         return await self._service.plan(
-            order.image, name=order.name, memory_mib=memory // MEBIBYTE if memory else None
+            order.image,
+            name=order.name,
+            memory_mib=memory // MEBIBYTE if memory else None,
+            host_data=order.host_data,
         )
 
     async def stop(self, uuid: str, *, force: bool) -> None:

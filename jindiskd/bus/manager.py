@@ -24,6 +24,7 @@ DOMAIN_LIMIT = 128
 PEM_LIMIT_BYTES = 1 << 16
 MEBIBYTE = 1 << 20
 MEMORY_LIMIT_BYTES = 16 << 40
+HOST_DATA = re.compile(r"([0-9a-fA-F]{64}|[0-9a-fA-F]{96})?")
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """The name becomes part of messages, listings and libvirt's file names."""
 
@@ -235,4 +236,8 @@ def launch_order(image: str, options: Options) -> LaunchOrder:
         raise InvalidArgument("domain name", name[:100], remedy)
     if memory is not None and (memory % MEBIBYTE or not MEBIBYTE <= memory <= MEMORY_LIMIT_BYTES):
         raise InvalidArgument("memory", memory, f"give whole MiB, {MEMORY_LIMIT_BYTES} bytes at most")
-    return LaunchOrder(image=image, name=name, memory_bytes=memory, timeout_s=timeout_s)
+    given = text(options, "host-data")
+    if not HOST_DATA.fullmatch(given):
+        raise InvalidArgument("host data", given[:20], "give 32 (SEV-SNP) or 48 (TDX) bytes in hexadecimal")
+    data = bytes.fromhex(given)
+    return LaunchOrder(image=image, name=name, memory_bytes=memory, timeout_s=timeout_s, host_data=data)

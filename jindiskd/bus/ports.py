@@ -86,6 +86,7 @@ class LaunchOrder:
     name: str = ""
     memory_bytes: int | None = None
     timeout_s: int | None = None
+    host_data: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
 @click.option("--name", help="Name of the domain.")
 @click.option("--memory", type=Size(), help="Memory of the guest, such as 2G.")
 @click.option("--timeout", type=click.IntRange(10), help="Seconds until it must run.")
+@click.option("--host-data", help="Hexadecimal; its evidence shows it: HOSTDATA of SEV-SNP, MRCONFIGID of TDX.")
 @click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
 @common
 @pass_app
@@ -44,6 +45,7 @@ def launch(
     name: str | None,
     memory: int | None,
     timeout: int | None,
+    host_data: str | None,
     no_wait: bool,
 ) -> None:
     """Start a guest from IMAGE and follow it until its encrypted root is open and its system runs."""
@@ -54,6 +56,8 @@ def launch(
         options["memory"] = Variant("t", memory)
     if timeout:
         options["timeout"] = Variant("u", timeout)
+    if host_data:
+        options["host-data"] = Variant("s", host_data)
     run(_launch(app, image, options, not no_wait))
 
 
@@ -209,26 +213,29 @@ async def _release(app: App, name: str, yes: bool) -> None:
 @click.argument("name", required=False, shell_complete=domains)
 @click.option("--image", shell_complete=images, help="Of the domain that launch would define for this image, instead.")
 @click.option("--memory", type=Size(), help="Memory of that, such as 2G.")
+@click.option("--host-data", help="Hexadecimal; as of launch.")
 @common
 @pass_app
-def xml(app: App, name: str | None, image: str | None, memory: int | None) -> None:
+def xml(app: App, name: str | None, image: str | None, memory: int | None, host_data: str | None) -> None:
     """Print the definition of domain NAME as libvirt keeps it; or with --image the one that launch would make.
 
     With both, NAME is the name it would have.
     """
     if name is None and image is None:
         raise click.UsageError("give a domain, or --image")
-    if memory is not None and image is None:
-        raise click.UsageError("--memory is for what launch would define: give --image")
-    run(_xml(app, name, image, memory))
+    if (memory is not None or host_data) and image is None:
+        raise click.UsageError("--memory and --host-data are for what launch would define: give --image")
+    options: dict[str, Any] = {"name": Variant("s", name)} if name else {}
+    if memory:
+        options["memory"] = Variant("t", memory)
+    if host_data:
+        options["host-data"] = Variant("s", host_data)
+    run(_xml(app, name, image, options))
 
 
-async def _xml(app: App, name: str | None, image: str | None, memory: int | None) -> None:
+async def _xml(app: App, name: str | None, image: str | None, options: dict[str, Any]) -> None:
     async with connected() as client:
         if image is not None:
-            options: dict[str, Any] = {"name": Variant("s", name)} if name else {}
-            if memory:
-                options["memory"] = Variant("t", memory)
             text: str = await client.call(ROOT_PATH, MANAGER, "DescribeDomain", image, options)
         else:
             assert name is not None  # by the caller

@@ -69,6 +69,7 @@ class Launcher:
         memory_mib: int | None,
         timeout_s: int | None,
         progress: Callable[[str], None],
+        host_data: bytes = b"",
     ) -> DomainView:
         """Define and start a domain for an image and follow it until its system runs; see `DomainService.launch`."""
         self._connection.require_local("launching a guest")
@@ -89,7 +90,8 @@ class Launcher:
                     await old.retire()
                     if old.must_be_off:
                         await machine.end(self._connection, old)
-                text = await self._define(guest, stored.path, manifest, memory_mib or self._settings.memory_mib)
+                memory = memory_mib or self._settings.memory_mib
+                text = await self._define(guest, stored.path, manifest, memory, host_data)
                 await self._power_on(guest, text)
                 await self._follow(guest)
         except BaseException as exc:
@@ -102,7 +104,7 @@ class Launcher:
         guest.follower = None
         return guest.view
 
-    async def plan(self, image_name: str, name: str, memory_mib: int) -> str:
+    async def plan(self, image_name: str, name: str, memory_mib: int, host_data: bytes) -> str:
         """The XML that a launch of an image would define; nothing is made."""
         stored = await asyncio.to_thread(self._images.get, image_name)
         binding = Binding(
@@ -110,9 +112,11 @@ class Launcher:
         )
         old = self._guests.named(name)
         view = self._guests.off(old.view.uuid if old else str(uuid4()), name, binding)
-        return self._made(view, stored.path, stored.manifest, memory_mib)
+        return self._made(view, stored.path, stored.manifest, memory_mib, host_data)
 
-    async def _define(self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int) -> str:
+    async def _define(
+        self, guest: Guest, directory: Path, manifest: Manifest, memory_mib: int, host_data: bytes
+    ) -> str:
         """Make libvirt's definition what is to be started; returns its XML."""
         view = guest.view
         await self.can_start(manifest.platform)
@@ -120,9 +124,12 @@ class Launcher:
         turn = await self._turn(guest)
         binding = self._bindings.get(view.uuid)
         if binding is not None and binding.adopted:
+            if host_data:
+                text = "it was adopted: its definition says what it has (virsh edit, <launchSecurity>)"
+                raise NotSupported(f"host data for domain {view.name!r}", text)
             text = await self._adopted(view, binding)
         else:
-            text = self._made(view, directory, manifest, memory_mib)
+            text = self._made(view, directory, manifest, memory_mib, host_data)
         if turn is not None:
             text = with_session(text, turn.dh_certificate, turn.session)
         await guest.start_device(self._settings.device_program(xml.parse(text)))
@@ -163,7 +170,9 @@ class Launcher:
             raise LaunchRefused(view.name, reason) from exc
         await machine.inject(self._connection, view.name, view.uuid, sealed)
 
-    def _made(self, view: DomainView, directory: Path, manifest: Manifest, memory_mib: int) -> str:
+    def _made(
+        self, view: DomainView, directory: Path, manifest: Manifest, memory_mib: int, host_data: bytes
+    ) -> str:
         """The definition of a domain that is ours alone."""
         spec = from_manifest(
             manifest,
@@ -173,6 +182,7 @@ class Launcher:
             memory_mib=memory_mib,
             console_log=Path(view.console),
             vsock=self._settings.device_socket(view.uuid),
+            host_data=host_data,
         )
         text = xml.write(spec)
         check.refuse(xml.parse(text), simulated=view.simulated)

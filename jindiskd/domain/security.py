@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jindiskd.base.platform import Platform, Tee
+from jindiskd.errors import InvalidArgument, NotSupported
 
 SEV_POLICY = 0xB
 """No debugging, no key sharing, no sending elsewhere: what `attest.sev` demands. Bits: AMD 55766 chapter 3."""
@@ -80,6 +81,42 @@ def default_security(platform: Platform, *, quote_socket: str = QUOTE_SOCKET) ->
     if platform.tee is Tee.TDX:
         return Tdx(quote_socket=quote_socket)
     return Sev(policy=SEV_POLICY | (SEV_POLICY_ES if platform.tee is Tee.SEV_ES else 0))
+
+
+def with_host_data(security: Security | None, data: bytes, platform: Platform) -> Security | None:
+    """The same with bytes that the host chooses and the guest's evidence shows: HOSTDATA of SNP, MRCONFIGID of TDX.
+
+    Args:
+        security: of the platform.
+        data: 32 bytes for SNP, 48 for TDX; empty for none.
+        platform: for messages.
+
+    Raises:
+        InvalidArgument: another length. NotSupported: the platform has no such thing.
+    """
+    if not data:
+        return security
+    if isinstance(security, Snp):
+        if len(data) != HOST_DATA_BYTES:
+            raise InvalidArgument("length of the host data", len(data), f"SEV-SNP has {HOST_DATA_BYTES} bytes")
+        return replace(security, host_data=data)
+    if isinstance(security, Tdx):
+        if len(data) != TDX_REGISTER_BYTES:
+            raise InvalidArgument("length of the host data", len(data), f"TDX has {TDX_REGISTER_BYTES} bytes")
+        return replace(security, mr_config_id=data)
+    raise NotSupported(f"host data for platform {platform}", "SEV-SNP and TDX alone have it")
+
+
+def host_data_of(root: ET.Element) -> bytes:
+    """What `with_host_data` put into a definition; empty where there is none, or none that can be read."""
+    for tag in ("hostData", "mrConfigId"):
+        text = root.findtext(f"launchSecurity/{tag}")
+        if text is not None:
+            try:
+                return base64.b64decode("".join(text.split()), validate=True)
+            except ValueError:
+                return b""
+    return b""
 
 
 def element(security: Security) -> ET.Element:

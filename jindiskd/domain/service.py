@@ -27,6 +27,7 @@ from jindiskd.domain.hook import HookListener
 from jindiskd.domain.judge import Judge, KeyProblem
 from jindiskd.domain.launch import Launcher
 from jindiskd.domain.reconciler import Reconciler
+from jindiskd.domain.security import host_data_of
 from jindiskd.domain.starts import Starts
 from jindiskd.domain.state import ACTIVE, DomainView
 from jindiskd.domain.switch import Switch, listening_sockets
@@ -165,6 +166,7 @@ class DomainService:
         memory_mib: int | None = None,
         timeout_s: int | None = None,
         progress: Callable[[str], None] = lambda _stage: None,
+        host_data: bytes = b"",
     ) -> DomainView:
         """Define and start a domain for an image and follow it until its system runs.
 
@@ -174,13 +176,19 @@ class DomainService:
             memory_mib: memory; as configured by default.
             timeout_s: from here to the running system; as configured by default.
             progress: called with each state's name as it is reached.
+            host_data: what the guest's evidence shall show as the host's: 32 bytes for SNP, 48 for TDX.
 
         Raises:
-            NotFound, Busy, NotSupported, LibvirtFailed: before anything was started.
+            InvalidArgument, NotFound, Busy, NotSupported, LibvirtFailed: before anything was started.
             LaunchRefused, LaunchFailed, TimedOut: the guest is off again and nothing is left open.
         """
         return await self._launcher.launch(
-            image_name, name=name, memory_mib=memory_mib, timeout_s=timeout_s, progress=progress
+            image_name,
+            name=name,
+            memory_mib=memory_mib,
+            timeout_s=timeout_s,
+            progress=progress,
+            host_data=host_data,
         )
 
     async def adopt(self, key: str, image_name: str) -> DomainView:
@@ -214,9 +222,14 @@ class DomainService:
         if view.state in ACTIVE:
             raise Busy(f"domain {view.name!r}", "it is running already")
         found = await machine.definition(self.connection, view.uuid)
-        memory = xml.memory_mib(xml.parse(found.text))
+        root, binding = xml.parse(found.text), self._bindings.get(view.uuid)
         return await self._launcher.launch(
-            view.image, name=view.name, memory_mib=memory, timeout_s=timeout_s, progress=progress
+            view.image,
+            name=view.name,
+            memory_mib=xml.memory_mib(root),
+            timeout_s=timeout_s,
+            progress=progress,
+            host_data=b"" if binding is not None and binding.adopted else host_data_of(root),
         )
 
     async def definition(self, key: str) -> str:
@@ -224,9 +237,16 @@ class DomainService:
         view = self._guests.find(key).view
         return await machine.public_definition(self.connection, view.name, view.uuid)
 
-    async def plan(self, image_name: str, *, name: str = "", memory_mib: int | None = None) -> str:
-        """The XML that a launch would define; nothing is made. Raises `NotFound`, `DomainRefused`."""
-        return await self._launcher.plan(image_name, name or image_name, memory_mib or self._settings.memory_mib)
+    async def plan(
+        self, image_name: str, *, name: str = "", memory_mib: int | None = None, host_data: bytes = b""
+    ) -> str:
+        """The XML that a launch would define; nothing is made.
+
+        Raises:
+            NotFound, DomainRefused, InvalidArgument, NotSupported: there is none.
+        """
+        memory = memory_mib or self._settings.memory_mib
+        return await self._launcher.plan(image_name, name or image_name, memory, host_data)
 
     async def problem(self, key: str) -> str:
         """Why a domain would not attest if it were started as it is defined now; empty if nothing is known against it.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jindiskd.base.platform import Tee
 from jindiskd.domain.binding import Binding
-from jindiskd.domain.security import Security, default_security
+from jindiskd.domain.security import Security, default_security, with_host_data
 from jindiskd.image.manifest import Manifest
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
@@ -67,8 +67,13 @@ def from_manifest(
     console_log: Path,
     vsock: Path | None,
     emulator: str = EMULATOR,
+    host_data: bytes = b"",
 ) -> DomainSpec:
-    """The domain of an image in the store, `directory` being the image's, with every default filled in."""
+    """The domain of an image in the store, `directory` being the image's, with every default filled in.
+
+    Raises:
+        InvalidArgument, NotSupported: as `security.with_host_data`.
+    """
     return DomainSpec(
         name=name,
         uuid=uuid,
@@ -86,5 +91,5 @@ def from_manifest(
         console_log=console_log,
         vsock_socket=vsock,
         emulator=emulator,
-        security=default_security(manifest.platform),
+        security=with_host_data(default_security(manifest.platform), host_data, manifest.platform),
     )

@@ -16,10 +16,10 @@ from lxml import etree
 from jindiskd.base.platform import Platform
 from jindiskd.domain import check, xml
 from jindiskd.domain.binding import Binding
-from jindiskd.domain.security import Sev, Snp, Tdx, default_security, element
+from jindiskd.domain.security import Sev, Snp, Tdx, default_security, element, host_data_of, with_host_data
 from jindiskd.domain.spec import BootInputs, DomainSpec, from_manifest
 from jindiskd.domain.state import ACTIVE, NEXT, DomainState
-from jindiskd.errors import InvalidArgument
+from jindiskd.errors import InvalidArgument, NotSupported
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
 NEWEST_SCHEMA = Path(__file__).resolve().parents[2] / "build/tools/usr/share/libvirt/schemas/domain.rng"
@@ -245,3 +245,32 @@ def test_bindings(tmp_path, spec) -> None:
     bindings.drop(UUID)
     with pytest.raises(InvalidArgument):
         bindings.get("../../etc/passwd")
+
+
+@pytest.mark.parametrize(("platform", "length"), [(Platform.SNP, 32), (Platform.TDX, 48)])
+def test_host_data_is_written_and_read_back(platform: Platform, length: int) -> None:
+    """HOSTDATA or MRCONFIGID: what libvirt is given, what a later start keeps, and nothing of another length."""
+    data, plain = bytes(range(length)), default_security(platform)
+    security = with_host_data(plain, data, platform)
+    assert security is not None
+    domain = ET.Element("domain")
+    domain.append(element(security))
+    assert host_data_of(domain) == data
+    assert with_host_data(plain, b"", platform) == plain
+    for wrong in (data[:-1], data + b"x"):
+        with pytest.raises(InvalidArgument, match=str(length)):
+            with_host_data(plain, wrong, platform)
+
+
+@pytest.mark.parametrize("platform", [Platform.SIMULATED_SNP, Platform.SEV, Platform.SEV_ES])
+def test_host_data_is_refused_where_there_is_none(platform: Platform) -> None:
+    """Instead of being dropped without a word."""
+    with pytest.raises(NotSupported, match="SEV-SNP and TDX alone"):
+        with_host_data(default_security(platform), bytes(32), platform)
+
+
+def test_host_data_that_cannot_be_read_is_none() -> None:
+    """A definition that somebody edited."""
+    assert host_data_of(ET.fromstring("<domain/>")) == b""
+    text = "<domain><launchSecurity type='sev-snp'><hostData>!!</hostData></launchSecurity></domain>"
+    assert host_data_of(ET.fromstring(text)) == b""

@@ -124,6 +124,8 @@ def test_a_name_is_taken_once(stock, rootfs):
         (["domain", "xml", "--image", "none"], 3, "no image 'none'"),
         (["domain", "xml", "a/b", "--image", "{stock}"], 2, "domain name 'a/b'"),
         (["domain", "xml"], 2, "give a domain, or --image"),
+        (["launch", "{stock}", "--host-data", "zz"], 2, "host data 'zz'"),
+        (["domain", "xml", "--image", "{stock}", "--host-data", "aa" * 32], 1, "SEV-SNP and TDX alone"),
         (["domain", "xml", "x", "--memory", "1G"], 2, "give --image"),
         (["job", "cancel", "999999"], 3, "no job '999999'"),
         (["image", "frobnicate"], 2, "No such command"),
