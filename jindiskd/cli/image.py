@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import click
 
-from jindiskd.base.files import fsync_directory, rename_new
 from jindiskd.base.platform import Platform
 from jindiskd.base.process import run as run_program
 from jindiskd.bus.contract import ROOT_PATH
@@ -21,10 +18,10 @@ from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import images
-from jindiskd.cli.jobs import result, start_and_follow
+from jindiskd.cli.jobs import start_and_follow
 from jindiskd.cli.output import fields, moment, platform, size, table
 from jindiskd.cli.parameters import Size
-from jindiskd.errors import AlreadyExists, InvalidArgument
+from jindiskd.errors import InvalidArgument
 
 MANAGER = "org.jindisk1.Manager"
 IMAGE = "org.jindisk1.Image"
@@ -118,7 +115,8 @@ def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def opened(path: Path) -> Iterator[int]:
+    """A file, open for reading."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield fd
@@ -149,7 +147,7 @@ async def _build(
             fd = stack.enter_context(tempfile.TemporaryFile(dir=os.environ.get("TMPDIR", "/var/tmp"))).fileno()  # noqa: S108 (an unnamed file)
             await _archive(source, fd)
         else:
-            fd = stack.enter_context(_opened(source))
+            fd = stack.enter_context(opened(source))
         async with connected() as client:
 
             async def start() -> str:
@@ -159,10 +157,10 @@ async def _build(
             if await start_and_follow(client, app, start, wait=wait) is None:
                 return
             _, properties = await find(client, name)
-    app.show({"image": properties}, lambda: f"Built {_described(properties)}.")
+    app.show({"image": properties}, lambda: f"Built {described(properties)}.")
 
 
-def _described(image: dict[str, Any]) -> str:
+def described(image: dict[str, Any]) -> str:
     """An image in half a sentence."""
     kind = "simulated image" if image["Simulated"] else "image"
     return f"{kind} {image['Name']} ({image['Format']}, {size(image['SizeBytes'])}) for {platform(image)}"
@@ -214,7 +212,7 @@ async def _show(app: App, name: str) -> None:
         "attestation": "simulated: proves nothing" if found["Simulated"] else "by hardware",
         "format": found["Format"],
         "size": f"{size(found['SizeBytes'])} ({found['SizeBytes']} bytes)",
-        "key": _key_state(found),
+        "key": key_state(found),
         "launch digest": found["LaunchDigest"],
         "processors": str(found["Vcpus"]),
         "distribution": found["Distribution"],
@@ -239,7 +237,7 @@ def update(app: App, name: str, kernel: Path, initrd: Path) -> None:
 
 
 async def _update(app: App, name: str, kernel: Path, initrd: Path) -> None:
-    with _opened(kernel) as kernel_fd, _opened(initrd) as initrd_fd:
+    with opened(kernel) as kernel_fd, opened(initrd) as initrd_fd:
         async with connected() as client:
             path, _ = await find(client, name)
 
@@ -259,127 +257,7 @@ async def _update(app: App, name: str, kernel: Path, initrd: Path) -> None:
     )
 
 
-@image.command()
-@click.argument("name", shell_complete=images)
-@click.argument("new_name", metavar="NEW")
-@click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
-@common
-@pass_app
-def clone(app: App, name: str, new_name: str, no_wait: bool) -> None:
-    """Make a second image NEW of the same system as NAME.
-
-    Its disk is encrypted anew under a key of its own, and it measures otherwise; its key is released by the rules of
-    NAME. What the system knows of itself, such as its host name, machine id and SSH host keys, is the same.
-    """
-    run(_clone(app, name, new_name, not no_wait))
-
-
-async def _clone(app: App, name: str, new_name: str, wait: bool) -> None:
-    async with connected() as client:
-        path, found = await find(client, name)
-        job = await start_and_follow(
-            client, app, lambda: client.call(path, IMAGE, "Clone", new_name, {}), wait=wait
-        )
-        if job is None:
-            return
-        _, properties = await find(client, new_name)
-    app.show({"image": properties}, lambda: f"Cloned image {found['Name']} into {_described(properties)}.")
-
-
-@image.command()
-@click.argument("name", shell_complete=images)
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
-@common
-@pass_app
-def export(app: App, name: str, file: Path, force: bool) -> None:
-    """Write an image, whole but without its key, to FILE (- for standard output), for image import elsewhere.
-
-    Its guests get their key from the broker that the image pins; see key export for handing keys to one.
-    """
-    run(_export(app, name, file, force))
-
-
-async def _export(app: App, name: str, file: Path, force: bool) -> None:
-    async with connected() as client:
-        path, found = await find(client, name)
-        with _written(file, force) as fd:
-            job = await start_and_follow(
-                client, app, lambda: client.call(path, IMAGE, "Export", 0, {}, fds=[fd]), wait=True
-            )
-            assert job is not None  # waited for
-            digest, size_bytes = await result(client, job), os.fstat(fd).st_size
-    if str(file) == "-":
-        app.say(f"SHA-256 of the stream: {digest}")
-        return
-    document = {"image_id": found["ImageId"], "file": str(file), "size_bytes": size_bytes, "sha256": digest}
-    app.show(document, lambda: f"Image {found['Name']} without its key is in {file} ({size(size_bytes)}).")
-
-
-@contextlib.contextmanager
-def _written(file: Path, force: bool) -> Iterator[int]:
-    """A descriptor for a file that is there once the block has ended well, and not at all otherwise."""
-    if str(file) == "-":
-        yield sys.stdout.fileno()
-        return
-    if file.exists() and not force:
-        raise AlreadyExists("file", str(file))
-    staged = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            yield fd
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if force:
-            staged.replace(file)
-        else:
-            rename_new(staged, file)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    fsync_directory(file.parent)
-
-
-@image.command(name="import")
-@click.argument("file", type=click.Path(exists=True, path_type=Path, dir_okay=False, allow_dash=True))
-@click.option("--as", "name", help="Its name here; that in the stream otherwise.")
-@click.option("--firmware", type=click.Path(path_type=Path), help="The image's firmware on the service's machine.")
-@click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
-@common
-@pass_app
-def import_(app: App, file: Path, name: str | None, firmware: Path | None, no_wait: bool) -> None:
-    """Take an image from FILE (- for standard input), which image export wrote.
-
-    All of it is checked. Its key is not in it: guests get that from the broker that the image pins, so that the service
-    here must pass them on to that broker.
-    """
-    run(_import(app, file, name, firmware, not no_wait))
-
-
-async def _import(app: App, file: Path, name: str | None, firmware: Path | None, wait: bool) -> None:
-    options: dict[str, Any] = {}
-    if name:
-        options["name"] = Variant("s", name)
-    if firmware:
-        options["firmware"] = Variant("s", os.fspath(firmware.absolute()))
-    with contextlib.ExitStack() as stack:
-        fd = sys.stdin.fileno() if str(file) == "-" else stack.enter_context(_opened(file))
-        async with connected() as client:
-            job = await start_and_follow(
-                client, app, lambda: client.call(ROOT_PATH, MANAGER, "ImportImage", 0, options, fds=[fd]), wait=wait
-            )
-            if job is None:
-                return
-            _, properties = await find(client, await result(client, job))
-    app.show(
-        {"image": properties},
-        lambda: f"Imported {_described(properties)}. Its key is {_key_state(properties)}.",
-    )
-
-
-def _key_state(image: dict[str, Any]) -> str:
+def key_state(image: dict[str, Any]) -> str:
     """The state of an image's key in words."""
     if image["State"] == "unknown":
         return "not here: the broker that the image pins has it"
@@ -400,7 +278,7 @@ def remove(app: App, name: str, yes: bool, no_wait: bool) -> None:
 async def _remove(app: App, name: str, yes: bool, wait: bool) -> None:
     async with connected() as client:
         path, found = await find(client, name)
-        app.confirm(f"Remove {_described(found)} and its key for good?", f"removing image {name}", yes=yes)
+        app.confirm(f"Remove {described(found)} and its key for good?", f"removing image {name}", yes=yes)
         if await start_and_follow(client, app, lambda: client.call(path, IMAGE, "Remove", {}), wait=wait) is None:
             return
     app.show({"removed": found["Name"]}, lambda: f"Removed image {found['Name']} and its key.")

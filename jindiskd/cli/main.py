@@ -13,6 +13,7 @@ from jindiskd.cli.attest import attest
 from jindiskd.cli.audit import audit
 from jindiskd.cli.broker import broker
 from jindiskd.cli.collateral import collateral
+from jindiskd.cli.copies import clone, export, import_
 from jindiskd.cli.device import device
 from jindiskd.cli.doctor import doctor
 from jindiskd.cli.domain import domain, launch
@@ -40,7 +41,8 @@ _COMMANDS = (
     status, monitor, doctor, image, launch, domain, device, job, key, audit, attest, policy, collateral, broker, daemon,
     system_files, completion,
 )  # fmt: skip
-image.add_command(measure)
+for command in (measure, clone, export, import_):
+    image.add_command(command)
 for _command in _COMMANDS:
     cli.add_command(_command)
 
