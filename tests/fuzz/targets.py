@@ -26,6 +26,7 @@ from jindiskd.attest.snp_report import Product, encode_report, parse_report, res
 from jindiskd.attest.snp_table import table_certificates
 from jindiskd.attest.tdx import parse_collateral
 from jindiskd.attest.tdx_quote import parse_quote
+from jindiskd.attest.tdx_registers import authenticode
 from jindiskd.base.platform import Tee
 from jindiskd.broker.judge import judge
 from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
@@ -37,7 +38,14 @@ from jindiskd.jindisk.identification import Identification
 from jindiskd.kbs import encoding, initdata, jwk
 from jindiskd.kbs.evidence import snp_from_json, snp_to_json, tdx_from_json, tdx_to_json
 from jindiskd.kbs.freshness import parse_release, parse_state
-from jindiskd.kbs.messages import MalformedMessage, check_resource, parse_attestation, parse_request, read_object
+from jindiskd.kbs.messages import (
+    VERSION_0_2,
+    MalformedMessage,
+    check_resource,
+    parse_attestation,
+    parse_request,
+    read_object,
+)
 
 NOW = datetime.fromisoformat("2026-07-15T00:00:00Z")
 NONCE = "bm9uY2U="
@@ -60,6 +68,19 @@ class Target:
     seeds: tuple[str, ...] = ()
     """Glob patterns of recorded files, below the folder of attestation vectors."""
     made: tuple[bytes, ...] = ()
+
+
+def _efi_image() -> bytes:
+    """The least that has a digest: headers with a section of eight bytes, and certificates of eight."""
+    image = bytearray(512 + 16)
+    image[:2], image[0x3C:0x40] = b"MZ", (64).to_bytes(4, "little")
+    image[64:68], image[70:72], image[84:86] = b"PE\0\0", b"\1\0", (240).to_bytes(2, "little")
+    for at, size, value in (
+        (88, 2, 0x20B), (88 + 60, 4, 512), (88 + 108, 4, 16), (88 + 144, 4, 520), (88 + 148, 4, 8),
+        (88 + 240 + 16, 4, 8), (88 + 240 + 20, 4, 512),
+    ):  # fmt: skip
+        image[at : at + size] = value.to_bytes(size, "little")
+    return bytes(image)
 
 
 def _report(data: bytes) -> None:
@@ -162,6 +183,13 @@ TARGETS: Mapping[str, Target] = {
     "kept": Target(_restore, EVIDENCE, ("snp/*/report.bin", "tdx/*/quote.bin")),
     "request": Target(parse_request, MESSAGE, (), (b'{"version":"0.4.0","tee":"snp","extra-params":""}',)),
     "attestation": Target(parse_attestation, MESSAGE, (), (_evidence(),)),
+    "attestation-0.2.0": Target(
+        lambda data: parse_attestation(data, VERSION_0_2),
+        MESSAGE,
+        (),
+        (b'{"tee-pubkey":{"kty":"EC"},"tee-evidence":{}}',),
+    ),
+    "efi-image": Target(authenticode, EVIDENCE, (), (_efi_image(),)),
     "judge": Target(_judge, (EvidenceRefused,), (), (_evidence(),)),
     "snp-evidence": Target(_snp_json, MESSAGE, (), (json.dumps(snp_to_json(bytes(1184))).encode(),)),
     "tdx-evidence": Target(_tdx_json, MESSAGE, (), (json.dumps(tdx_to_json(b"x", b"y")).encode(),)),
