@@ -106,8 +106,11 @@ class DeviceService:
 
     async def start(self) -> None:
         """Listen, and look for the first time."""
-        self._watch.start()
-        await self.reconcile()
+        try:
+            self._watch.start()
+        except OSError as exc:  # in a container, say: guests run all the same
+            log.warning("block devices are not watched", reason=exc.strerror)
+        await self._look_again()
         self._task = asyncio.get_running_loop().create_task(self._keep())
 
     async def stop(self) -> None:

@@ -250,6 +250,19 @@ async def test_a_restarted_service_knows_what_was_open(world):
     assert again.views()[0].state is DeviceState.CLOSED
 
 
+async def test_without_events_the_service_runs_all_the_same(world):
+    """In a container that may not listen, say."""
+
+    def refuse() -> None:
+        raise OSError(1, "Operation not permitted")
+
+    world.start = refuse
+    again = DeviceService(world, world, running=lambda _id: "", watch=lambda _changed: world)
+    await again.start()
+    assert [view.node for view in again.views()] == ["/dev/sda3"]
+    await again.stop()
+
+
 async def test_only_changes_are_told(world):
     before = world.told
     for _ in range(3):
