@@ -25,6 +25,7 @@ allow_simulated = true
 libvirt_uri = "test:///none"
 """
 LIMIT_S = 400
+PLUG_S = 150
 
 
 def tell(word: str) -> None:
@@ -42,8 +43,8 @@ def run(*words: str, check: bool = True) -> str:
     return done.stdout + done.stderr
 
 
-def until(condition, what: str):
-    limit = time.monotonic() + LIMIT_S
+def until(condition, what: str, limit_s: float = LIMIT_S):
+    limit = time.monotonic() + limit_s
     while True:
         found = condition()
         if found:
@@ -207,7 +208,7 @@ def overflow(_service: Service) -> None:
 def plug(service: Service) -> None:
     assert service.devices() == {}
     tell("plug")
-    until(lambda: len(service.devices()) == 2, "the disk")
+    until(lambda: len(service.devices()) == 2, "the disk", PLUG_S)
     note("plugged")
     NODES[:] = sorted(service.devices())
     FOUND["plugged"] = [ours(service.devices()[node]) for node in NODES]
@@ -315,6 +316,7 @@ def main() -> None:
         FOUND["fault"] = traceback.format_exc()
         for unit in ("jindiskd.service", "jindisk-helper@*", "systemd-udevd.service", "jindisk-helper.socket"):
             note(run("journalctl", "--no-pager", "-n", "40", "-u", unit, check=False)[-5000:])
+        note(run("sh", "-c", "udevadm info -q all /dev/sda1; udevadm info -q all /dev/sda2", check=False))
         note(run("sh", "-c", "dmesg | tail -20; ls -la /run /run/jindisk-helper; mount | head -50", check=False))
     tell("found " + json.dumps(FOUND))
 

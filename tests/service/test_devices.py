@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import devicevolumes
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,6 +212,44 @@ def test_a_device_comes_is_opened_and_goes(host, rootfs, tmp_path):
     host.until(lambda: (tmp_path / "signals").read_text().count(path) >= 2, "its signals")
     signals = (tmp_path / "signals").read_text()
     assert signals.count("member=InterfacesRemoved") - before >= 1
+
+
+def test_partitions(host, tmp_path):
+    """Of our type and of others, LUKS2 of ours; a file system is left alone. They go with their disk."""
+    mib = 1 << 20
+    volume = devicevolumes.make_jindisk2(tmp_path / "volume", 16 * mib).read_bytes()
+    luks = devicevolumes.luks2_header(8 * mib).ljust(9 * mib, b"\0")
+    with (tmp_path / "ext4").open("wb") as file:
+        file.truncate(8 * mib)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", tmp_path / "ext4"], check=True)
+    parts = [
+        ("4A0FEB3F-F302-4B40-A4BA-8B27E42E994B", volume),
+        ("0FC63DAF-8483-4772-8E79-3D69D8477DE4", volume),
+        ("CA7D7CCB-63ED-4C53-861C-1742536059CC", luks),
+        ("0FC63DAF-8483-4772-8E79-3D69D8477DE4", (tmp_path / "ext4").read_bytes()),
+        ("4A0FEB3F-F302-4B40-A4BA-8B27E42E994B", bytes(mib)),
+    ]
+    disk, at, lines = tmp_path / "disk", mib, ["label: gpt"]
+    with disk.open("wb") as file:
+        for kind, content in parts:
+            size = -(-len(content) // mib) * mib
+            lines.append(f"start={at // 512}, size={size // 512}, type={kind}")
+            file.seek(at)
+            file.write(content)
+            at += size
+        file.truncate(at + mib)
+    subprocess.run(["sfdisk", "-q", disk], input="\n".join(lines).encode(), check=True, capture_output=True)
+    node = host.plug(disk)
+    # Where the kernel has no parser of partition tables, it is told of them.
+    subprocess.run(["partx", "--add", node], check=False, capture_output=True)
+    wanted = {f"{node}p1": "jindisk2", f"{node}p2": "jindisk2", f"{node}p3": "luks2", f"{node}p5": ""}
+    host.until(lambda: {name: item["Kind"] for name, item in host.devices().items()} == wanted, "the partitions")
+    (tmp_path / "ext4-key").write_bytes(bytes(32))
+    assert "shows no volume" in host.daemon.ctl(
+        "device", "open", f"{node}p5", "--key-file", str(tmp_path / "ext4-key"), status=2
+    )
+    subprocess.run(["partx", "--delete", node], check=True, capture_output=True)
+    host.until(lambda: host.devices() == {}, "their going")
 
 
 def test_nothing_else_is_taken_for_a_volume(host, tmp_path):
