@@ -1,6 +1,7 @@
 """TDX guests at the broker: quotes made for the challenge, judged and decided by the image's rules."""
 
 import base64
+import hashlib
 import json
 from datetime import datetime
 from pathlib import Path
@@ -55,7 +56,9 @@ def prepared(root: SimulatedRoot, tmp_path: Path, quotes: QuoteMaker, **options:
     )
 
 
-async def ask(b: Bench, quotes: QuoteMaker, *, log: bytes = b"", fresh: bool = True, **registers: bytes) -> tuple:
+async def ask(
+    b: Bench, quotes: QuoteMaker, *, log: bytes = b"", fresh: bool = True, init_data: str = "", **registers: bytes
+) -> tuple:
     """What a TDX guest gets: status and body of the answer to its last request, and its key."""
     status, headers, answer = await b.ask("POST", "/kbs/v0/auth", REQUEST)
     assert status == 200, answer
@@ -63,7 +66,10 @@ async def ask(b: Bench, quotes: QuoteMaker, *, log: bytes = b"", fresh: bool = T
     key = ec.generate_private_key(ec.SECP256R1())
     bound = report_data(nonce if fresh else "another", jwk.tee_jwk(key.public_key()))
     evidence = tdx_to_json(quotes.quote(bound, **registers), log)
-    body = b.attestation(nonce, key, **{"tee-evidence": {"primary_evidence": evidence, "additional_evidence": ""}})
+    told: dict[str, Any] = {"tee-evidence": {"primary_evidence": evidence, "additional_evidence": ""}}
+    if init_data:
+        told["init-data"] = {"format": "toml", "body": init_data}
+    body = b.attestation(nonce, key, **told)
     status, _, answer = await b.ask("POST", "/kbs/v0/attest", body, cookie=cookie)
     if status == 200:
         resource = f"/kbs/v0/resource/default/{TDX_IMAGE}/root"
@@ -80,6 +86,26 @@ def add(b: Bench, quotes: QuoteMaker, given: ReleaseRules) -> None:
 async def listening(b: Bench) -> Any:
     b.path = b.path.with_name("tdx_19012")
     return await listen_unix(b.broker, b.identity, b.path, b.peer)
+
+
+async def test_init_data_is_bound_by_mrconfigid(
+    root: SimulatedRoot, tmp_path: Path, quotes: QuoteMaker, vectors: Path
+) -> None:
+    """The recorded placement in MRCONFIGID; other text is refused, and the rules say which launch is the image's."""
+    case = json.loads((vectors / "kbs/kbs-0.4.0.json").read_text())["init_data"][0]
+    text, bound = case["toml"], bytes.fromhex(case["tdx_mrconfigid_hex"])
+    async with prepared(root, tmp_path, quotes) as b:
+        add(b, quotes, rules(quotes, tdx_mr_config_id=(bound,)))
+        listener = await listening(b)
+        status, body, key = await ask(b, quotes, init_data=text, at184=bound)
+        assert status == 200, (body, b.store.audit_rows())
+        assert opened(body, key) == KEY
+        assert (await ask(b, quotes, init_data=text + "\n", at184=bound))[0] == 401
+        assert b.last_findings() == ["init_data.other"]
+        other = hashlib.sha384(b"another launch").digest()
+        assert (await ask(b, quotes, at184=other))[0] == 401
+        assert b.last_findings() == ["tdx.mr_config_id"]
+        await listener.close()
 
 
 @pytest.mark.parametrize("shared", [False, True])
