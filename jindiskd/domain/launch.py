@@ -36,6 +36,10 @@ KEY_ELSEWHERE = (
     "its key is not in this service's key store, but at the broker that the image pins: have guests passed on to that "
     "broker ([broker] deployment = 'relay')"
 )
+NO_SEV_OWNER = (
+    "it is judged before it runs, by its owner's side, which the owner's broker does not offer to others: build for "
+    "SEV-SNP, whose guests attest from inside"
+)
 
 
 class Launcher:
@@ -146,7 +150,7 @@ class Launcher:
         if not view.platform.measured_before:
             return None
         if self._sev is None:
-            raise NotSupported(f"launching a guest of platform {view.platform}", "this service has no SEV owner's side")
+            raise NotSupported(f"launching a guest of platform {view.platform} behind a relay", NO_SEV_OWNER)
         policy = default_security(view.platform)
         assert isinstance(policy, Sev)
         host = HostPlatform.read(await machine.sev_platform(self._connection))
