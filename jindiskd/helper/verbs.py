@@ -100,6 +100,8 @@ def _open_nbd(request: Open, key: Secret, reply: Reply, settings: Settings) -> N
             index = _attach(fds[0], said, mapped.nbd_mark(request))
         finally:
             os.close(fds[0])
+        if not any(item.node == f"nbd{index}" for item in mapped.mapped(settings.places.sys)):
+            raise NotSupported("a network block device", "the kernel shows no mark of ours on it: Linux 5.14 is needed")
         (settings.run / f"nbd{index}").unlink(missing_ok=True)
         ours.send(worker.GO)
         reply(Answer(node=f"nbd{index}"))
