@@ -14,14 +14,21 @@ from jindiskd.guest.codes import Code
 from jindiskd.guest.progress import Progress
 
 CONSOLE = Path("/dev/console")
+ANNOUNCE_S = 1.0
+PAUSE_S = 0.02
 
 
 def announce(code: Code) -> None:
-    """Print the code on the console; never anything else."""
+    """Print the code on the console; never anything else. What others have printed may have to go out first."""
+    text, end_s = f"\r\njindisk: {code.value}\r\n".encode(), time.monotonic() + ANNOUNCE_S
     with contextlib.suppress(OSError):
         console = os.open(CONSOLE, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            os.write(console, f"\r\njindisk: {code.value}\r\n".encode())
+            while text and time.monotonic() < end_s:
+                try:
+                    text = text[os.write(console, text) :]
+                except BlockingIOError:
+                    time.sleep(PAUSE_S)
         finally:
             os.close(console)
 

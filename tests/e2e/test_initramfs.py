@@ -110,10 +110,9 @@ def test_an_altered_command_line_is_refused_without_a_shell(host: Host, word: st
         done = host.ctl("launch", "mine", check=False)
     finally:
         cmdline.write_bytes(original)
-    assert done.returncode != 0
+    assert done.returncode == 7 or "(E47)" in done.stderr, done.stderr
     wait_for_power_off(host, "mine")
     said = console(host, "mine")
-    assert "jindisk: E32" in said or "jindisk: E47" in said, said[-3000:]
     assert kinds(host, "mine").count("released") == released
     for prompt in ("(initramfs)", "sh-5", ":/#", "emergency mode", "Give root password", "BusyBox"):
         assert prompt not in said
@@ -141,7 +140,6 @@ def test_a_root_that_does_not_mount_gives_no_shell(host: Host, tmp_path: Path) -
     assert kinds(host, "plain")[-1] == "released"
     assert done.returncode == 1
     assert "(E47)" in done.stderr
-    assert "jindisk: E47" in said, said[-3000:]
     assert "(initramfs)" not in said
     assert ":/#" not in said
 

@@ -1,14 +1,16 @@
 """Small parts of the agent that need no guest."""
 
+import contextlib
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from jindiskd.errors import TimedOut
-from jindiskd.guest import devices, kernel, mounts, switch_root, udev
+from jindiskd.guest import devices, kernel, mounts, power, switch_root, udev
 from jindiskd.guest.codes import Code
 from jindiskd.guest.dm import Mapping
 from jindiskd.guest.progress import BUDGET_S, Progress, Stage
@@ -160,3 +162,28 @@ def test_a_mapping_is_published_once(tmp_path, monkeypatch) -> None:
     (tmp_path / "control").touch()
     assert udev.publish(mapping) == path
     assert told == [mapping]
+
+
+def test_a_code_waits_for_its_turn_on_the_console(tmp_path, monkeypatch) -> None:
+    """A console that takes nothing at the moment gets the code when it does; one that never does holds nobody long."""
+    fifo = tmp_path / "console"
+    os.mkfifo(fifo)
+    monkeypatch.setattr(power, "CONSOLE", fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    filler = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(filler, b"x" * 4096)
+    began = time.monotonic()
+    power.announce(Code.INITRAMFS)
+    assert time.monotonic() - began >= power.ANNOUNCE_S
+    monkeypatch.setattr(power, "ANNOUNCE_S", 60.0)
+    thread = threading.Thread(target=power.announce, args=(Code.INITRAMFS,))
+    thread.start()
+    found = b""
+    while b"jindisk: E47\r\n" not in found:
+        with contextlib.suppress(BlockingIOError):
+            found += os.read(reader, 65536)
+    thread.join()
+    os.close(filler)
+    os.close(reader)
