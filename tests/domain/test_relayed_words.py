@@ -35,7 +35,7 @@ async def test_words_of_attestation_count_for_relayed_guests_alone(tmp_path: Pat
     domains._guests.set(guest, DomainState.STARTED)
     seen = []
     for word in ("boot", "report", "key", "attested", "key"):
-        domains._on_word(guest, word)
+        domains._follower.heard(guest, word)
         seen.append(guest.view.state.value)
     started = ["started"] * 3
     assert seen == [*started, *(["attested", "released"] if relayed else ["started", "started"])]
@@ -56,7 +56,7 @@ async def test_a_refusal_by_the_owner_is_one(tmp_path: Path, relayed: bool, code
     domains = service(tmp_path, relayed=relayed)
     guest = domains._guests.claim("web", image="web", image_id="i", platform=Platform.SIMULATED_SNP)
     domains._guests.set(guest, DomainState.STARTED)
-    domains._on_word(guest, f"fail {code}")
+    domains._follower.heard(guest, f"fail {code}")
     assert guest.view.state is end
     assert f"({code})" in guest.view.reason
     await domains.stop()
