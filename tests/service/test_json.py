@@ -18,7 +18,7 @@ ELSEWHERE = {
     "launch": "tests/e2e", "domain adopt": "tests/e2e", "domain show": "tests/e2e", "domain console": "tests/e2e",
     "domain stop": "tests/e2e", "domain undefine": "tests/e2e",
     "device show": "tests/device", "device open": "tests/device", "device close": "tests/device",
-    "image update": "tests/initramfs",
+    "image update": "test_images",
     "image import": "tests of moving images", "job cancel": "test_images", "key rotate": "test_key_objects",
     "attest explain": "test_decisions", "policy edit": "test_decisions", "collateral fetch": "tests/attest",
     "system-files remove": "tests/cli", "broker make-card": "tests/broker",
