@@ -68,11 +68,12 @@ class Agent:
             soften_kernel(settings)
             self.progress.stage(Stage.RUNNING)
             self.progress.close()
-            if config.root.jindisk is not None:
+            kept = config.root.luks2 is None  # JinDisk volumes of both kinds are closed by the initrd's own program
+            if kept:
                 switch_root.keep_initrd()
             switch_root.move_mounts(SYSROOT)
             old = switch_root.enter(SYSROOT)
-            if config.root.jindisk is None:
+            if not kept:
                 switch_root.delete_files(old)
             os.close(old)
             watchdog.stop()

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from jindiskd.base.secret import Secret
-from jindiskd.guest import devices, dm, udev
+from jindiskd.guest import devices, dm, shutdown, udev
 from jindiskd.guest.codes import Code, GuestFailure
 from jindiskd.guest.config import Jindisk1Expectation
 from jindiskd.jindisk.v1 import superblock
@@ -64,11 +64,14 @@ class Jindisk1Root:
         Raises:
             OSError: the kernel refused.
         """
+        sectors, uuid = layout.size_bytes // SECTOR_BYTES, f"JINDISK1-{mapping}"
         active = dm.activate(
             mapping,
-            f"JINDISK1-{mapping}",
-            sectors=layout.size_bytes // SECTOR_BYTES,
+            uuid,
+            sectors=sectors,
             kind=TARGET,
             parameters=dm.jindisk_parameters(key.reveal(), os.fspath(self._device)),
         )
+        # The target holds its index in memory until it ends.
+        shutdown.remember_mapping(mapping, uuid, sectors, self._device)
         return udev.publish(active)

@@ -1,6 +1,7 @@
 """The last program: systemd-shutdown changes its root to the kept initrd and runs this as PID 1.
 
-It unmounts the system's root, has the storage process close the volume below it, and ends the machine as asked.
+It unmounts the system's root, has the volume below it closed, by the storage process or by removing the mapping, and
+ends the machine as asked.
 Source: systemd, "initrd interface" (`/run/initramfs/shutdown`); its first argument is the verb, the old root is at
 `/oldroot`.
 """
@@ -8,6 +9,7 @@ Source: systemd, "initrd interface" (`/run/initramfs/shutdown`); its first argum
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from jindiskd.guest import kernel, power, storage
+from jindiskd.guest import dm, kernel, power, storage
 
 OLD_ROOT = Path("/oldroot")
 MOUNTS = Path("/proc/self/mounts")
@@ -27,6 +29,10 @@ VERBS = {
 }
 ESCAPE = re.compile(r"\\([0-7]{3})")
 UNMOUNT_LIMIT_S = 5.0
+REMOVE_LIMIT_S = 5.0
+RECORD = Path("/mapping")
+"""In the initrd, where the system does not look: a mapping that must be removed at the end. Its sectors, name and
+UUID, and the device below it."""
 PAUSE_S = 0.1
 
 
@@ -66,6 +72,51 @@ def make_read_only(top: Path) -> bool:
     return False
 
 
+def remember_mapping(name: str, uuid: str, sectors: int, device: Path, record: Path = RECORD) -> None:
+    """Have a mapping removed at shutdown. Called by the agent, in the initrd that is kept."""
+    record.write_text(f"{sectors}\n{name}\n{uuid}\n{device}", encoding="utf-8")
+
+
+def end_mapping(record: Path = RECORD, limit_s: float = REMOVE_LIMIT_S) -> bool:
+    """End the mapping below the root, if one is remembered, so that its target writes what it still has in memory.
+
+    It is removed; if something keeps it open for as long as `limit_s`, its target is taken away from below that.
+    Whether the target has ended, or there is none.
+    """
+    try:
+        sectors, name, uuid, device = record.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return True
+    ended = _remove(name, uuid, limit_s)
+    if not ended:
+        with contextlib.suppress(OSError):
+            dm.wipe(name, int(sectors))
+            ended = True
+    with contextlib.suppress(OSError):  # the target leaves it to others to have the device make all of it durable
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return ended
+
+
+def _remove(name: str, uuid: str, limit_s: float) -> bool:
+    """Remove a mapping, trying again while something has it open; whether it is gone."""
+    end_s = time.monotonic() + limit_s
+    while True:
+        try:
+            dm.remove(name, uuid)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return True
+            if exc.errno != errno.EBUSY or time.monotonic() >= end_s:
+                return False
+        else:
+            return True
+        time.sleep(PAUSE_S)
+
+
 def main() -> NoReturn:
     """PID 1 of the end."""
     command = VERBS.get(sys.argv[1] if len(sys.argv) > 1 else "", kernel.REBOOT_POWER_OFF)
@@ -75,6 +126,8 @@ def main() -> NoReturn:
         # keeps it mounted. Otherwise it stays open, and opens the next time as after a power failure.
         if unmount_all(OLD_ROOT) or make_read_only(OLD_ROOT):
             storage.ask_to_close()
+        os.sync()
+        end_mapping()
     finally:
         try:
             os.sync()

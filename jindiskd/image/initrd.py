@@ -36,8 +36,11 @@ STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.jindisk_root")
 KEY_PROGRAM_ENTRY = "jindiskd.guest.script"
 KEY_PROGRAM = "etc/jindisk/key-program"
 """Where `guest.script` looks for it."""
-JINDISK1_ENTRY = "jindiskd.guest.jindisk1_root"
-EMPTY = ("dev", "proc", "run", "sys", "sysroot", "tmp")
+JINDISK1_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.jindisk1_root")
+"""For a root on the kernel's target, which is removed at the end."""
+EMPTY = ("dev", "oldroot", "proc", "run", "sys", "sysroot", "tmp")
+"""`oldroot` is where systemd-shutdown moves the system's root; it cannot make it, since all is read-only by then, and
+would hide the root instead, which then could not be unmounted."""
 
 BASE_MODULES = ("virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport")
 BASE_OPTIONAL = ("virtio_rng", "crc32c_intel", "crc32c_generic")
@@ -92,7 +95,8 @@ def build_initrd(
         names += STORAGE_ENTRIES
         archive.file("shutdown", shutdown_script(), 0o755)
     elif config.root.jindisk1 is not None:
-        names.append(JINDISK1_ENTRY)
+        names += JINDISK1_ENTRIES
+        archive.file("shutdown", shutdown_script(), 0o755)
     if config.report_source:
         names.append(config.report_source.partition(":")[0])
     if key_program is not None:
@@ -124,7 +128,7 @@ def init_script(*, emulated: bool = False) -> bytes:
 
 
 def shutdown_script() -> bytes:
-    """What systemd-shutdown runs at the very end, when the initrd is kept for a served root."""
+    """What systemd-shutdown runs at the very end, when the initrd is kept for a JinDisk root."""
     return script(SHUTDOWN_ENTRY)
 
 

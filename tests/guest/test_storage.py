@@ -10,6 +10,7 @@ import testroot
 from jindiskd.image import cpio, initrd, kmod, python_closure
 
 AGENT = Path(__file__).with_name("storage_agent.py")
+MAPPED_AGENT = Path(__file__).with_name("mapped_agent.py")
 
 # An init that behaves as systemd-shutdown does: end all processes but survivors, remount, pivot, run /shutdown.
 SHUTTING_DOWN = """#!/usr/bin/{python} -ISB
@@ -61,8 +62,8 @@ except BaseException as exc:
 """
 
 
-def make_initrd(target: Path, modules_dir: Path, device: str, init: str) -> Path:
-    """An initrd around `storage_agent.py`."""
+def make_initrd(target: Path, modules_dir: Path, device: str, init: str, *, mapped: bool = False) -> Path:
+    """An initrd around `storage_agent.py`; `mapped`: around `mapped_agent.py`, at the end too."""
     archive = cpio.Archive()
     for directory in initrd.EMPTY:
         archive.directory(directory)
@@ -73,14 +74,17 @@ def make_initrd(target: Path, modules_dir: Path, device: str, init: str) -> Path
     archive.node("dev/null", 1, 3)
     python_closure.add_python(archive, (initrd.ENTRY, *initrd.STORAGE_ENTRIES, *python_closure.LATE_IMPORTS))
     listed = []
-    for file in kmod.needed_modules(modules_dir, [*initrd.BASE_MODULES, *initrd.JINDISK_MODULES, "ext4"]):
+    below = ["dm_mod"] if mapped else initrd.JINDISK_MODULES
+    for file in kmod.needed_modules(modules_dir, [*initrd.BASE_MODULES, *below, "ext4"]):
         listed.append(f"/mod/{file.name.partition('.ko')[0]}.ko")
         archive.file(listed[-1][1:], kmod.module_bytes(file))
     archive.file("modules.list", "\n".join(listed).encode())
-    archive.file("agent/storage_agent.py", AGENT.read_bytes())
-    script = f"import sys; sys.path.append('/agent')\nfrom storage_agent import main\nmain({device!r}, {init!r})\n"
-    archive.file("init", f"#!/usr/bin/{python_closure.python_name()} -ISB\n{script}".encode(), 0o755)
-    archive.file("shutdown", initrd.shutdown_script(), 0o755)
+    agent = MAPPED_AGENT if mapped else AGENT
+    archive.file(f"agent/{agent.name}", agent.read_bytes())
+    start = f"#!/usr/bin/{python_closure.python_name()} -ISB\nimport sys; sys.path.append('/agent')\n"
+    start += f"from {agent.stem} import "
+    archive.file("init", f"{start}main\nmain({device!r}, {init!r})\n".encode(), 0o755)
+    archive.file("shutdown", f"{start}end\nend()\n".encode() if mapped else initrd.shutdown_script(), 0o755)
     target.write_bytes(archive.to_gzip())
     return target
 
@@ -127,6 +131,38 @@ def test_systemd_shuts_down_through_us(machine, guest_kernel, tmp_path) -> None:
     guest.wait(550)
     assert "VOLUME-CLOSED" in guest.console, guest.console
     assert guest.console.rindex("VOLUME-CLOSED") < guest.console.rindex("reboot: Power down")
+    command = ["/usr/sbin/e2fsck", "-fn", f"{disk}?offset={34816 * 512}"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.guest
+@pytest.mark.slow
+def test_a_mapping_below_the_root_is_removed_at_the_end(machine, guest_kernel, tmp_path) -> None:
+    """With a real systemd, and with the kernel's `linear` target where a JinDisk 1 root has the `jindisk` one.
+
+    Removing is what makes that target write its index. One mapping that is held open loses its target all the same.
+    """
+    from qemu_kernel import BASE_IMAGE
+
+    if not BASE_IMAGE.exists():
+        pytest.skip("the base image is missing; run scripts/make-base-image")
+    disk = tmp_path / "disk.img"
+    subprocess.run(["cp", "--sparse=always", "--reflink=auto", BASE_IMAGE, disk], check=True)
+    archive = make_initrd(tmp_path / "initrd", guest_kernel.modules, "/dev/vda2", "/sbin/init", mapped=True)
+    cmdline = "console=ttyS0 quiet panic=5 noresume no_timer_check root=/dev/mapper/root systemd.gpt_auto=0"
+    cmdline += " systemd.show_status=0 systemd.run=/bin/true systemd.run_success_action=poweroff"
+    guest = machine(initrd=archive, disk=disk, vsock=False, cmdline=cmdline)
+    guest.start()
+    guest.wait(240)
+    line = next((line for line in guest.console.splitlines() if "MAPPING-ENDED" in line), None)
+    assert line is not None, guest.console
+    seen = json.loads(line.partition("MAPPING-ENDED ")[2])
+    assert seen["mounts"] == []
+    assert seen["before"] == ["dm-0"]
+    assert seen["ended"] is True
+    assert seen["after"] == []
+    assert seen["held"] == [True, "EIO"]
     command = ["/usr/sbin/e2fsck", "-fn", f"{disk}?offset={34816 * 512}"]
     checked = subprocess.run(command, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout

@@ -87,6 +87,7 @@ def test_what_describes_it(built) -> None:
     assert config["root"]["luks2"] is None
     assert config["root"]["jindisk"] is None
     assert [path.rpartition("/")[2] for path in config["modules"] if "dm" in path] == ["dm-mod.ko", "dm-jindisk.ko"]
+    assert b"from jindiskd.guest.shutdown import main" in archive, "the mapping must be removed at the end"
 
 
 def written_parts(path: Path) -> str:
