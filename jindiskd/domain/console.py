@@ -5,6 +5,7 @@ The guest writes it, so it is bounded, and nothing of it is shown but fixed code
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from jindiskd.guest.codes import Code
 TAIL_BYTES = 16384
 _CODE = re.compile(rb"^jindisk: (E\d\d)\r?$", re.MULTILINE)
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([ -~]{1,120})")
+
+
+def prepare(path: Path) -> None:
+    """Make the log ours before libvirt's logger, which is root, makes it one that we may not read."""
+    if path.exists() and not os.access(path, os.R_OK):
+        path.unlink()
+    path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    path.touch(mode=0o600)
 
 
 def tail(path: Path, limit_bytes: int = TAIL_BYTES) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jindiskd.broker.sev import SevTurn
-from jindiskd.domain import vsock
+from jindiskd.domain import console, vsock
 from jindiskd.domain.firmware import FirmwareProcess
 from jindiskd.domain.progress import ProgressListener
 from jindiskd.domain.spec import BootInputs
@@ -55,6 +55,7 @@ class Guest:
         """Make the home directory, and start the vsock device in it. Without `program` the device is the kernel's, made
         by libvirt; `attach` follows once its context id is known.
         """
+        await asyncio.to_thread(console.prepare, Path(self.view.console))
         record = vsock.Record(uuid=self.view.uuid, image=self.view.image, cid=self.view.cid if program else 0)
         if program is None:
             vsock.write_record(self.home, record)

@@ -5,7 +5,11 @@ real one is in the tests of the packages, in a guest that is a host.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +19,7 @@ import pytest
 
 from jindiskd.config import VsockMode
 from jindiskd.daemon import kernel_vsock
-from jindiskd.domain import switch, xml
+from jindiskd.domain import console, switch, xml
 from jindiskd.domain.guests import DomainSettings
 from jindiskd.domain.switch import CONNECTIONS_PER_GUEST, PORTS, Switch
 from jindiskd.domain.vsock import socket_path
@@ -269,3 +273,42 @@ def test_the_context_id_of_a_definition(address: str, cid: int | None) -> None:
     """As libvirt writes it, and nothing else."""
     text = f"<domain><devices><vsock><cid auto='yes' address='{address}'/></vsock></devices></domain>"
     assert xml.kernel_cid(xml.parse(text)) == cid
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become other users")
+def test_a_service_without_rights_admits_the_user_of_qemu_alone(tmp_path: Path) -> None:
+    """By an access list, which the kernel keeps to: who may not give its socket away may still name who connects."""
+    script = """
+import os, socket, sys
+from pathlib import Path
+from jindiskd.domain.vsock import ACL, acl_for
+made = socket.socket(socket.AF_UNIX); made.bind(sys.argv[1]); made.listen()
+os.chmod(sys.argv[1], 0o600)
+os.setgid(12345); os.chown(sys.argv[1], 12345, 12345); os.setuid(12345)
+os.setxattr(sys.argv[1], ACL, acl_for(54321))
+print("listening", flush=True); sys.stdin.read()
+"""
+    connect = "import os, socket, sys; os.setgid(1); os.setuid(int(sys.argv[2])); socket.socket(1).connect(sys.argv[1])"
+    with tempfile.TemporaryDirectory(dir="/run") as folder:
+        Path(folder).chmod(0o755)
+        path = f"{folder}/socket"
+        words = [sys.executable, "-c", script, path]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"listening\n"
+            for uid, admitted in ((54321, True), (54322, False), (12345, True)):
+                done = subprocess.run(
+                    ["/usr/bin/python3", "-c", connect, path, str(uid)], check=False, capture_output=True
+                )
+                assert (done.returncode == 0) is admitted, (uid, done.stderr)
+            process.kill()
+
+
+def test_the_console_log_is_ours(tmp_path: Path) -> None:
+    """It is there before libvirt's logger looks for it, and what was logged stays."""
+    log = tmp_path / "console/one.log"
+    console.prepare(log)
+    assert log.stat().st_mode & 0o777 == 0o600
+    log.write_text("before")
+    console.prepare(log)
+    assert log.read_text() == "before"
