@@ -162,7 +162,7 @@ def _devices(root: ET.Element, spec: DomainSpec) -> None:
     if serial is None:
         serial = ET.SubElement(devices, "serial", type="pty")
     if serial.find("log") is None:
-        ET.SubElement(serial, "log", file=str(spec.console_log), append="off")
+        ET.SubElement(serial, "log", file=str(spec.console_log), append="on")
     _vsock(root, devices, spec)
     if spec.security is None:
         return

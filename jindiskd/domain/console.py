@@ -17,11 +17,12 @@ _PANIC = re.compile(rb"Kernel panic - not syncing: ([ -~]{1,120})")
 
 
 def prepare(path: Path) -> None:
-    """Make the log ours before libvirt's logger, which is root, makes it one that we may not read."""
+    """Make an empty log of ours, to which libvirt's logger appends: it is root, and one of its own we may not read."""
     if path.exists() and not os.access(path, os.R_OK):
         path.unlink()
     path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     path.touch(mode=0o600)
+    os.truncate(path, 0)
 
 
 def tail(path: Path, limit_bytes: int = TAIL_BYTES) -> bytes:

@@ -120,7 +120,7 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     ET.SubElement(disk, "target", dev="vda", bus="virtio")
     ET.SubElement(devices, "controller", type="usb", model="none")
     serial = ET.SubElement(devices, "serial", type="pty")
-    ET.SubElement(serial, "log", file=str(spec.console_log), append="off")
+    ET.SubElement(serial, "log", file=str(spec.console_log), append="on")
     ET.SubElement(serial, "target", type="isa-serial", port="0")
     if spec.vsock_socket is None:
         vsock = ET.SubElement(devices, "vsock", model="virtio")

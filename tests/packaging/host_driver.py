@@ -331,7 +331,7 @@ def outlived():
         )
         found = until(lambda: objects("domain", "list")["domains"], "the domain")
         assert [(one["State"], one["Cid"]) for one in found] == [("running", cid)], found
-    ctl("domain", "stop", "demo", "--force")
+    ctl("domain", "stop", "demo", "--force", "--yes")
     assert objects("domain", "show", "demo")["domain"]["State"] == "stopped"
     assert not list(Path("/run/jindiskd/vsock").iterdir())
     return cid
