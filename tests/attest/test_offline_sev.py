@@ -171,7 +171,7 @@ def test_snp_and_tdx_by_policy(attestation, tmp_path, capsys):
     policy.write_text("")
     assert main([*words, "--policy", str(policy)]) == 7
     shown = json.loads(capsys.readouterr().out)
-    assert {"snp.signer.vlek", "snp.crl.missing", "snp.vmpl", "snp.measurement"} <= {i["id"] for i in shown["findings"]}
+    assert {"snp.signer.vlek", "snp.crl.missing", "snp.vmpl", "snp.tcb.too_old"} <= {i["id"] for i in shown["findings"]}
     said = shown["fields"]
     policy.write_text(f"""
 [revocation]
@@ -179,6 +179,7 @@ required = false
 [snp]
 vmpl = 1
 allow_provisional_firmware = true
+known_minimum_tcb = false
 providers = ["CN=cc-us-east-2.amazonaws.com"]
 host_data = ["{said["host_data"]}"]
 measurements = ["{said["measurement"]}"]
