@@ -1,9 +1,9 @@
 """Firmware below which SEV-SNP has holes that are known and mended: what AMD's bulletins demand, by generation.
 
 AMD publishes, with each bulletin, the least component of the TCB that shows a mitigation in a report. The table has the
-highest that was known on `AS_OF`; the numbers were taken from what others cite of the bulletins, for some from one or two
-places alone, since the bulletins themselves were not at hand. It grows old: an owner who follows the bulletins names his
-own minimums in the policy, which then count instead.
+highest that was known on `AS_OF`; the numbers were taken from what others cite of the bulletins, for some from one or
+two places alone, since the bulletins themselves were not at hand. It grows old: an owner who follows the bulletins
+names his own minimums in the policy, which then count instead.
 
 Microcode is left out on purpose: a report has the low byte of its revision, which each stepping counts by itself (a
 mended Milan B1 reports 222 and a mended B2 71), so one number for a generation would refuse good machines or pass bad
