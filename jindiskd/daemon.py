@@ -8,180 +8,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import structlog
 
 import jindiskd
-from jindiskd.attest.collateral import CollateralCache, Entry, warnings_of
-from jindiskd.attest.collecting import Collector, genuine_verifiers
-from jindiskd.attest.plugins import plugged_in
-from jindiskd.attest.snp import SnpVerifier
-from jindiskd.attest.vendors import Vendors
+from jindiskd import standing
 from jindiskd.backend.guests import GuestsBackend
 from jindiskd.backend.images import ImagesBackend
 from jindiskd.base import log as logs
-from jindiskd.base.endpoint import Endpoint, parse_endpoint
 from jindiskd.base.notify import take_sockets
-from jindiskd.broker.identity import TlsIdentity
-from jindiskd.broker.listener import listen_unix
-from jindiskd.broker.relay import Relay, RelayLimits
-from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
-from jindiskd.broker.sev import SevOwner
-from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.lib import BusType
-from jindiskd.bus.ports import Keys, ServiceFacts
+from jindiskd.bus.ports import ServiceFacts
 from jindiskd.bus.service import BusService
 from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli.serving import daemon_command
 from jindiskd.config import DEFAULT_FILE, Config, Deployment, Loaded, VsockMode, load
-from jindiskd.custody import KeyPort, KeysBackend
-from jindiskd.decisions import DecisionsBackend
 from jindiskd.devices import DevicesBackend, HostDevices
 from jindiskd.diagnosis import DiagnosisBackend
 from jindiskd.doctor.host import Surroundings
 from jindiskd.domain import switch
-from jindiskd.domain.guest import OpenBroker
-from jindiskd.domain.judge import KeyProblem
-from jindiskd.domain.service import Closing, DomainService, DomainSettings
+from jindiskd.domain.service import DomainService, DomainSettings
 from jindiskd.domain.state import ACTIVE
-from jindiskd.errors import EXIT_UNAVAILABLE, InvalidArgument, NotFound, NotSupported
-from jindiskd.handed import HandedKeys, OwnersKeys
+from jindiskd.errors import EXIT_UNAVAILABLE, NotFound, NotSupported
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
 from jindiskd.jobs.job import Change
 from jindiskd.jobs.manager import JobManager
-from jindiskd.keys.handover import BrokerCard, read_card
-from jindiskd.keys.kek import KekPlace, open_store, rotate_kek, seal_kek
-from jindiskd.keys.store import KeyState, Store
-from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
-from jindiskd.sim.pki import SimulatedRoot
-from jindiskd.sim.sev_platform import SevPlatformKeys
+from jindiskd.keys.kek import rotate_kek, seal_kek
+from jindiskd.program import keep_memory_private, run_program, signals, until_first
+from jindiskd.side import Side, StateFiles, embedded, kek_place, relay_settings, relayed
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateFiles:
-    """What lies in the state directory.
-
-    ::
-
-        kek                32 bytes, mode 0600: the key-encryption key, unless the unit's credential or the TPM has it
-        tpm2/              the key-encryption key sealed to this machine's TPM, where it was (`keys.tpm`)
-        keys.db            the key store and audit log (SQLite, mode 0600), unless configured elsewhere
-        broker.pem         the key that guests pin, mode 0600
-        handover/          instead of the three: keys sealed for the owner's broker, where the deployment is a relay
-        simulated-root/    the root of the simulated platform, where that is allowed
-        simulated-sev.json the simulated SEV platform, once it was needed
-        sev/               AMD's certificates of this host's processor, for SEV and SEV-ES (`broker.sev`)
-        console/           what guests write on their consoles
-        collateral/        certificates and revocation lists of the processors' makers
-        images/            the image store, unless configured elsewhere
-    """
-
-    root: Path
-
-    @property
-    def identity(self) -> Path:
-        """The broker's TLS key and certificate."""
-        return self.root / "broker.pem"
-
-    @property
-    def simulated_root(self) -> Path:
-        """The simulated platform's root."""
-        return self.root / "simulated-root"
-
-    @property
-    def handover(self) -> Path:
-        """Keys sealed for the owner's broker."""
-        return self.root / "handover"
-
-    @property
-    def console(self) -> Path:
-        """Console logs."""
-        return self.root / "console"
-
-
-def kek_place(config: Config) -> KekPlace:
-    """Where the key-encryption key is."""
-    return config.keys.place(config.service.state_dir, credentials_directory())
-
-
-def status(config: Config) -> dict[str, object]:
-    """What Manager.Status tells. Blocks on files."""
-    relayed = config.broker.deployment is Deployment.RELAY
-    kek = kek_place(config)
-    entries = [] if relayed else CollateralCache(config.collateral_dir).entries()
-    expiries = [entry.expires for entry in entries if entry.expires is not None]
-    return {
-        "key-encryption": "owner" if relayed else kek.found,
-        "collateral": len(entries),
-        "collateral-expires": microseconds(min(expiries)) if expiries else 0,
-        "warnings": list(warnings(config, kek, collateral=entries)),
-    }
-
-
-def warnings(config: Config, kek: KekPlace, *, collateral: Sequence[Entry]) -> Iterator[str]:
-    """What an administrator should know, a sentence each."""
-    relayed = config.broker.deployment is Deployment.RELAY
-    if relayed:
-        yield "the key of an image that is built here is in this host's memory meanwhile: build where you trust"
-    else:
-        yield "the key broker runs in this service: whoever rules this host can read the keys of its images"
-    if not relayed and (warning := kek.warning()):
-        yield warning
-    if config.broker.allow_simulated:
-        yield "reports of simulated firmware are accepted (broker.allow_simulated): they prove nothing"
-    if not relayed:
-        yield from (f"collateral: {line}" for line in warnings_of(collateral, datetime.now(UTC)))
-    if os.geteuid() == 0:
-        yield "the service runs as root: nothing it does needs that; use its unit"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """Everything that depends on where the broker is."""
-
-    images: HandedKeys | KeyPort
-    keys: Callable[[DomainService], Keys]
-    decisions: Callable[[ImageService], DecisionsBackend | OwnersKeys]
-    open_broker: OpenBroker
-    key_problem: KeyProblem
-    key_here: Callable[[str], bool]
-    """Whether the broker that guests reach can have the key of an image id; blocks."""
-    spki_sha256: bytes
-    """Of the broker: what new images pin."""
-    relay: Relay | None = None
-    store: Store | None = None
-    """The key store, where it is here."""
-    sev: SevOwner | None = None
-    """The owner's side of SEV launches; with a relay it is elsewhere, and cannot be asked."""
-    domains: list[DomainService] = field(default_factory=list)
-    """The domains once they are made, which the broker tells what it decided."""
-
-
-def relay_settings(config: Config) -> tuple[Endpoint, BrokerCard]:
-    """Where the owner's broker is, and its card.
-
-    Raises:
-        InvalidArgument: a setting is missing or cannot be used. MalformedDocument: the card is none.
-    """
-    broker = parse_endpoint(config.relay.broker, "relay.broker")
-    if config.relay.card is None:
-        remedy = "name the file with the card of the owner's broker, as jindiskctl broker card prints it"
-        raise InvalidArgument("relay.card", None, remedy)
-    try:
-        return broker, read_card(config.relay.card.read_bytes())
-    except OSError as exc:
-        raise InvalidArgument("relay.card", str(config.relay.card), f"it cannot be read: {exc.strerror}") from exc
 
 
 class Service:
@@ -206,7 +68,8 @@ class Service:
             directory.mkdir(parents=True, exist_ok=True, mode=0o711)
         images = ImageStore(config.images_dir)
         stack.enter_context(images.owned())
-        side = await (self._relayed() if config.broker.deployment is Deployment.RELAY else self._embedded())
+        relay = config.broker.deployment is Deployment.RELAY
+        side = await (relayed(config) if relay else embedded(config, stack))
 
         jobs = JobManager(keep_s=config.service.job_keep_s)
         image_service = ImageService(images, side.images, broker_spki_sha256=side.spki_sha256)
@@ -246,7 +109,7 @@ class Service:
                 deployment=config.broker.deployment.value,
                 allow_simulated=config.broker.allow_simulated,
                 broker_spki_sha256=side.spki_sha256,
-                status=lambda: status(config),
+                status=lambda: standing.status(config),
                 relay_broker=config.relay.broker if side.relay is not None else "",
                 settings=tuple((item.name, item.value, item.origin) for item in self._loaded.settings),
             ),
@@ -260,86 +123,6 @@ class Service:
         await domains.start()
         stack.push_async_callback(domains.stop)
         return bus
-
-    async def _embedded(self) -> Side:
-        """Keys and a broker of our own, which listens for each domain alone."""
-        config, state = self._config, self._state
-        store = await asyncio.to_thread(open_store, kek_place(config), config.database_url, config.database_file)
-        self._stack.callback(store.close)
-        identity = await asyncio.to_thread(TlsIdentity.load_or_create, state.identity)
-        cache = CollateralCache(config.collateral_dir)
-        collector = Collector(cache, Vendors() if config.collateral.fetch else None)
-        verifiers = [*genuine_verifiers(collector), *plugged_in(config.broker.verifiers, collector)]
-        if config.broker.allow_simulated:
-            root = await asyncio.to_thread(SimulatedRoot.load_or_create, state.simulated_root)
-            verifiers.append(SnpVerifier(roots=root.roots))
-        broker = Broker(
-            store=store,
-            verifiers=verifiers,
-            allow_simulated=config.broker.allow_simulated,
-            limits=BrokerLimits(
-                session_lifetime_s=config.broker.session_lifetime_s, sessions=config.broker.max_sessions
-            ),
-            on_event=lambda event: tell_domains(side.domains[0], event),
-        )
-
-        async def open_broker(path: Path, domain_uuid: str, image_id: str) -> Closing:
-            peer = Peer(description=f"domain {domain_uuid}", domain_uuid=domain_uuid, image_id=image_id)
-            return await listen_unix(broker, identity, path, peer)
-
-        simulated = state.root / "simulated-sev.json"
-        sev = SevOwner(
-            store,
-            certificates=state.root / "sev",
-            simulated=(lambda: SevPlatformKeys.load_or_create(simulated)) if config.broker.allow_simulated else None,
-            on_event=lambda event: tell_domains(side.domains[0], event),
-        )
-        side = Side(
-            images=KeyPort(store),
-            keys=lambda domains: KeysBackend(store, identity.spki_sha256, domains),
-            store=store,
-            decisions=lambda images: DecisionsBackend(images, store, config),
-            open_broker=open_broker,
-            sev=sev,
-            key_problem=lambda image_id: key_problem(store, image_id),
-            key_here=lambda image_id: key_here(store, image_id),
-            spki_sha256=identity.spki_sha256,
-        )
-        return side
-
-    async def _relayed(self) -> Side:
-        """The owner's broker: its keys are handed over, and guests passed on."""
-        config, state = self._config, self._state
-        broker, card = relay_settings(config)
-        if config.broker.allow_simulated:
-            await asyncio.to_thread(SimulatedRoot.load_or_create, state.simulated_root)
-        relay = Relay(
-            broker,
-            limits=RelayLimits(
-                connections=config.relay.max_connections_per_guest,
-                connections_in_all=config.relay.max_connections,
-                starts_per_minute=config.relay.max_starts_per_minute,
-                bytes=config.relay.max_bytes,
-                idle_s=config.relay.idle_s,
-                life_s=config.relay.life_s,
-            ),
-        )
-
-        async def open_broker(path: Path, domain_uuid: str, image_id: str) -> Closing:  # noqa: ARG001 (the owner asks)
-            return await relay.open(path, domain_uuid)
-
-        keys = await asyncio.to_thread(HandedKeys, state.handover, card)
-        theirs = OwnersKeys(keys)
-        return Side(
-            images=keys,
-            keys=lambda _domains: theirs,
-            decisions=lambda _images: theirs,
-            open_broker=open_broker,
-            key_problem=lambda _image_id: "",
-            key_here=lambda _image_id: True,  # the owner's broker knows
-            spki_sha256=card.spki_sha256,
-            relay=relay,
-        )
 
     def _domains(self, images: ImageStore, side: Side) -> DomainService:
         config, state = self._config, self._state
@@ -391,39 +174,6 @@ def running_domain(domains: DomainService, image_id: str) -> str:
         if view.image_id == image_id and view.state in ACTIVE:
             return view.name
     return ""
-
-
-def key_problem(store: Store, image_id: str) -> str:
-    """Why the key of an image is not released, as the end of a sentence; empty if it may be. Blocks."""
-    try:
-        record = store.image(image_id)
-    except NotFound:
-        return "is not in the key store"
-    if record.state is KeyState.REVOKED:
-        return f"is revoked: 'jindiskctl key reinstate {record.name}' undoes that"
-    return "" if record.state is KeyState.ACTIVE else "is not released before its build is done"
-
-
-def key_here(store: Store, image_id: str) -> bool:
-    """Whether the key store knows an image at all. Blocks."""
-    try:
-        store.image(image_id)
-    except NotFound:
-        return False
-    return True
-
-
-def tell_domains(domains: DomainService, event: BrokerEvent) -> None:
-    """Tell the domains what the broker decided about one of them."""
-    uuid = event.peer.domain_uuid
-    if uuid is None:
-        return
-    if event.kind == "attested":
-        domains.on_attested(uuid)
-    elif event.kind == "released":
-        domains.on_released(uuid)
-    elif event.kind == "refused":
-        domains.on_refused(uuid, "; ".join(str(finding) for finding in event.findings))
 
 
 async def serve(loaded: Loaded[Config], path: Path) -> int:

@@ -19,7 +19,8 @@ ROWS = (
     {"domain"},
     {"doctor"},
     {"jobs", "bus", "cli", "config", "broker_config", "interfaces", "jindisksetup", "system_files", "device", "helper"},
-    {"program", "backend", "handed", "custody", "decisions", "devices", "diagnosis", "daemon", "brokerd"},
+    {"program", "backend", "handed", "custody", "decisions", "devices", "diagnosis"},
+    {"side", "standing", "daemon", "brokerd"},
 )
 LEVEL = {name: number for number, row in enumerate(ROWS) for name in row}
 GUEST_MAY = {"errors", "base", "kbs", "jindisk", "luks2", "guest"}
