@@ -16,6 +16,8 @@ from jindiskd.broker.peer import BrokerLimits, Peer
 MAX_PEERS = 4096
 SHARED_FACTOR = 16
 """How many guests' worth of refusals an address has."""
+TELL_S = 1.0
+"""How often it is told that a guest is turned away."""
 
 
 @dataclass(slots=True)
@@ -23,8 +25,8 @@ class _Record:
     count: int = 0
     until: float = 0.0
     omitted: int = 0
-    told: float = 0.0
-    """End of the pause that was told already."""
+    told: float = float("-inf")
+    """When it was last told that the guest is turned away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +58,12 @@ class Refusals:
         text = f"it was refused {record.count} times; it is judged again in {left} s"
         return Finding("peer.refusals", text)
 
-    def first(self, peer: Peer) -> bool:
-        """Whether this is the first time that it is turned away in this pause: once is enough to tell."""
-        record = self._of_peer.get(peer.description)
-        if record is None or record.told == record.until:
+    def to_tell(self, peer: Peer) -> bool:
+        """Whether to tell that it is turned away: once a second, since it may be another start of the same domain."""
+        record, now = self._of_peer.get(peer.description), self._clock()
+        if record is None or now < record.told + TELL_S:
             return False
-        record.told = record.until
+        record.told = now
         return True
 
     def note(self, peer: Peer) -> Noted:

@@ -283,7 +283,7 @@ class Broker:
         finding = self._refusals.turned_away(peer)
         if finding is not None:
             self.metrics.count("jindisk_broker_refusals_total", finding=finding.id)
-            if self._refusals.first(peer):
+            if self._refusals.to_tell(peer):
                 image_id = peer.image_id or ""
                 self._on_event(BrokerEvent(peer=peer, kind="refused", image_id=image_id, findings=(finding,)))
             raise Refusal("AttestationError", "refused too often: not judged for a while")

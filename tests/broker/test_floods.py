@@ -208,10 +208,11 @@ def test_a_few_guests_do_not_lock_out_another() -> None:
         alone.new("c")  # nobody has more than one
 
 
-async def test_being_turned_away_is_told_once(root: SimulatedRoot, tmp_path: Path) -> None:
-    """Each pause is one event for the host, however often the guest asks in it."""
+async def test_being_turned_away_is_told_once_a_second(root: SimulatedRoot, tmp_path: Path) -> None:
+    """However often the guest asks; but a domain that is started again in the pause hears of it too."""
     limits = BrokerLimits(refusals=1, refusal_pause_s=60, sessions_per_peer=1000)
-    async with bench(root, tmp_path, limits=limits) as b:
+    clock = Clock()
+    async with bench(root, tmp_path, limits=limits, monotonic=clock) as b:
         cookie, _ = await b.session()
         await b.ask("POST", "/kbs/v0/attest", b"{}", cookie=cookie)
         before = len(b.events)
@@ -219,6 +220,9 @@ async def test_being_turned_away_is_told_once(root: SimulatedRoot, tmp_path: Pat
             status, _, _ = await b.ask("POST", "/kbs/v0/auth", REQUEST)
             assert status == 401
         assert [event.findings[0].id for event in b.events[before:]] == ["peer.refusals"]
+        clock.now += 2
+        assert (await b.ask("POST", "/kbs/v0/auth", REQUEST))[0] == 401
+        assert [event.findings[0].id for event in b.events[before:]] == ["peer.refusals"] * 2
 
 
 async def test_two_sessions_race_for_a_key_of_single_use(root: SimulatedRoot, tmp_path: Path) -> None:
