@@ -72,6 +72,9 @@ SHAPES: Mapping[str, Any] = {
     "domain list": {"domains": ["@Domain"]},
     "domain show": {"domain": "@Domain"},
     "domain console": {"console": "text"},
+    "domain xml": {"xml": "text"},
+    "domain start": {"domain": "@Domain"},
+    "domain release": {"released": "text"},
     "domain stop": {"stopped": "text"},
     "domain undefine": {"undefined": "text"},
     "device list": {"devices": ["@Device"]},
@@ -120,8 +123,8 @@ NO_OBJECT: Mapping[str, str] = {
 """Commands, or groups of them, that print something else."""
 LEFT = frozenset(
     (
-        "image build", "image clone", "image import", "image remove", "launch", "domain stop", "domain undefine",
-        "device open", "device close",
+        "image build", "image clone", "image import", "image remove", "launch", "domain start", "domain stop",
+        "domain undefine", "device open", "device close",
     )
 )  # fmt: skip
 """Commands with --no-wait."""
