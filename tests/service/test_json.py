@@ -47,11 +47,11 @@ def test_a_schema_refuses_what_is_otherwise(bad: Any) -> None:
         jsonout.check(["image", "list"], bad)
 
 
-def test_real_output_fits(stock: Any, rootfs: Path, tmp_path: Path, vectors: Path) -> None:
+def test_real_output_fits(daemon: Any, rootfs: Path, tmp_path: Path, vectors: Path) -> None:
     """Of every command that can be run here, by the real command line on the real service (`Daemon.json` checks)."""
     (tmp_path / "policy.toml").write_text("[release]\nreleases_per_hour = 78\n")
     card = tmp_path / "card.json"
-    card.write_text(stock.ctl("key", "card"))
+    card.write_text(daemon.ctl("key", "card"))
     folder = tmp_path / "collateral"
     folder.mkdir()
     commands = [
@@ -80,9 +80,9 @@ def test_real_output_fits(stock: Any, rootfs: Path, tmp_path: Path, vectors: Pat
     seen = set()
     for words in commands:
         if words[:2] == ["job", "show"]:
-            words = [*words[:2], str(stock.json("job", "list")["jobs"][-1]["Id"])]
+            words = [*words[:2], str(daemon.json("job", "list")["jobs"][-1]["Id"])]
         seen.add(jsonout.command_of(words))
-        with stock.spawn("--json", *words) as process:
+        with daemon.spawn("--json", *words) as process:
             out, err = process.communicate(timeout=300)
         assert out, (words, err)
         jsonout.check(words, json.loads(out))
