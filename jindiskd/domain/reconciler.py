@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import chain, repeat
 
 import structlog
 
@@ -22,6 +23,8 @@ from jindiskd.domain.switch import Switch
 from jindiskd.errors import JindiskError, NotSupported
 
 log = structlog.get_logger(__name__)
+LOOK_AGAIN_S = (1.0, 4.0, 10.0, 30.0, 60.0)
+"""Pauses between looks at what is taken to run, after connecting; the last is repeated."""
 START_OVERDUE = timedelta(seconds=60)
 """By when a start by others has come to something, whatever became of the hook."""
 UNFINISHED = "the service ended while the domain was starting; launch it again"
@@ -48,6 +51,7 @@ class Reconciler:
         self._starts, self._follower, self._open_broker, self._settings = starts, follower, open_broker, settings
         self._switch = switch
         self._reading = asyncio.Lock()
+        self._connections = 0
         self.ready = asyncio.Event()
         """Set once the domains have been read for the first time."""
 
@@ -56,7 +60,25 @@ class Reconciler:
         if any(not binding.platform.simulated for binding in self._bindings.all()):
             with contextlib.suppress(NotSupported):
                 self._judge.host = await machine.host(self._connection, "kvm")
+        self._connections += 1
+        mine = self._connections
         await self.reconcile()
+        for pause in chain(LOOK_AGAIN_S, repeat(LOOK_AGAIN_S[-1])):
+            await asyncio.sleep(pause)
+            if self._connections != mine:
+                return  # the next connection has looks of its own
+            await self._look_again()
+
+    async def _look_again(self) -> None:
+        """Notice the end of a machine that libvirt told nothing of.
+
+        A libvirtd that has just started lists as running what ran when it ended, and says nothing when it finds that
+        one of them is gone.
+        """
+        for guest in self._guests:
+            if guest.view.state in ACTIVE and self._connection.connected:
+                with contextlib.suppress(JindiskError):  # the next look may tell
+                    await self._follower.ended(guest)
 
     async def reconcile(self) -> None:
         """Read all domains: adopt what runs, note what ended, drop what is gone, clear what was left behind."""

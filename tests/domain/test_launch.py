@@ -14,7 +14,7 @@ import libvirtd
 import pytest
 from processes import own_children
 
-from jindiskd.domain import connection, machine
+from jindiskd.domain import connection, machine, reconciler
 from jindiskd.domain.state import LaunchFailed, LaunchRefused
 from jindiskd.errors import AlreadyExists, Busy, ServiceUnavailable, TimedOut
 
@@ -314,8 +314,9 @@ async def test_killed_at_every_step(bench, directory, place: str) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch) -> None:
-    """Libvirt is looked for more often than in earnest."""
+    """Libvirt is looked for, and asked, more often than in earnest."""
     monkeypatch.setattr(connection, "RETRY_S", 0.1)
+    monkeypatch.setattr(reconciler, "LOOK_AGAIN_S", (0.1,))
 
 
 async def test_libvirtd_restarts_under_a_launch(bench, impatient) -> None:
@@ -375,6 +376,16 @@ async def test_a_guest_ends_while_libvirtd_is_away(bench, impatient) -> None:
     assert len(machines) == 1
     os.kill(int(machines[0].name), signal.SIGKILL)
     await asyncio.to_thread(libvirtd.start)
+    await bench.until(lambda: service.get("demo").state == "stopped")
+    await bench.until(lambda: bench.strays() == [])
+
+
+async def test_libvirt_says_nothing_of_an_end(bench, impatient) -> None:
+    """A libvirtd that was just started may list a machine that is gone, and send no event when it sees that."""
+    service = await bench.service()
+    await bench.launch(service)
+    service.connection._on_event = lambda _uuid, _event: None
+    virsh("destroy", "demo")
     await bench.until(lambda: service.get("demo").state == "stopped")
     await bench.until(lambda: bench.strays() == [])
 
