@@ -61,7 +61,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--initrd",
     type=click.Choice(["own", "system"]),
-    help="What opens its root: our own initrd, or what the base's system made with the package jindisk-initramfs.",
+    help="What opens its root: our own initrd, or what the base's system made with the package jindisk-initramfs, which"
+    " opens jindisk and luks2.",
 )
 @click.option("--vcpus", type=click.IntRange(1), help="Processors of its guests; enters the launch digest.")
 @click.option("--cpu-model", help="Processor model of its guests; enters the launch digest.")

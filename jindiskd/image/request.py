@@ -115,7 +115,9 @@ class BuildRequest:
         if self.initrd is InitrdKind.SYSTEM:
             text = f"build with initrd {InitrdKind.OWN}"
             if self.format is VolumeFormat.JINDISK1:
-                raise NotSupported(f"a root of format {self.format} opened by the system's initrd", text)
+                what = f"a root of format {self.format} opened by the system's initrd"
+                reason = "no distribution's kernel has its module, and the package jindisk-initramfs does not bring it"
+                raise NotSupported(what, f"{reason}; choose format {VolumeFormat.JINDISK}, or {text}")
             if self.key_program or self.report_source:
                 raise NotSupported("a key program or a report source of one's own in the system's initrd", text)
         if self.report_source and not SOURCE.fullmatch(self.report_source):

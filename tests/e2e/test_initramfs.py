@@ -166,3 +166,18 @@ def test_an_initramfs_that_the_guest_makes_later_attests(host: Host, system: Pat
     host.ctl("policy", "set", "plain", str(policy))
     host.ctl("launch", "plain")
     assert "/ is /dev/mapper/root (crypt)" in host.wait_console("plain", "witness: done")
+
+
+@pytest.mark.parametrize("system", [("trixie", "dracut")], ids="-".join, indirect=True)
+def test_dracut_without_systemd_is_told_and_makes_nothing(system: Path) -> None:
+    """Nothing would open the root there: the initramfs that was there stays, and a sentence says what to do."""
+    (made,) = (system / "boot").glob("initrd.img-*")
+    before = made.read_bytes()
+    left_out = system / "etc/dracut.conf.d/left-out.conf"
+    left_out.write_text('omit_dracutmodules+=" systemd "\n')
+    try:
+        with pytest.raises(AssertionError, match="have dracut include its module systemd"):
+            make_initramfs(system)
+    finally:
+        left_out.unlink()
+    assert made.read_bytes() == before

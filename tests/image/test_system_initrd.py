@@ -216,6 +216,13 @@ def test_what_is_not_in_the_package_is_not_offered(request_for, changes) -> None
         request_for(initrd=InitrdKind.SYSTEM, **changes).check()
 
 
+def test_jindisk1_is_refused_with_the_reason(request_for) -> None:
+    """Whoever asks for it learns why, and the two ways that there are."""
+    wanted = request_for(initrd=InitrdKind.SYSTEM, format=VolumeFormat.JINDISK1, platform=Platform.SIMULATED_SNP)
+    with pytest.raises(NotSupported, match=r"no distribution's kernel has its module.*format jindisk, .*initrd own"):
+        wanted.check()
+
+
 def test_the_error_is_one_of_ours() -> None:
     assert JindiskError.by_code["InitramfsRefused"] is InitramfsRefused
 

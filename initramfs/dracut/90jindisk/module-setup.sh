@@ -20,6 +20,11 @@ installkernel() {
 install() {
     # shellcheck disable=SC2154 # dracut's variables
     local units=$initdir/etc/systemd/system unit
+    dracut_module_included systemd || {
+        dfatal "jindisk: the encrypted root is opened by a unit of systemd: have dracut include its module systemd" \
+            "(look for omit_dracutmodules in /etc/dracut.conf.d), or remove the package jindisk-initramfs"
+        exit 1
+    }
     /usr/lib/jindisk-initramfs/collect "$initdir" || {
         dfatal "the initramfs would not open the root"
         exit 1
@@ -27,14 +32,10 @@ install() {
     inst_rules 60-jindisk-root.rules
     inst_hook emergency 00 "$moddir/emergency.sh"
     inst_hook pre-pivot 90 "$moddir/running.sh"
-    if dracut_module_included systemd; then
-        inst_simple "$moddir/jindisk-unlock.service" /etc/systemd/system/jindisk-unlock.service
-        mkdir -p "$units/initrd-root-device.target.requires"
-        ln -sf ../jindisk-unlock.service "$units/initrd-root-device.target.requires/"
-        for unit in emergency rescue dracut-emergency; do
-            inst_simple "$moddir/no-shell.conf" "/etc/systemd/system/$unit.service.d/jindisk.conf"
-        done
-    else
-        inst_hook initqueue/settled 10 "$moddir/unlock.sh"
-    fi
+    inst_simple "$moddir/jindisk-unlock.service" /etc/systemd/system/jindisk-unlock.service
+    mkdir -p "$units/initrd-root-device.target.requires"
+    ln -sf ../jindisk-unlock.service "$units/initrd-root-device.target.requires/"
+    for unit in emergency rescue dracut-emergency; do
+        inst_simple "$moddir/no-shell.conf" "/etc/systemd/system/$unit.service.d/jindisk.conf"
+    done
 }
