@@ -15,6 +15,11 @@ from a key broker. Nothing is typed, and whoever reads the disk or the host's me
 jindiskd(8) builds images and launches guests on the host, jindiskctl(1) is its command line, jindisk-broker(8) is the
 broker on the owner's own machine, and jindisksetup(8) works on encrypted volumes without any of them.
 """
+PACKAGES = """
+The host has the packages jindiskd and jindiskctl, the owner's own machine jindisk-broker and jindiskctl; each brings
+jindisk-common. jindisk-initramfs is for the inside of guests that keep their distribution's initramfs, and for nothing
+else: see INITRAMFS OF THE DISTRIBUTION.
+"""
 FIRMWARE = """
 Guests need firmware that has room for the hashes of their kernel. In Debian these are the packages ovmf-generic, for
 simulated guests, ovmf-amdsev, for SEV and SEV-SNP, and ovmf-inteltdx, from Debian 14 (forky) on. On Debian 12 and 13
@@ -24,8 +29,8 @@ hold no programs and depend on nothing:
 FIRMWARE_COMMANDS = ("apt-get install -t forky ovmf ovmf-generic ovmf-amdsev ovmf-inteltdx",)
 SETTINGS = """
 A machine without SEV-SNP or TDX can do everything on a simulated platform. That proves nothing and protects nothing
-from this host, and every listing says so. On a machine that has them, leave this step out; images are then for SEV-
-SNP:
+from this host, and every listing says so. On a machine that has them, leave this step out; images are then for
+SEV-SNP:
 """
 SETTINGS_COMMANDS = (
     "install -D -m 644 /usr/share/doc/jindiskd/examples/simulated.toml /etc/jindiskd/jindiskd.toml.d/simulated.toml",
@@ -82,10 +87,20 @@ OWNERS_IMAGES_COMMANDS = (
     "jindiskctl key export demo --output demo.json",
     "jindiskctl broker image import demo.json",
 )
+INITRAMFS = """
+By default a guest starts by an initrd of ours, which opens the root and has no shell. For a system that needs what
+its own initramfs does, install jindisk-initramfs in the base, of the release that the base is of (initramfs-tools, or
+dracut with systemd), and build with
+"""
+INITRAMFS_COMMANDS = ("jindiskctl image build web --base web.img --initrd system",)
+INITRAMFS_UPDATE = """
+The root is then jindisk or luks2; jindisk1 is refused. A kernel that is updated in the guest is started after
+jindiskctl image update: /usr/share/doc/jindisk-initramfs says how, and what such a guest gives up.
+"""
 RIGHTS = """
-Root may do everything. Others are judged by polkit, by the actions org.jindisk1.build-image, manage-images, launch-
-domain, adopt-domain, manage-keys, manage-policy, inspect and cancel-others-jobs. A file below /etc/polkit-1/rules.d
-such as this lets a group launch guests:
+Root may do everything. Others are judged by polkit, by the actions org.jindisk1.build-image, manage-images,
+launch-domain, adopt-domain, open-device, close-device, manage-keys, manage-policy, inspect and cancel-others-jobs. A
+file below /etc/polkit-1/rules.d such as this lets a group launch guests:
 """
 RULE = """
 polkit.addRule(function (action, subject) {

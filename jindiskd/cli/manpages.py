@@ -337,7 +337,7 @@ def broker_settings() -> str:
 def guide_page() -> str:
     """The page of the first steps."""
     lines = head("jindisk", 7, "from the packages to an encrypted guest")
-    lines += [".SH DESCRIPTION", *paragraphs(guide.ABOUT)]
+    lines += [".SH DESCRIPTION", *paragraphs(guide.ABOUT), *paragraphs(guide.PACKAGES)]
     lines += [".SH QUICK START", *paragraphs(guide.FIRMWARE), *commands(guide.FIRMWARE_COMMANDS)]
     lines += [*paragraphs(guide.SETTINGS), *commands(guide.SETTINGS_COMMANDS)]
     lines += [*paragraphs(guide.DOCTOR), *commands(guide.DOCTOR_COMMANDS)]
@@ -346,6 +346,8 @@ def guide_page() -> str:
     lines += [".SH THE OWNER'S BROKER", *paragraphs(guide.OWNERS), *commands(guide.OWNERS_COMMANDS)]
     lines += [*paragraphs(guide.OWNERS_HOST), *verbatim(guide.OWNERS_SETTINGS)]
     lines += [*paragraphs(guide.OWNERS_IMAGES), *commands(guide.OWNERS_IMAGES_COMMANDS)]
+    lines += [".SH INITRAMFS OF THE DISTRIBUTION", *paragraphs(guide.INITRAMFS)]
+    lines += [*commands(guide.INITRAMFS_COMMANDS), *paragraphs(guide.INITRAMFS_UPDATE)]
     lines += [".SH RIGHTS", *paragraphs(guide.RIGHTS), *verbatim(guide.RULE)]
     lines += [".SH WHEN SOMETHING FAILS"]
     for sign, step in guide.FAILURES:

@@ -23,7 +23,7 @@ COMMANDS = [command for name, value in vars(guide).items() if name.endswith("_CO
 def test_its_commands_are_commands(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is taken apart by the command line itself, which stops before it does anything."""
     monkeypatch.chdir(tmp_path)
-    for file in ("root.tar", "demo.json"):  # what an earlier command has made
+    for file in ("root.tar", "demo.json", "web.img"):  # what an earlier command has made
         (tmp_path / file).touch()
     words = shlex.split(line.replace("/var/tmp/", ""))[1:]
     command: click.Command = cli
@@ -44,6 +44,13 @@ def test_the_page_is_clean(tmp_path: Path) -> None:
     for command in (line for line in COMMANDS if line not in guide.UNIT_COMMANDS):
         assert f"# {command}\n" in text
     assert "[broker]" in text
+
+
+def test_every_right_is_named() -> None:
+    """What an administrator may grant is what polkit knows."""
+    policy = (EXAMPLES.parents[1] / "dbus/org.jindisk1.policy").read_text()
+    actions = re.findall(r'<action id="org\.jindisk1\.([a-z-]+)"', policy)
+    assert [name for name in actions if not re.search(rf"[\s.]{name}\b", guide.RIGHTS)] == []
 
 
 @pytest.mark.parametrize(
