@@ -7,19 +7,17 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-import structlog
-
+from jindiskd.bus.collection import Follower
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.jobs import job_path
 from jindiskd.bus.objects import Object, ObjectPath, Options, Row, number, text
 from jindiskd.bus.peers import Caller
 from jindiskd.bus.ports import Audit, AuditOrder
 from jindiskd.bus.server import Server
-from jindiskd.errors import InvalidArgument, JindiskError
+from jindiskd.errors import InvalidArgument
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager
 
-log = structlog.get_logger(__name__)
 AUDIT_PATH = ObjectPath(f"{ROOT_PATH}/audit")
 ROWS_DEFAULT, ROWS_LIMIT = 100, 1000
 PAGE_BYTES = 1 << 20
@@ -27,7 +25,6 @@ PAGE_BYTES = 1 << 20
 NAME_LIMIT = 128
 GUEST = re.compile(r"[0-9A-Fa-f-]{1,128}")
 VERDICTS = ("released", "refused", "waiting")
-INTERVAL_S = 0.2
 EXPLAINED_AT_ONCE = 2
 """Each takes a processor for a while."""
 LATEST = 253_402_300_799_000_000
@@ -87,31 +84,21 @@ class AuditOnBus:
     ) -> None:
         self._server, self._audit, self._subscribe = server, audit, subscribe
         self._object = AuditObject(audit, jobs)
-        self._grown = asyncio.Event()
-        self._following: asyncio.Task[None] | None = None
+        self._follower = Follower(self._look, "the end of the audit log")
 
     async def start(self) -> None:
         """Export it, and follow it from now on."""
-        self._subscribe(self._grown.set)
-        self._object._reached(await self._audit.last())  # noqa: SLF001 (one thing in two classes)
+        self._subscribe(self._follower.news)
+        await self._look()
         self._server.export(AUDIT_PATH, self._object)
-        self._following = asyncio.get_running_loop().create_task(self._follow())
+        self._follower.start()
 
     async def close(self) -> None:
         """Follow it no longer."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        await self._follower.close()
 
-    async def _follow(self) -> None:
-        while True:
-            await self._grown.wait()
-            self._grown.clear()
-            try:
-                self._object._reached(await self._audit.last())  # noqa: SLF001 (as above)
-            except JindiskError as exc:
-                log.warning("the end of the audit log could not be looked at", error=str(exc))
-            await asyncio.sleep(INTERVAL_S)
+    async def _look(self) -> None:
+        self._object._reached(await self._audit.last())  # noqa: SLF001 (one thing in two classes)
 
 
 def bounded(rows: Sequence[Row], *, forward: bool) -> Sequence[Row]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jindiskd.base.secret import Secret
+from jindiskd.bus.collection import Collection, Item
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path
 from jindiskd.bus.keyfd import read_secret
-from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.objects import ObjectPath, Options
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import BlockDeviceView, Devices
 from jindiskd.bus.server import Server
@@ -21,23 +22,17 @@ def device_path(device_id: str) -> ObjectPath:
     return ObjectPath(f"{ROOT_PATH}/device/{path_label(device_id)}")
 
 
-class DeviceObject(Object, spec="org.jindisk1.Device"):
+class DeviceObject(Item[BlockDeviceView], spec="org.jindisk1.Device"):
     """One device."""
 
     def __init__(self, view: BlockDeviceView, devices: Devices, jobs: JobManager) -> None:
-        self._view, self._devices, self._jobs = view, devices, jobs
+        super().__init__(view)
+        self._devices, self._jobs = devices, jobs
 
     def polkit_details(self) -> Mapping[str, str]:
         """Its node and image, for the question."""
         view = self._view
         return {"device": view.node or view.mapped_node or view.device_id, "image": view.image or "no image here"}
-
-    def _update(self, view: BlockDeviceView) -> None:
-        before = self.values()
-        self._view = view
-        different = [name for name, now in self.values().items() if now != before[name]]
-        if different:
-            self.changed(*different)
 
     async def open(self, caller: Caller, options: Options) -> ObjectPath:
         """Map its volume by its image's key."""
@@ -144,22 +139,18 @@ class DevicesOnBus:
     """Keeps the device objects as the devices are."""
 
     def __init__(self, server: Server, devices: Devices, jobs: JobManager) -> None:
-        self._server, self._devices, self._jobs = server, devices, jobs
-        self._objects: dict[str, DeviceObject] = {}
+        self._devices = devices
+        self._shown = Collection[BlockDeviceView](
+            server,
+            identity=lambda view: view.device_id,
+            path=device_path,
+            make=lambda view: DeviceObject(view, devices, jobs),
+        )
         devices.subscribe(self.refresh)
 
     def refresh(self) -> None:
-        """Export what is new, take off what is gone, tell of changes."""
-        views = {view.device_id: view for view in self._devices.views()}
-        for device_id in self._objects.keys() - views.keys():
-            del self._objects[device_id]
-            self._server.unexport(device_path(device_id))
-        for device_id, view in views.items():
-            if device_id in self._objects:
-                self._objects[device_id]._update(view)  # noqa: SLF001 (one thing in two classes)
-            else:
-                item = self._objects[device_id] = DeviceObject(view, self._devices, self._jobs)
-                self._server.export(device_path(device_id), item)
+        """Show the devices as they are."""
+        self._shown.show(self._devices.views())
 
     def find(self, name: str) -> BlockDeviceView:
         """The device with this node, volume or image.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jindiskd.bus.collection import Collection, Item, named
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path, microseconds, start_bound
-from jindiskd.bus.objects import Object, ObjectPath, Options, number
+from jindiskd.bus.objects import ObjectPath, Options, number
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Guests, GuestView
 from jindiskd.bus.server import Server
-from jindiskd.errors import InvalidArgument, NotFound
+from jindiskd.errors import InvalidArgument
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager
 
@@ -34,29 +35,16 @@ def bounded_timeout(options: Options) -> int | None:
     return timeout_s
 
 
-class DomainObject(Object, spec="org.jindisk1.Domain"):
+class DomainObject(Item[GuestView], spec="org.jindisk1.Domain"):
     """One domain."""
 
     def __init__(self, view: GuestView, guests: Guests, jobs: JobManager) -> None:
-        self._view, self._guests, self._jobs = view, guests, jobs
+        super().__init__(view)
+        self._guests, self._jobs = guests, jobs
 
     def polkit_details(self) -> Mapping[str, str]:
         """Its name and image, for the question."""
         return {"domain": self._view.name, "image": self._view.image}
-
-    def _update(self, view: GuestView) -> None:
-        old, self._view = self._view, view
-        pairs = {
-            "State": (old.state, view.state),
-            "Reason": (old.reason, view.reason),
-            "Since": (old.since, view.since),
-            "Cid": (old.cid, view.cid),
-            "RelayState": (old.relay_state, view.relay_state),
-            "RelayReason": (old.relay_reason, view.relay_reason),
-        }
-        different = [name for name, (before, now) in pairs.items() if before != now]
-        if different:
-            self.changed(*different)
 
     async def start(self, caller: Caller, options: Options) -> ObjectPath:
         """Start the guest."""
@@ -172,22 +160,18 @@ class DomainsOnBus:
     """Keeps the domain objects as the domains are."""
 
     def __init__(self, server: Server, guests: Guests, jobs: JobManager) -> None:
-        self._server, self._guests, self._jobs = server, guests, jobs
-        self._objects: dict[str, DomainObject] = {}
+        self._guests = guests
+        self._shown = Collection[GuestView](
+            server,
+            identity=lambda view: view.uuid,
+            path=domain_path,
+            make=lambda view: DomainObject(view, guests, jobs),
+        )
         guests.subscribe(self.refresh)
 
     def refresh(self) -> None:
-        """Export what is new, take off what is gone, tell of changes."""
-        views = {view.uuid: view for view in self._guests.views()}
-        for uuid in self._objects.keys() - views.keys():
-            del self._objects[uuid]
-            self._server.unexport(domain_path(uuid))
-        for uuid, view in views.items():
-            if uuid in self._objects:
-                self._objects[uuid]._update(view)  # noqa: SLF001 (one thing in two classes)
-            else:
-                item = self._objects[uuid] = DomainObject(view, self._guests, self._jobs)
-                self._server.export(domain_path(uuid), item)
+        """Show the domains as they are."""
+        self._shown.show(self._guests.views())
 
     def find(self, name: str) -> GuestView:
         """The domain with this name or UUID.
@@ -195,10 +179,7 @@ class DomainsOnBus:
         Raises:
             NotFound: there is none of ours.
         """
-        for view in self._guests.views():
-            if name in {view.name, view.uuid}:
-                return view
-        raise NotFound("domain", name)
+        return named("domain", name, {view.uuid: view for view in self._guests.views()}, lambda view: view.name)
 
     def all(self) -> list[GuestView]:
         """All domains, by name."""

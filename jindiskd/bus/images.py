@@ -7,14 +7,14 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Mapping
 
+from jindiskd.bus.collection import Collection, Item, named
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path, microseconds, start_bound
 from jindiskd.bus.keyfd import take_regular_file, take_stream
-from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.objects import ObjectPath, Options
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Images, ImageView
 from jindiskd.bus.server import Server
-from jindiskd.errors import NotFound
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager
 
@@ -28,7 +28,7 @@ MEASURED_AT_ONCE = 2
 """Each takes a thread, which guests need too, and reads a kernel, an initrd and a firmware into memory."""
 
 
-class ImageObject(Object, spec="org.jindisk1.Image"):
+class ImageObject(Item[ImageView], spec="org.jindisk1.Image"):
     """One image."""
 
     def __init__(
@@ -39,21 +39,13 @@ class ImageObject(Object, spec="org.jindisk1.Image"):
         refresh: Callable[[], Awaitable[None]],
         measuring: asyncio.Semaphore,
     ) -> None:
-        self._view, self._images, self._jobs, self._refresh = view, images, jobs, refresh
+        super().__init__(view)
+        self._images, self._jobs, self._refresh = images, jobs, refresh
         self._measuring = measuring
 
     def polkit_details(self) -> Mapping[str, str]:
         """Its name, for the question."""
         return {"image": self._view.name}
-
-    def _update(self, view: ImageView) -> None:
-        old, self._view = self._view, view
-        if old.key_state != view.key_state:
-            self.changed("State")
-        if old.launch_digest != view.launch_digest:
-            self.changed("LaunchDigest")
-        if old.kernel_release != view.kernel_release:
-            self.changed("KernelRelease")
 
     async def remove(self, caller: Caller, options: Options) -> ObjectPath:  # noqa: ARG002 (the contract's arguments)
         """Remove it and its key."""
@@ -210,11 +202,16 @@ class ImagesOnBus:
     """Keeps the image objects as the store is; `also` is awaited after a change of ours, for the keys."""
 
     def __init__(self, server: Server, images: Images, jobs: JobManager, also: Callable[[], Awaitable[None]]) -> None:
-        self._server, self._images, self._jobs, self._also = server, images, jobs, also
-        self._objects: dict[str, ImageObject] = {}
+        self._images, self._also = images, also
         self._views: dict[str, ImageView] = {}
         self._lock = asyncio.Lock()
-        self._measuring = asyncio.Semaphore(MEASURED_AT_ONCE)
+        measuring = asyncio.Semaphore(MEASURED_AT_ONCE)
+        self._shown = Collection[ImageView](
+            server,
+            identity=lambda view: view.image_id,
+            path=image_path,
+            make=lambda view: ImageObject(view, images, jobs, self.refresh, measuring),
+        )
 
     async def refresh(self) -> None:
         """After a change of ours: look at the store again, and at the keys."""
@@ -222,20 +219,10 @@ class ImagesOnBus:
         await self._also()
 
     async def look(self) -> None:
-        """Look at the store again: export what is new, take off what is gone, tell of changes."""
+        """Look at the store again, and show the images as they are."""
         async with self._lock:  # two looks at once could tell the older state last
             self._views = {view.image_id: view for view in await self._images.views()}
-            for image_id in self._objects.keys() - self._views.keys():
-                del self._objects[image_id]
-                self._server.unexport(image_path(image_id))
-            for image_id, view in self._views.items():
-                if image_id in self._objects:
-                    self._objects[image_id]._update(view)  # noqa: SLF001 (one thing in two classes)
-                else:
-                    item = self._objects[image_id] = ImageObject(
-                        view, self._images, self._jobs, self.refresh, self._measuring
-                    )
-                    self._server.export(image_path(image_id), item)
+            self._shown.show(self._views.values())
 
     def find(self, name: str) -> ImageView:
         """The image with this name or id.
@@ -243,10 +230,7 @@ class ImagesOnBus:
         Raises:
             NotFound: there is none.
         """
-        for view in self._views.values():
-            if name in {view.name, view.image_id}:
-                return view
-        raise NotFound("image", name)
+        return named("image", name, self._views, lambda view: view.name)
 
     def all(self) -> list[ImageView]:
         """All images, by name."""

@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-import structlog
-
+from jindiskd.bus.collection import Collection, Follower, Item, named
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.keyfd import document_descriptor, read_secret
-from jindiskd.bus.objects import Object, ObjectPath, Options, Row, number, text
+from jindiskd.bus.objects import ObjectPath, Options, Row, number, text
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Keys, KeyView, Policies
 from jindiskd.bus.server import Server
-from jindiskd.errors import InvalidArgument, JindiskError, NotFound
+from jindiskd.errors import InvalidArgument
 
-log = structlog.get_logger(__name__)
 REASON_LIMIT = 500
 HANDOVER_LIMIT_BYTES = 1 << 20
-INTERVAL_S = 0.2
-"""Between two looks at the keys: guests decide how often something is written."""
 
 
 def key_path(image_id: str) -> ObjectPath:
@@ -50,19 +46,16 @@ def bounded_reason(reason: str) -> str:
     return reason
 
 
-class KeyObject(Object, spec="org.jindisk1.Key"):
+class KeyObject(Item[KeyView], spec="org.jindisk1.Key"):
     """The keys of one image."""
 
     def __init__(self, view: KeyView, keys: Keys, on_bus: KeysOnBus) -> None:
-        self._view, self._keys, self._on_bus = view, keys, on_bus
+        super().__init__(view)
+        self._keys, self._on_bus = keys, on_bus
 
     def polkit_details(self) -> Mapping[str, str]:
         """The image's name, for the question."""
         return {"image": self._view.name}
-
-    def _update(self, view: KeyView) -> None:
-        old, self._view = self._view, view
-        self.changed(*(["State"] if old.state != view.state else []), *(["Name"] if old.name != view.name else []))
 
     async def describe(self, caller: Caller, options: Options) -> tuple[Options, Sequence[Row]]:  # noqa: ARG002 (contract)
         """What is known of them."""
@@ -124,20 +117,16 @@ class KeyObject(Object, spec="org.jindisk1.Key"):
         return microseconds(self._view.created)
 
 
-class PolicyObject(Object, spec="org.jindisk1.Policy"):
+class PolicyObject(Item[KeyView], spec="org.jindisk1.Policy"):
     """By what the keys of one image are released."""
 
     def __init__(self, view: KeyView, policies: Policies, on_bus: KeysOnBus) -> None:
-        self._view, self._policies, self._on_bus = view, policies, on_bus
+        super().__init__(view)
+        self._policies, self._on_bus = policies, on_bus
 
     def polkit_details(self) -> Mapping[str, str]:
         """The image's name, for the question."""
         return {"image": self._view.name}
-
-    def _update(self, view: KeyView) -> None:
-        old, self._view = self._view, view
-        digest = ["Digest"] if old.policy_digest != view.policy_digest else []
-        self.changed(*digest, *(["Name"] if old.name != view.name else []))
 
     async def get(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (the contract's arguments)
         """The document."""
@@ -174,33 +163,31 @@ class KeysOnBus:
     """Keeps the objects of keys and policies as the key store is; `also` is awaited when a state changed."""
 
     def __init__(self, server: Server, keys: Keys, policies: Policies, also: Callable[[], Awaitable[None]]) -> None:
-        self._server, self._keys, self._policies, self._also = server, keys, policies, also
-        self._objects: dict[str, tuple[KeyObject, PolicyObject]] = {}
+        self._keys, self._also = keys, also
         self._views: dict[str, KeyView] = {}
         self._lock = asyncio.Lock()
-        self._changed = asyncio.Event()
-        self._following: asyncio.Task[None] | None = None
+        self._shown_keys = Collection[KeyView](
+            server,
+            identity=lambda view: view.image_id,
+            path=key_path,
+            make=lambda view: KeyObject(view, keys, self),
+        )
+        self._shown_policies = Collection[KeyView](
+            server,
+            identity=lambda view: view.image_id,
+            path=policy_path,
+            make=lambda view: PolicyObject(view, policies, self),
+        )
+        self._follower = Follower(self.refresh, "the keys")
 
     def start(self) -> None:
         """Follow what others change from now on."""
-        self._keys.subscribe(self._changed.set)
-        self._following = asyncio.get_running_loop().create_task(self._follow())
+        self._keys.subscribe(self._follower.news)
+        self._follower.start()
 
     async def close(self) -> None:
         """Follow no longer."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
-
-    async def _follow(self) -> None:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                await self.refresh()
-            except JindiskError as exc:
-                log.warning("the keys could not be looked at", error=str(exc))
-            await asyncio.sleep(INTERVAL_S)
+        await self._follower.close()
 
     async def refresh(self) -> None:
         """After a change: look at the store again, and at what else shows the states of keys."""
@@ -210,22 +197,11 @@ class KeysOnBus:
             await self._also()
 
     async def look(self) -> None:
-        """Look at the store again: export what is new, take off what is gone, tell of changes."""
+        """Look at the store again, and show keys and policies as they are."""
         async with self._lock:  # two looks at once could tell the older state last
             self._views = {view.image_id: view for view in await self._keys.views()}
-            for image_id in self._objects.keys() - self._views.keys():
-                del self._objects[image_id]
-                self._server.unexport(key_path(image_id))
-                self._server.unexport(policy_path(image_id))
-            for image_id, view in self._views.items():
-                if image_id in self._objects:
-                    for there in self._objects[image_id]:
-                        there._update(view)  # noqa: SLF001 (one thing in two classes)
-                    continue
-                key, policy = KeyObject(view, self._keys, self), PolicyObject(view, self._policies, self)
-                self._objects[image_id] = (key, policy)
-                self._server.export(key_path(image_id), key)
-                self._server.export(policy_path(image_id), policy)
+            self._shown_keys.show(self._views.values())
+            self._shown_policies.show(self._views.values())
 
     def find(self, name: str) -> KeyView:
         """The keys of the image with this name or id.
@@ -233,7 +209,4 @@ class KeysOnBus:
         Raises:
             NotFound: there are none.
         """
-        for view in self._views.values():
-            if name in {view.name, view.image_id}:
-                return view
-        raise NotFound("key of image", name)
+        return named("key of image", name, self._views, lambda view: view.name)

@@ -87,9 +87,11 @@ class Object:
     _server: Emitter | None = None
     _path: str = ""
 
-    def __init_subclass__(cls, *, spec: str | Interface, **kwargs: object) -> None:
-        """Check the class against interface `spec` of the contract, or one from elsewhere."""
+    def __init_subclass__(cls, *, spec: str | Interface | None, **kwargs: object) -> None:
+        """Check the class against interface `spec` of the contract, or one from elsewhere; None for a base class."""
         super().__init_subclass__(**kwargs)
+        if spec is None:
+            return
         cls.contract = interface(spec) if isinstance(spec, str) else spec
         expected = {snake(name) for name in (*cls.contract.methods, *cls.contract.properties)}
         public = {

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from jindiskd.base.platform import Tee
-from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import AUDIT, AUDIT_PATH, Client, RemoteError, connected
-from jindiskd.cli.domain import DOMAIN
-from jindiskd.cli.image import IMAGE, MANAGER
+from jindiskd.cli.domain import DOMAINS
+from jindiskd.cli.image import IMAGES
 from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields
 from jindiskd.errors import EXIT_NOT_FOUND, EXIT_REFUSED, JindiskError
@@ -327,13 +326,13 @@ async def _explain(app: App, name: str | None, row: int | None) -> None:
 async def _whose(client: Client, name: str) -> dict[str, Variant]:
     """The option that names a domain, or else an image."""
     try:
-        path = await client.call(ROOT_PATH, MANAGER, "GetDomain", name)
-        return {"domain": Variant("s", (await client.properties(path, DOMAIN))["Uuid"])}
+        _, found = await DOMAINS.find(client, name)
+        return {"domain": Variant("s", found["Uuid"])}
     except RemoteError as exc:
         if exc.exit_code != EXIT_NOT_FOUND:
             raise
-    path = await client.call(ROOT_PATH, MANAGER, "GetImage", name)
-    return {"image": Variant("s", (await client.properties(path, IMAGE))["ImageId"])}
+    _, found = await IMAGES.find(client, name)
+    return {"image": Variant("s", found["ImageId"])}
 
 
 def _explained(found: Mapping[str, Any]) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import AUDIT, AUDIT_PATH, Client, RemoteError, connected
 from jindiskd.cli.completion import domains, images
-from jindiskd.cli.domain import DOMAIN
-from jindiskd.cli.image import IMAGE, MANAGER
+from jindiskd.cli.domain import DOMAINS
+from jindiskd.cli.image import IMAGES
 from jindiskd.cli.jobs import result, start_and_follow
+from jindiskd.cli.objects import Kind
 from jindiskd.cli.output import clean, moment, table
 from jindiskd.errors import EXIT_NOT_FOUND
 
@@ -86,9 +86,9 @@ async def _options(client: Client, given: dict[str, Any]) -> dict[str, Variant]:
     """The options of the method, from those of the command; names become identities."""
     options: dict[str, Variant] = {}
     if given["image"]:
-        options["image"] = Variant("s", await _identity(client, "GetImage", given["image"], IMAGE, "ImageId"))
+        options["image"] = Variant("s", await _identity(client, IMAGES, given["image"], "ImageId"))
     if given["guest"]:
-        options["guest"] = Variant("s", await _identity(client, "GetDomain", given["guest"], DOMAIN, "Uuid"))
+        options["guest"] = Variant("s", await _identity(client, DOMAINS, given["guest"], "Uuid"))
     if given["verdict"]:
         options["verdict"] = Variant("s", given["verdict"])
     for name in ("since", "until"):
@@ -97,15 +97,15 @@ async def _options(client: Client, given: dict[str, Any]) -> dict[str, Variant]:
     return options
 
 
-async def _identity(client: Client, member: str, name: str, interface: str, identity: str) -> str:
+async def _identity(client: Client, kind: Kind, name: str, identity: str) -> str:
     """The identity of an image or domain; what is not known by that name may be one of something that is gone."""
     try:
-        path = await client.call(ROOT_PATH, MANAGER, member, name)
+        _, found = await kind.find(client, name)
     except RemoteError as exc:
         if exc.exit_code != EXIT_NOT_FOUND:
             raise
         return name
-    return str((await client.properties(path, interface))[identity])
+    return str(found[identity])
 
 
 async def page(client: Client, options: Mapping[str, Variant], limit: int) -> tuple[list[dict[str, Any]], bool]:
@@ -137,9 +137,7 @@ async def after(client: Client, options: Mapping[str, Variant], last: int) -> li
     return found
 
 
-async def _followed(
-    client: Client, options: Mapping[str, Variant], last: int
-) -> AsyncIterator[list[dict[str, Any]]]:
+async def _followed(client: Client, options: Mapping[str, Variant], last: int) -> AsyncIterator[list[dict[str, Any]]]:
     """Rows as they are added, whenever the service says that there are some."""
     async for path, member, _ in client.signals():
         if path == AUDIT_PATH and member == "Appended":

@@ -18,8 +18,9 @@ from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import connected
 from jindiskd.cli.completion import images
-from jindiskd.cli.image import IMAGE, MANAGER, described, find, key_state, opened
+from jindiskd.cli.image import IMAGE, IMAGES, described, key_state, opened
 from jindiskd.cli.jobs import result, start_and_follow
+from jindiskd.cli.objects import MANAGER
 from jindiskd.cli.output import size
 from jindiskd.errors import AlreadyExists
 
@@ -41,13 +42,11 @@ def clone(app: App, name: str, new_name: str, no_wait: bool) -> None:
 
 async def _clone(app: App, name: str, new_name: str, wait: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, name)
-        job = await start_and_follow(
-            client, app, lambda: client.call(path, IMAGE, "Clone", new_name, {}), wait=wait
-        )
+        path, found = await IMAGES.find(client, name)
+        job = await start_and_follow(client, app, lambda: client.call(path, IMAGE, "Clone", new_name, {}), wait=wait)
         if job is None:
             return
-        _, properties = await find(client, new_name)
+        _, properties = await IMAGES.find(client, new_name)
     app.show({"image": properties}, lambda: f"Cloned image {found['Name']} into {described(properties)}.")
 
 
@@ -67,7 +66,7 @@ def export(app: App, name: str, file: Path, force: bool) -> None:
 
 async def _export(app: App, name: str, file: Path, force: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, name)
+        path, found = await IMAGES.find(client, name)
         with _written(file, force) as fd:
             job = await start_and_follow(
                 client, app, lambda: client.call(path, IMAGE, "Export", 0, {}, fds=[fd]), wait=True
@@ -137,7 +136,7 @@ async def _import(app: App, file: Path, name: str | None, firmware: Path | None,
             )
             if job is None:
                 return
-            _, properties = await find(client, await result(client, job))
+            _, properties = await IMAGES.find(client, await result(client, job))
     app.show(
         {"image": properties},
         lambda: f"Imported {described(properties)}. Its key is {key_state(properties)}.",

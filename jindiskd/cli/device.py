@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import os
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import click
 
-from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
-from jindiskd.cli.client import Client, connected
+from jindiskd.cli.client import connected
 from jindiskd.cli.completion import devices
-from jindiskd.cli.image import MANAGER
 from jindiskd.cli.jobs import result, start_and_follow
-from jindiskd.cli.output import clean, fields, size, table
+from jindiskd.cli.objects import Kind, Listing, Properties, show_one
+from jindiskd.cli.output import clean, size
 
 DEVICE = "org.jindisk1.Device"
-NOBODY = (1 << 32) - 1
-
-
-async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
-    """Path and properties of a device."""
-    path: str = await client.call(ROOT_PATH, MANAGER, "GetDevice", name)
-    return path, await client.properties(path, DEVICE)
+DEVICES = Kind(interface=DEVICE, getter="GetDevice")
 
 
 @click.group()
@@ -33,33 +26,33 @@ def device() -> None:
     """Look at block devices of this host that carry volumes, open and close them."""
 
 
+def _size(item: Properties) -> str:
+    return size(item["SizeBytes"]) if item["SizeBytes"] else ""
+
+
+LISTING = Listing(
+    interface=DEVICE,
+    name="devices",
+    order=lambda item: (item["Node"] or "~", item["MappedNode"]),
+    columns={
+        "NODE": itemgetter("Node"),
+        "KIND": itemgetter("Kind"),
+        "SIZE": _size,
+        "VOLUME": itemgetter("Volume"),
+        "IMAGE": itemgetter("Image"),
+        "STATE": itemgetter("State"),
+        "MAPPED": itemgetter("MappedNode"),
+    },
+    right=("SIZE",),
+)
+
+
 @device.command(name="list")
 @common
 @pass_app
 def list_(app: App) -> None:
     """List the block devices of this host that carry a volume of JinDisk or a LUKS2 volume of ours."""
-    run(_list(app))
-
-
-async def _list(app: App) -> None:
-    async with connected() as client:
-        found = sorted(
-            (await client.objects(DEVICE)).values(), key=lambda item: (item["Node"] or "~", item["MappedNode"])
-        )
-    head = ("NODE", "KIND", "SIZE", "VOLUME", "IMAGE", "STATE", "MAPPED")
-    rows = [
-        (
-            item["Node"],
-            item["Kind"],
-            size(item["SizeBytes"]) if item["SizeBytes"] else "",
-            item["Volume"],
-            item["Image"],
-            item["State"],
-            item["MappedNode"],
-        )
-        for item in found
-    ]
-    app.show({"devices": found}, lambda: table(head, rows, legend=app.legend, right=(2,)))
+    run(LISTING.show(app))
 
 
 @device.command()
@@ -68,19 +61,17 @@ async def _list(app: App) -> None:
 @pass_app
 def show(app: App, name: str) -> None:
     """Show DEVICE: a node, a volume's UUID, or the name of the image whose volume it carries."""
-    run(_show(app, name))
+    run(show_one(app, DEVICES, name, "device", _fields))
 
 
-async def _show(app: App, name: str) -> None:
-    async with connected() as client:
-        _, found = await find(client, name)
+def _fields(found: Properties) -> dict[str, str]:
     is_open = bool(found["MappedNode"])
-    pairs = {
+    return {
         "node": found["Node"],
         "kind": found["Kind"],
         "volume": found["Volume"],
         "label": found["Label"],
-        "size": size(found["SizeBytes"]) if found["SizeBytes"] else "",
+        "size": _size(found),
         "image": found["Image"],
         "state": found["State"],
         **({"reason": found["Reason"]} if found["Reason"] else {}),
@@ -88,7 +79,6 @@ async def _show(app: App, name: str) -> None:
         "access": "read only" if found["ReadOnly"] else "read and write",
         **({"opened by": f"user {found['OpenedBy']}"} if is_open else {}),
     }
-    app.show({"device": found}, lambda: fields(pairs))
 
 
 @device.command(name="open")
@@ -117,7 +107,7 @@ async def _open(app: App, name: str, read_only: bool, key_file: Path | None, wai
     options = {"read-only": Variant("b", True)} if read_only else {}
     fds: list[int] = []
     async with connected() as client:
-        path, _ = await find(client, name)
+        path, _ = await DEVICES.find(client, name)
         if key_file is not None:
             fds.append(os.dup(0) if key_file == Path("-") else os.open(key_file, os.O_RDONLY | os.O_CLOEXEC))
         try:
@@ -139,9 +129,7 @@ async def _open(app: App, name: str, read_only: bool, key_file: Path | None, wai
         found = await client.properties(path, DEVICE)
         mapped = await result(client, job)
     how = " for reading" if read_only else ""
-    app.show(
-        {"device": found, "mapped": mapped}, lambda: f"{clean(found['Node'])} is open{how} as {clean(mapped)}."
-    )
+    app.show({"device": found, "mapped": mapped}, lambda: f"{clean(found['Node'])} is open{how} as {clean(mapped)}.")
 
 
 @device.command()
@@ -156,7 +144,7 @@ def close(app: App, name: str, no_wait: bool) -> None:
 
 async def _close(app: App, name: str, wait: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, name)
+        path, found = await DEVICES.find(client, name)
         if await start_and_follow(client, app, lambda: client.call(path, DEVICE, "Close", {}), wait=wait) is None:
             return
     what = found["Node"] or found["MappedNode"]

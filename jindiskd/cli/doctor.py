@@ -13,7 +13,7 @@ from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import connected
 from jindiskd.cli.completion import domains, images
-from jindiskd.cli.image import MANAGER
+from jindiskd.cli.objects import MANAGER
 from jindiskd.cli.output import clean
 from jindiskd.doctor import host
 from jindiskd.doctor.check import Verdict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from operator import itemgetter
 from typing import Any
 
 import click
@@ -12,22 +13,17 @@ import click
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
-from jindiskd.cli.client import Client, connected
+from jindiskd.cli.client import connected
 from jindiskd.cli.completion import domains, images
-from jindiskd.cli.image import MANAGER
 from jindiskd.cli.jobs import result, start_and_follow
-from jindiskd.cli.output import clean, fields, moment, platform, table
+from jindiskd.cli.objects import MANAGER, Kind, Listing, Properties, show_one
+from jindiskd.cli.output import clean, moment, platform
 from jindiskd.cli.parameters import Size
 
 DOMAIN = "org.jindisk1.Domain"
+DOMAINS = Kind(interface=DOMAIN, getter="GetDomain")
 CONSOLE_INTERVAL_S = 0.3
 CONSOLE_BLOCK_BYTES = 65536
-
-
-async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
-    """Path and properties of a domain."""
-    path: str = await client.call(ROOT_PATH, MANAGER, "GetDomain", name)
-    return path, await client.properties(path, DOMAIN)
 
 
 @click.command()
@@ -68,7 +64,7 @@ async def _launch(app: App, image: str, options: dict[str, Any], wait: bool) -> 
         )
         if job is None:
             return
-        _, found = await find(client, await result(client, job))
+        _, found = await DOMAINS.find(client, await result(client, job))
     app.show({"domain": found}, lambda: _ended(found))
 
 
@@ -87,23 +83,27 @@ def domain() -> None:
     """Look at guests, and end them."""
 
 
+LISTING = Listing(
+    interface=DOMAIN,
+    name="domains",
+    order=itemgetter("Name"),
+    columns={
+        "NAME": itemgetter("Name"),
+        "IMAGE": itemgetter("Image"),
+        "PLATFORM": platform,
+        "STATE": itemgetter("State"),
+        "SINCE": lambda item: moment(item["Since"]),
+        "REASON": itemgetter("Reason"),
+    },
+)
+
+
 @domain.command(name="list")
 @common
 @pass_app
 def list_(app: App) -> None:
     """List the domains."""
-    run(_list(app))
-
-
-async def _list(app: App) -> None:
-    async with connected() as client:
-        found = sorted((await client.objects(DOMAIN)).values(), key=lambda item: item["Name"])
-    head = ("NAME", "IMAGE", "PLATFORM", "STATE", "SINCE", "REASON")
-    rows = [
-        (item["Name"], item["Image"], platform(item), item["State"], moment(item["Since"]), item["Reason"])
-        for item in found
-    ]
-    app.show({"domains": found}, lambda: table(head, rows, legend=app.legend))
+    run(LISTING.show(app))
 
 
 @domain.command()
@@ -112,14 +112,12 @@ async def _list(app: App) -> None:
 @pass_app
 def show(app: App, name: str) -> None:
     """Show a domain."""
-    run(_show(app, name))
+    run(show_one(app, DOMAINS, name, "domain", _fields))
 
 
-async def _show(app: App, name: str) -> None:
-    async with connected() as client:
-        _, found = await find(client, name)
+def _fields(found: Properties) -> dict[str, str]:
     way = (found["RelayState"], found["RelayReason"])
-    pairs = {
+    return {
         "name": found["Name"],
         "uuid": found["Uuid"],
         "image": found["Image"],
@@ -131,7 +129,6 @@ async def _show(app: App, name: str) -> None:
         "vsock cid": str(found["Cid"] or ""),
         **({"owner's broker": " ".join(filter(None, way))} if any(way) else {}),
     }
-    app.show({"domain": found}, lambda: fields(pairs))
 
 
 @domain.command()
@@ -154,7 +151,7 @@ async def _adopt(app: App, name: str, image: str) -> None:
             client, app, lambda: client.call(ROOT_PATH, MANAGER, "AdoptDomain", name, image, {}), wait=True
         )
         assert job is not None  # waited for
-        _, found = await find(client, await result(client, job))
+        _, found = await DOMAINS.find(client, await result(client, job))
     app.show(
         {"domain": found},
         lambda: (
@@ -179,11 +176,11 @@ def start(app: App, name: str, timeout: int | None, no_wait: bool) -> None:
 
 async def _start(app: App, name: str, options: dict[str, Any], wait: bool) -> None:
     async with connected() as client:
-        path, _ = await find(client, name)
+        path, _ = await DOMAINS.find(client, name)
         job = await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Start", options), wait=wait)
         if job is None:
             return
-        _, found = await find(client, await result(client, job))
+        _, found = await DOMAINS.find(client, await result(client, job))
     app.show({"domain": found}, lambda: _ended(found))
 
 
@@ -203,7 +200,7 @@ def release(app: App, name: str, yes: bool) -> None:
 
 async def _release(app: App, name: str, yes: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, name)
+        path, found = await DOMAINS.find(client, name)
         app.confirm(f"Let go of domain {found['Name']}?", f"releasing domain {name}", yes=yes)
         await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Release", {}), wait=True)
     app.show({"released": found["Name"]}, lambda: f"Domain {clean(found['Name'])} is no guest of ours any more.")
@@ -239,7 +236,7 @@ async def _xml(app: App, name: str | None, image: str | None, options: dict[str,
             text: str = await client.call(ROOT_PATH, MANAGER, "DescribeDomain", image, options)
         else:
             assert name is not None  # by the caller
-            path, _ = await find(client, name)
+            path, _ = await DOMAINS.find(client, name)
             text = await client.call(path, DOMAIN, "GetXml", {})
     app.show({"xml": text}, text.rstrip)
 
@@ -259,7 +256,7 @@ def stop(app: App, name: str, force: bool, yes: bool, no_wait: bool) -> None:
 async def _stop(app: App, name: str, force: bool, yes: bool, wait: bool) -> None:
     options = {"force": Variant("b", True)} if force else {}
     async with connected() as client:
-        path, found = await find(client, name)
+        path, found = await DOMAINS.find(client, name)
         if force:
             app.confirm(f"Power off {found['Name']} at once?", f"powering off domain {name}", yes=yes)
         if await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Stop", options), wait=wait) is None:
@@ -279,7 +276,7 @@ def undefine(app: App, name: str, yes: bool) -> None:
 
 async def _undefine(app: App, name: str, yes: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, name)
+        path, found = await DOMAINS.find(client, name)
         app.confirm(f"Remove domain {found['Name']}?", f"removing domain {name}", yes=yes)
         await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Undefine", {}), wait=True)
     app.show({"undefined": found["Name"]}, lambda: f"Removed domain {clean(found['Name'])}; its image stays.")
@@ -297,7 +294,7 @@ def console(app: App, name: str, follow: bool) -> None:
 
 async def _console(app: App, name: str, follow: bool) -> None:
     async with connected() as client:
-        path, _ = await find(client, name)
+        path, _ = await DOMAINS.find(client, name)
         fd: int = await client.call(path, DOMAIN, "OpenConsole", {})
     try:
         if app.json:

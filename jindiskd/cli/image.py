@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,17 @@ from jindiskd.base.process import run as run_program
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
-from jindiskd.cli.client import Client, connected
+from jindiskd.cli.client import connected
 from jindiskd.cli.completion import images
 from jindiskd.cli.jobs import start_and_follow
-from jindiskd.cli.output import fields, moment, platform, size, table
+from jindiskd.cli.objects import MANAGER, Kind, Listing, Properties, show_one
+from jindiskd.cli.output import moment, platform, size
 from jindiskd.cli.parameters import Size
 from jindiskd.errors import InvalidArgument
 
-MANAGER = "org.jindisk1.Manager"
 IMAGE = "org.jindisk1.Image"
+IMAGES = Kind(interface=IMAGE, getter="GetImage")
 TAR_TIMEOUT_S = 3600.0
-
-
-async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
-    """Path and properties of an image."""
-    path: str = await client.call(ROOT_PATH, MANAGER, "GetImage", name)
-    return path, await client.properties(path, IMAGE)
 
 
 @click.group()
@@ -157,7 +153,7 @@ async def _build(
 
             if await start_and_follow(client, app, start, wait=wait) is None:
                 return
-            _, properties = await find(client, name)
+            _, properties = await IMAGES.find(client, name)
     app.show({"image": properties}, lambda: f"Built {described(properties)}.")
 
 
@@ -167,31 +163,29 @@ def described(image: dict[str, Any]) -> str:
     return f"{kind} {image['Name']} ({image['Format']}, {size(image['SizeBytes'])}) for {platform(image)}"
 
 
+LISTING = Listing(
+    interface=IMAGE,
+    name="images",
+    order=itemgetter("Name"),
+    columns={
+        "NAME": itemgetter("Name"),
+        "PLATFORM": platform,
+        "FORMAT": itemgetter("Format"),
+        "SIZE": lambda item: size(item["SizeBytes"]),
+        "KEY": lambda item: item["State"] + (", seeded" if item["Seeded"] else ""),
+        "DIGEST": lambda item: item["LaunchDigest"][:16],
+        "CREATED": lambda item: moment(item["Created"]),
+    },
+    right=("SIZE",),
+)
+
+
 @image.command(name="list")
 @common
 @pass_app
 def list_(app: App) -> None:
     """List the images."""
-    run(_list(app))
-
-
-async def _list(app: App) -> None:
-    async with connected() as client:
-        found = sorted((await client.objects(IMAGE)).values(), key=lambda item: item["Name"])
-    head = ("NAME", "PLATFORM", "FORMAT", "SIZE", "KEY", "DIGEST", "CREATED")
-    rows = [
-        (
-            item["Name"],
-            platform(item),
-            item["Format"],
-            size(item["SizeBytes"]),
-            item["State"] + (", seeded" if item["Seeded"] else ""),
-            item["LaunchDigest"][:16],
-            moment(item["Created"]),
-        )
-        for item in found
-    ]
-    app.show({"images": found}, lambda: table(head, rows, legend=app.legend, right=(3,)))
+    run(LISTING.show(app))
 
 
 @image.command()
@@ -200,13 +194,11 @@ async def _list(app: App) -> None:
 @pass_app
 def show(app: App, name: str) -> None:
     """Show an image."""
-    run(_show(app, name))
+    run(show_one(app, IMAGES, name, "image", _fields))
 
 
-async def _show(app: App, name: str) -> None:
-    async with connected() as client:
-        _, found = await find(client, name)
-    pairs = {
+def _fields(found: Properties) -> dict[str, str]:
+    return {
         "name": found["Name"],
         "id": found["ImageId"],
         "platform": platform(found),
@@ -220,7 +212,6 @@ async def _show(app: App, name: str) -> None:
         "kernel": found["KernelRelease"],
         "created": moment(found["Created"]),
     }
-    app.show({"image": found}, lambda: fields(pairs))
 
 
 @image.command()
@@ -240,14 +231,14 @@ def update(app: App, name: str, kernel: Path, initrd: Path) -> None:
 async def _update(app: App, name: str, kernel: Path, initrd: Path) -> None:
     with opened(kernel) as kernel_fd, opened(initrd) as initrd_fd:
         async with connected() as client:
-            path, _ = await find(client, name)
+            path, _ = await IMAGES.find(client, name)
 
             async def start() -> str:
                 job: str = await client.call(path, IMAGE, "Update", 0, 1, {}, fds=[kernel_fd, initrd_fd])
                 return job
 
             await start_and_follow(client, app, start, wait=True)
-            _, properties = await find(client, name)
+            _, properties = await IMAGES.find(client, name)
     digest = properties["LaunchDigest"]
     app.show(
         {"image": properties},
@@ -278,7 +269,7 @@ def remove(app: App, name: str, yes: bool, no_wait: bool) -> None:
 
 async def _remove(app: App, name: str, yes: bool, wait: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, name)
+        path, found = await IMAGES.find(client, name)
         app.confirm(f"Remove {described(found)} and its key for good?", f"removing image {name}", yes=yes)
         if await start_and_follow(client, app, lambda: client.call(path, IMAGE, "Remove", {}), wait=wait) is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from operator import itemgetter
 from typing import Any
 
 import click
@@ -11,7 +12,8 @@ from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, RemoteError, connected
 from jindiskd.cli.completion import jobs
 from jindiskd.cli.jobs import FINAL, JOB, follow, job_path, pace_text, result
-from jindiskd.cli.output import fields, moment, table
+from jindiskd.cli.objects import Listing
+from jindiskd.cli.output import fields, moment
 from jindiskd.errors import EXIT_UNCHANGED, NotFound
 
 
@@ -26,31 +28,29 @@ def job() -> None:
     """Look at work under way, and stop it."""
 
 
+LISTING = Listing(
+    interface=JOB,
+    name="jobs",
+    order=itemgetter("Id"),
+    columns={
+        "JOB": lambda item: str(item["Id"]),
+        "OPERATION": itemgetter("Operation"),
+        "OBJECTS": lambda item: " ".join(item["Objects"]),
+        "STATE": itemgetter("State"),
+        "STAGE": itemgetter("Stage"),
+        "PROGRESS": progress_text,
+        "STARTED": lambda item: moment(item["StartTime"]),
+    },
+    right=("JOB", "PROGRESS"),
+)
+
+
 @job.command(name="list")
 @common
 @pass_app
 def list_(app: App) -> None:
     """List jobs: those that run, and those that ended in the last minute."""
-    run(_list(app))
-
-
-async def _list(app: App) -> None:
-    async with connected() as client:
-        found = sorted((await client.objects(JOB)).values(), key=lambda item: item["Id"])
-    head = ("JOB", "OPERATION", "OBJECTS", "STATE", "STAGE", "PROGRESS", "STARTED")
-    rows = [
-        (
-            str(item["Id"]),
-            item["Operation"],
-            " ".join(item["Objects"]),
-            item["State"],
-            item["Stage"],
-            progress_text(item),
-            moment(item["StartTime"]),
-        )
-        for item in found
-    ]
-    app.show({"jobs": found}, lambda: table(head, rows, legend=app.legend, right=(0, 5)))
+    run(LISTING.show(app))
 
 
 @job.command()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import Client, RemoteError, connected
 from jindiskd.cli.completion import keys
-from jindiskd.cli.image import MANAGER
-from jindiskd.cli.output import fields, moment, platform, table
+from jindiskd.cli.objects import MANAGER, Kind
+from jindiskd.cli.output import Columns, fields, listing, moment, platform
 from jindiskd.errors import EXIT_NOT_FOUND
 
 KEY = "org.jindisk1.Key"
+KEYS = Kind(interface=KEY, getter="GetKey")
 CARD_LIMIT = 1 << 16
 AT_ONCE = 8
 """Keys asked about at the same time."""
@@ -31,12 +33,6 @@ AT_ONCE = 8
 @common
 def key() -> None:
     """Look at what is known of the keys, never at the keys; and decide about them and the volumes they open."""
-
-
-async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
-    """Path and properties of an image's keys."""
-    path: str = await client.call(ROOT_PATH, MANAGER, "GetKey", name)
-    return path, await client.properties(path, KEY)
 
 
 async def _described(client: Client, path: str) -> dict[str, Any]:
@@ -98,19 +94,15 @@ def key_list(app: App) -> None:
 async def _key_list(app: App) -> None:
     async with connected() as client:
         found = await _all(client)
-    head = ("IMAGE", "PLATFORM", "STATE", "RELEASED TO", "VOLUME", "CREATED")
-    rows = [
-        (
-            item["name"],
-            _platform(item),
-            item["state"],
-            " ".join(digest[:16] for digest in item["launch-digests"]),
-            "; ".join(_volume(volume) for volume in item["volumes"]),
-            moment(item["created"]),
-        )
-        for item in found
-    ]
-    app.show({"keys": found}, lambda: table(head, rows, legend=app.legend))
+    columns: Columns = {
+        "IMAGE": itemgetter("name"),
+        "PLATFORM": _platform,
+        "STATE": itemgetter("state"),
+        "RELEASED TO": lambda item: " ".join(digest[:16] for digest in item["launch-digests"]),
+        "VOLUME": lambda item: "; ".join(_volume(volume) for volume in item["volumes"]),
+        "CREATED": lambda item: moment(item["created"]),
+    }
+    app.show({"keys": found}, lambda: listing(columns, found, legend=app.legend))
 
 
 @key.command()
@@ -124,7 +116,7 @@ def show(app: App, image: str) -> None:
 
 async def _show(app: App, image: str) -> None:
     async with connected() as client:
-        path, _ = await find(client, image)
+        path, _ = await KEYS.find(client, image)
         found = await _described(client, path)
     pairs = {
         "image": found["name"],
@@ -173,7 +165,7 @@ def reinstate(app: App, image: str) -> None:
 
 async def _change(app: App, image: str, member: str, sentence: str) -> None:
     async with connected() as client:
-        path, _ = await find(client, image)
+        path, _ = await KEYS.find(client, image)
         await client.call(path, KEY, member, {})
         found = await client.properties(path, KEY)
     app.show({"key": found}, lambda: sentence.format(found["Name"]))
@@ -192,7 +184,7 @@ def rotate(app: App, image: str, file: Any, yes: bool) -> None:
 
 async def _rotate(app: App, image: str, file: Any, yes: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, image)
+        path, found = await KEYS.find(client, image)
         question = f"Delete the keys of image {found['Name']} and use those of the handover?"
         app.confirm(question, f"rotating the keys of image {found['Name']}", yes=yes)
         await client.call(path, KEY, "Rotate", 0, {}, fds=(file.fileno(),))
@@ -231,7 +223,7 @@ def export(app: App, image: str, card_file: Any, output: Path) -> None:
 
 async def _export(app: App, image: str, told: str, output: Path) -> None:
     async with connected() as client:
-        path, found = await find(client, image)
+        path, found = await KEYS.find(client, image)
         options = {"card": Variant("s", told)} if told else {}
         data = _content(await client.call(path, KEY, "Export", options))
     if str(output) == "-":
@@ -260,7 +252,7 @@ def accept_rollback(app: App, image: str, reason: str, yes: bool) -> None:
 
 async def _accept_rollback(app: App, image: str, reason: str, yes: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, image)
+        path, found = await KEYS.find(client, image)
         name = found["Name"]
         question = f"Let the next start of image {name} take whatever authentic state its disk is in?"
         app.confirm(question, f"accepting another state of the disk of image {name}", yes=yes)

@@ -16,7 +16,7 @@ from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.attest import Hex
 from jindiskd.cli.client import connected
 from jindiskd.cli.completion import images
-from jindiskd.cli.image import IMAGE, find
+from jindiskd.cli.image import IMAGE, IMAGES
 from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields
 
@@ -96,7 +96,7 @@ def measure(app: App, /, name: str | None, **given: Any) -> None:
 
 async def _of_image(app: App, name: str) -> dict[str, Any]:
     async with connected() as client:
-        path, _ = await find(client, name)
+        path, _ = await IMAGES.find(client, name)
 
         async def start() -> str:
             job: str = await client.call(path, IMAGE, "Measure", {"all": Variant("b", True)})

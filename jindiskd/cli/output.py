@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,6 +45,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, legend: bool, r
             parts.append(blanks + cell if at in right else cell + blanks)
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
+
+
+Columns = Mapping[str, Callable[[Any], str]]
+"""The heads of a table, and what stands below each for one thing."""
+
+
+def listing(columns: Columns, things: Iterable[Any], *, legend: bool, right: Collection[str] = ()) -> str:
+    """A table with a row for each thing; `right` are the heads of the columns aligned there."""
+    rows = [[cell(thing) for cell in columns.values()] for thing in things]
+    return table(list(columns), rows, legend=legend, right=[at for at, head in enumerate(columns) if head in right])
 
 
 def fields(pairs: Mapping[str, str]) -> str:

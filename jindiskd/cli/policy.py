@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from jindiskd.base.platform import Platform
-from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.attest import (
@@ -21,13 +20,15 @@ from jindiskd.cli.attest import (
     judge_files,
     show_verdict,
 )
-from jindiskd.cli.client import Client, connected
+from jindiskd.cli.client import connected
 from jindiskd.cli.completion import images
-from jindiskd.cli.image import IMAGE, MANAGER
+from jindiskd.cli.image import IMAGES
+from jindiskd.cli.objects import Kind
 from jindiskd.errors import EXIT_UNCHANGED
 from jindiskd.policy import form
 
 POLICY = "org.jindisk1.Policy"
+POLICIES = Kind(interface=POLICY, getter="GetPolicy")
 DOCUMENT = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 
 
@@ -35,12 +36,6 @@ DOCUMENT = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Pa
 @common
 def policy() -> None:
     """Look at, set and try what guests must prove to get a key."""
-
-
-async def find(client: Client, name: str) -> tuple[str, dict[str, Any]]:
-    """Path and properties of an image's policy."""
-    path: str = await client.call(ROOT_PATH, MANAGER, "GetPolicy", name)
-    return path, await client.properties(path, POLICY)
 
 
 def _read(path: Path) -> str:
@@ -70,7 +65,7 @@ def show(app: App, image: str, set_only: bool) -> None:
 
 async def _show(app: App, image: str, set_only: bool) -> None:
     async with connected() as client:
-        path, found = await find(client, image)
+        path, found = await POLICIES.find(client, image)
         options = {"set-only": Variant("b", True)} if set_only else {}
         text = await client.call(path, POLICY, "Get", options)
     document = {"image": found["Name"], "policy": form.plain(form.read(text))}
@@ -89,7 +84,7 @@ def set_(app: App, image: str, file: Path) -> int:
 
 async def _set(app: App, image: str, text: str) -> int:
     async with connected() as client:
-        path, found = await find(client, image)
+        path, found = await POLICIES.find(client, image)
         before = form.plain(form.read(await client.call(path, POLICY, "Get", {})))
         changed = await client.call(path, POLICY, "Set", text, {})
     differences = list(_differences(before, form.plain(form.read(text)))) if changed else []
@@ -123,7 +118,7 @@ def edit(app: App, image: str) -> int:
 
 async def _edit(app: App, image: str) -> int:
     async with connected() as client:
-        path, _ = await find(client, image)
+        path, _ = await POLICIES.find(client, image)
         text = before = await client.call(path, POLICY, "Get", {})
     while True:
         edited = click.edit(text, extension=".toml")
@@ -167,11 +162,10 @@ def check(app: App, /, file: Path | None, image: str | None, row: int | None, **
 
 async def _check(app: App, image: str, text: str | None, row: int | None, given: dict[str, Any]) -> None:
     async with connected() as client:
-        path, found = await find(client, image)
+        path, found = await POLICIES.find(client, image)
         if given["evidence"] is not None:
             used = text if text is not None else await client.call(path, POLICY, "Get", {})
-            image_path = await client.call(ROOT_PATH, MANAGER, "GetImage", found["ImageId"])
-            built = await client.properties(image_path, IMAGE)
+            _, built = await IMAGES.find(client, found["ImageId"])
         else:
             options = {"policy": Variant("s", text)} if text is not None else {}
             options |= {"row": Variant("t", row)} if row is not None else {}

@@ -13,8 +13,9 @@ from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import connected
 from jindiskd.cli.domain import DOMAIN
-from jindiskd.cli.image import IMAGE, MANAGER
+from jindiskd.cli.image import IMAGE
 from jindiskd.cli.jobs import FINAL, JOB
+from jindiskd.cli.objects import MANAGER
 from jindiskd.cli.output import clean, fields, moment, styled, table
 
 DAY_S = 86_400

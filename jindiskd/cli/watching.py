@@ -16,8 +16,8 @@ from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.cli.audit import after, page
 from jindiskd.cli.client import AUDIT_PATH, Client, RemoteError
 from jindiskd.cli.domain import DOMAIN
-from jindiskd.cli.image import MANAGER
 from jindiskd.cli.jobs import JOB
+from jindiskd.cli.objects import MANAGER
 from jindiskd.errors import EXIT_NOT_AUTHORIZED, EXIT_NOT_FOUND, ServiceUnavailable
 
 KINDS = {DOMAIN: "domain", JOB: "job"}

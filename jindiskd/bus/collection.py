@@ -1,0 +1,108 @@
+"""Objects on the bus that show things of one kind, kept as the things are; and looks after news, not too many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Generic, TypeVar
+
+import structlog
+
+from jindiskd.bus.objects import Object, ObjectPath
+from jindiskd.bus.server import Server
+from jindiskd.errors import JindiskError, NotFound
+
+log = structlog.get_logger(__name__)
+INTERVAL_S = 0.2
+"""Between two looks after news: guests decide how often something is written."""
+V = TypeVar("V")
+
+
+class Item(Object, Generic[V], spec=None):
+    """An object that shows a view of one thing: a value that is replaced when the thing has changed."""
+
+    def __init__(self, view: V) -> None:
+        self._view = view
+
+    def replace_view(self, view: V) -> None:
+        """Show this view from now on, and tell of the properties that differ."""
+        if view == self._view:
+            return
+        before = self.values()
+        self._view = view
+        self.changed(*(name for name, now in self.values().items() if now != before[name]))
+
+
+class Collection(Generic[V]):
+    """One object for each thing of a kind, each on a path of its own."""
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        identity: Callable[[V], str],
+        path: Callable[[str], ObjectPath],
+        make: Callable[[V], Item[V]],
+    ) -> None:
+        """`path` takes what `identity` tells of a view; `make` makes the object of a thing that was not there."""
+        self._server, self._identity, self._path, self._make = server, identity, path, make
+        self._items: dict[str, Item[V]] = {}
+
+    def show(self, views: Iterable[V]) -> None:
+        """Export what is new, take off what is gone, tell of changes: afterwards there are these things, no others."""
+        wanted = {self._identity(view): view for view in views}
+        for identity in self._items.keys() - wanted.keys():
+            del self._items[identity]
+            self._server.unexport(self._path(identity))
+        for identity, view in wanted.items():
+            if identity in self._items:
+                self._items[identity].replace_view(view)
+            else:
+                item = self._items[identity] = self._make(view)
+                self._server.export(self._path(identity), item)
+
+
+def named(kind: str, name: str, views: Mapping[str, V], name_of: Callable[[V], str]) -> V:
+    """The one of `views`, by identity, that has this identity or this name.
+
+    Raises:
+        NotFound: there is no such thing of this kind.
+    """
+    for identity, view in views.items():
+        if name in {identity, name_of(view)}:
+            return view
+    raise NotFound(kind, name)
+
+
+class Follower:
+    """Looks after news has come, again and again, with a pause after each look: much news is one look."""
+
+    def __init__(self, look: Callable[[], Awaitable[None]], what: str) -> None:
+        """`what` is looked at, for the log: a look that fails is tried again after the next news."""
+        self._look, self._what = look, what
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def news(self) -> None:
+        """Something may have changed."""
+        self._news.set()
+
+    def start(self) -> None:
+        """Look whenever there is news, from now on."""
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def close(self) -> None:
+        """Look no longer."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                await self._look()
+            except JindiskError as exc:
+                log.warning(f"{self._what} could not be looked at", error=str(exc))
+            await asyncio.sleep(INTERVAL_S)
