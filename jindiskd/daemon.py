@@ -94,6 +94,7 @@ class Service:
             guests=GuestsBackend(domains, side.relay),
             keys=side.keys(domains),
             policies=decisions,
+            approvals=decisions,
             audit=decisions,
             devices=DevicesBackend(devices.service),
             diagnosis=DiagnosisBackend(

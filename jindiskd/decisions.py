@@ -1,4 +1,4 @@
-"""Policies, audit log and refusals behind the bus: an image's policy, the log in pages, refusals explained.
+"""Policies, approvals, audit log and refusals behind the bus: a policy, the log in pages, refusals explained.
 
 Everything here blocks on the database, on files or on arithmetic, in threads of its own.
 """
@@ -23,7 +23,7 @@ from jindiskd.attest.snp import VerifiedSnp
 from jindiskd.base.platform import Tee
 from jindiskd.broker.refused import decided_again, told
 from jindiskd.bus.jobs import microseconds
-from jindiskd.bus.ports import AuditOrder
+from jindiskd.bus.ports import ApprovalView, AuditOrder
 from jindiskd.config import Config
 from jindiskd.errors import Busy, Cancelled, JindiskError
 from jindiskd.image.measurement import cmdline_of, inputs_of
@@ -40,7 +40,7 @@ PATTERNS = ("*.fd", "*/*.fd", "*/*/*.fd")
 
 
 class DecisionsBackend:
-    """Policies, audit log and refusals of one key store."""
+    """Policies, approvals, audit log and refusals of one key store."""
 
     def __init__(self, images: ImageService, store: Store, config: Config) -> None:
         self._images, self._store, self._config = images, store, config
@@ -95,6 +95,36 @@ class DecisionsBackend:
 
         number, findings = await asyncio.to_thread(check)
         return number, [told(finding) for finding in findings]
+
+    # Approvals
+
+    async def approvals(self) -> Sequence[ApprovalView]:
+        """The guests that wait for a person, and those whose approval still counts."""
+
+        def look() -> list[ApprovalView]:
+            waiting = self._store.approvals.list()
+            names = {record.image_id: record.name for record in self._store.images()} if waiting else {}
+            return [
+                ApprovalView(
+                    number=item.number,
+                    image_id=item.image_id,
+                    image=names.get(item.image_id, ""),
+                    peer=item.peer,
+                    guest=item.guest,
+                    measurement=item.measurement,
+                    simulated=item.simulated,
+                    granted=item.granted,
+                    expires=datetime.fromtimestamp(item.expires, UTC),
+                )
+                for item in waiting
+            ]
+
+        return await asyncio.to_thread(look)
+
+    async def decide(self, number: int, *, approve: bool, by: str) -> None:
+        """Let one have its keys, or take it off the list; raises `NotFound` where it waits no longer."""
+        change = self._store.approvals.grant if approve else self._store.approvals.deny
+        await asyncio.to_thread(change, number, Requester(peer=by))
 
     # The audit log
 

@@ -24,7 +24,7 @@ from jindiskd.base.files import fsync_directory, replace_file
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.bus.jobs import microseconds
-from jindiskd.bus.ports import AuditOrder, KeyView
+from jindiskd.bus.ports import ApprovalView, AuditOrder, KeyView
 from jindiskd.custody import from_threads
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest, Volume
@@ -230,6 +230,14 @@ class OwnersKeys:
     async def last(self) -> int:
         """None here."""
         return 0
+
+    async def approvals(self) -> Sequence[ApprovalView]:
+        """None here."""
+        return []
+
+    async def decide(self, number: int, *, approve: bool, by: str) -> None:  # noqa: ARG002 (as above)
+        """At the owner's."""
+        _owner(f"approval {number}", "jindiskctl broker approval list")
 
     async def verify(self, job: Job) -> str:  # noqa: ARG002 (as above)
         """At the owner's."""

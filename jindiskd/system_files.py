@@ -17,7 +17,7 @@ from jindiskd.base.files import replace_file
 POLKIT_ACTIONS = "/usr/share/polkit-1/actions"
 """The one directory that polkit reads, whatever the prefix."""
 SOURCE_TREE = {"interfaces": "dbus", "units": "systemd", "rules": "udev"}
-INTERFACES = ("Audit", "Device", "Domain", "Image", "Job", "Key", "Manager", "Policy")
+INTERFACES = ("Approval", "Audit", "Device", "Domain", "Image", "Job", "Key", "Manager", "Policy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

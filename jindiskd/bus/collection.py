@@ -48,8 +48,12 @@ class Collection(Generic[V]):
         self._server, self._identity, self._path, self._make = server, identity, path, make
         self._items: dict[str, Item[V]] = {}
 
-    def show(self, views: Iterable[V]) -> None:
-        """Export what is new, take off what is gone, tell of changes: afterwards there are these things, no others."""
+    def show(self, views: Iterable[V]) -> list[V]:
+        """Export what is new, take off what is gone, tell of changes: afterwards there are these things, no others.
+
+        Returns what is new.
+        """
+        new = []
         wanted = {self._identity(view): view for view in views}
         for identity in self._items.keys() - wanted.keys():
             del self._items[identity]
@@ -60,6 +64,8 @@ class Collection(Generic[V]):
             else:
                 item = self._items[identity] = self._make(view)
                 self._server.export(self._path(identity), item)
+                new.append(view)
+        return new
 
 
 def named(kind: str, name: str, views: Mapping[str, V], name_of: Callable[[V], str]) -> V:

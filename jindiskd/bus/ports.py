@@ -261,6 +261,32 @@ class Keys(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ApprovalView:
+    """A launch of a guest that waits for a person, or was approved."""
+
+    number: int
+    image_id: str
+    image: str
+    peer: str
+    guest: str
+    measurement: str
+    """Hexadecimal, as `guest` is."""
+    simulated: bool
+    granted: bool
+    expires: datetime
+
+
+class Approvals(Protocol):
+    """The guests that wait until a person approves the release."""
+
+    async def approvals(self) -> Sequence[ApprovalView]:
+        """All that wait or still count."""
+
+    async def decide(self, number: int, *, approve: bool, by: str) -> None:
+        """Let one have its keys, or take it off the list."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOrder:
     """Which rows of the audit log are wanted; None and empty do not matter."""
 

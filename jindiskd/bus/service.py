@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import structlog
 
+from jindiskd.bus.approvals import ApprovalsOnBus
 from jindiskd.bus.audit import AuditOnBus
 from jindiskd.bus.contract import BUS_NAME, ROOT_PATH
 from jindiskd.bus.devices import DevicesOnBus
@@ -14,7 +15,7 @@ from jindiskd.bus.keys import KeysOnBus
 from jindiskd.bus.lib import DBusError, NameFlag, RequestNameReply
 from jindiskd.bus.manager import ManagerObject
 from jindiskd.bus.polkit import Authority
-from jindiskd.bus.ports import Audit, Devices, Diagnosis, Guests, Images, Keys, Policies, ServiceFacts
+from jindiskd.bus.ports import Approvals, Audit, Devices, Diagnosis, Guests, Images, Keys, Policies, ServiceFacts
 from jindiskd.bus.server import Server
 from jindiskd.bus.transport import Connection
 from jindiskd.errors import Busy, ServiceUnavailable
@@ -24,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 
 class BusService:
-    """Manager, images, domains, devices, keys, policies, audit log and jobs on one connection."""
+    """Manager, images, domains, devices, keys, policies, approvals, audit log and jobs on one connection."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class BusService:
         devices: Devices,
         keys: Keys,
         policies: Policies,
+        approvals: Approvals,
         audit: Audit,
         diagnosis: Diagnosis,
         jobs: JobManager,
@@ -59,6 +61,7 @@ class BusService:
             keys_on_bus=self.keys,
             devices_on_bus=self.devices,
         )
+        self._approvals = ApprovalsOnBus(self._server, approvals, keys.subscribe, self.manager.signal)
         self._jobs = JobsOnBus(self._server, jobs, self.manager.signal)
 
     async def start(self) -> None:
@@ -75,6 +78,7 @@ class BusService:
         await self.keys.look()
         self.keys.start()
         await self._audit.start()
+        await self._approvals.start()
         self.devices.refresh()
         try:
             reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
@@ -87,6 +91,7 @@ class BusService:
 
     async def close(self) -> None:
         """Refuse new calls and end those under way."""
+        await self._approvals.close()
         await self._audit.close()
         await self.keys.close()
         await self._server.close()

@@ -43,6 +43,11 @@ def keys(_context: click.Context, _parameter: click.Parameter, incomplete: str) 
     return _complete("org.jindisk1.Key", incomplete)
 
 
+def approvals(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Numbers of approvals."""
+    return _complete("org.jindisk1.Approval", incomplete, "Number")
+
+
 def jobs(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Numbers of jobs."""
     return _complete("org.jindisk1.Job", incomplete, "Id")

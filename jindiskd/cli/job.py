@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from jindiskd.cli.app import App, common, pass_app, run
-from jindiskd.cli.client import Client, RemoteError, connected
+from jindiskd.cli.client import RemoteError, connected
 from jindiskd.cli.completion import jobs
 from jindiskd.cli.jobs import FINAL, JOB, follow, job_path, pace_text, result
-from jindiskd.cli.objects import Listing
+from jindiskd.cli.objects import Listing, numbered
 from jindiskd.cli.output import fields, moment
-from jindiskd.errors import EXIT_UNCHANGED, NotFound
+from jindiskd.errors import EXIT_UNCHANGED
 
 
 def progress_text(job: dict[str, Any]) -> str:
@@ -63,19 +63,10 @@ def show(app: App, number: int, wait: bool) -> None:
     run(_show(app, number, wait))
 
 
-async def _properties(client: Client, number: int) -> dict[str, Any]:
-    try:
-        return await client.properties(job_path(number), JOB)
-    except RemoteError as exc:
-        if exc.name.endswith(".UnknownObject"):
-            raise NotFound("job", str(number)) from exc
-        raise
-
-
 async def _show(app: App, number: int, wait: bool) -> None:
     async with connected() as client:
         await client.subscribe()
-        found = await _properties(client, number)
+        found = await numbered(client, job_path(number), JOB, "job", number)
         if wait:
             found = await follow(client, app, job_path(number))
         if found["State"] == "succeeded" and os.geteuid() in {0, found["OwnerUID"]}:
@@ -107,7 +98,7 @@ def cancel(app: App, number: int) -> None:
 async def _cancel(app: App, number: int) -> None:
     async with connected() as client:
         await client.subscribe()
-        found = await _properties(client, number)
+        found = await numbered(client, job_path(number), JOB, "job", number)
         if found["State"] not in FINAL:
             await client.call(job_path(number), JOB, "Cancel", {})
             try:

@@ -9,6 +9,7 @@ import click
 
 import jindiskd
 from jindiskd.cli.app import App, common, exit_status
+from jindiskd.cli.approval import approval
 from jindiskd.cli.attest import attest
 from jindiskd.cli.audit import audit
 from jindiskd.cli.broker import broker
@@ -38,8 +39,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    status, monitor, doctor, image, launch, domain, device, job, key, audit, attest, policy, collateral, broker, daemon,
-    system_files, completion,
+    status, monitor, doctor, image, launch, domain, device, job, key, approval, audit, attest, policy, collateral,
+    broker, daemon, system_files, completion,
 )  # fmt: skip
 for command in (measure, clone, export, import_):
     image.add_command(command)

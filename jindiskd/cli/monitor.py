@@ -1,4 +1,4 @@
-"""`jindiskctl monitor`: domains, jobs and decisions as they are, until it is interrupted.
+"""`jindiskctl monitor`: domains, jobs, approvals and decisions as they are, until it is interrupted.
 
 On a terminal a picture that changes; otherwise a line for each thing that happens, with --json a JSON object.
 """
@@ -31,6 +31,7 @@ PICTURES_PER_SECOND = 4
 COLOURS = {
     "running": "green", "succeeded": "green", "released": "green", "up": "green",
     "refused": "red", "failed": "red", "down": "red",
+    "waiting": "yellow", "approved": "green",
     "attested": "cyan", "unlocked": "cyan", "started": "cyan", "starting": "cyan",
 }  # fmt: skip
 
@@ -43,7 +44,7 @@ COLOURS = {
 @common
 @pass_app
 def monitor(app: App, rows: int, lines: bool) -> None:
-    """Watch domains, jobs and, where that is allowed, decisions; goes on through restarts of the service."""
+    """Watch domains, jobs, approvals and, where that is allowed, decisions; goes on through restarts of the service."""
     run(_monitor(app, rows, lines))
 
 
@@ -109,7 +110,19 @@ def sentence(item: News) -> str:
         return clean(f"decision {data['number']}: {data['kind']}{about} for {data['peer'] or '-'}{simulated}{findings}")
     if item.event == "log":
         return clean(f"job {data['Id']}: {data['Line']}")
+    if item.event == "approval":
+        return _approval_sentence(item)
     return _domain_sentence(item) if item.event == "domain" else _job_sentence(item)
+
+
+def _approval_sentence(item: News) -> str:
+    data = item.data
+    if item.action == "changed" and "State" not in item.changed:
+        return ""
+    simulated = " (simulated: proves nothing)" if data["Simulated"] else ""
+    how = {"waiting": "waits for a person", "approved": "is approved"}[data["State"]]
+    how = "is over" if item.action == "removed" else how
+    return clean(f"approval {data['Number']}: image {data['Image']} for {data['Peer']}{simulated} {how}")
 
 
 def _domain_sentence(item: News) -> str:
@@ -145,6 +158,8 @@ def picture(watched: Watched, past: list[Text], height: int) -> Group:
         head.append(f"  broker {service['Deployment']}")
         if service["AllowSimulated"]:
             head.append("  simulated reports are accepted: they prove nothing", style="yellow")
+        if waiting := sum(item["State"] == "waiting" for item in watched.approvals.values()):
+            head.append(f"  {waiting} waiting for approval: jindiskctl approval list", style="yellow")
     else:
         head.append("jindiskd is not running; waiting for it", style="red")
     domains, jobs = _domains(watched), _jobs(watched)

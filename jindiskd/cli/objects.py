@@ -8,8 +8,9 @@ from typing import Any
 
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.cli.app import App
-from jindiskd.cli.client import Client, connected
+from jindiskd.cli.client import Client, RemoteError, connected
 from jindiskd.cli.output import Columns, fields, listing
+from jindiskd.errors import NotFound
 
 MANAGER = "org.jindisk1.Manager"
 Properties = dict[str, Any]
@@ -27,6 +28,20 @@ class Kind:
         """Path and properties of the one with this name."""
         path: str = await client.call(ROOT_PATH, MANAGER, self.getter, name)
         return path, await client.properties(path, self.interface)
+
+
+async def numbered(client: Client, path: str, interface: str, word: str, number: int) -> Properties:
+    """Properties of an object whose path is made of its number.
+
+    Raises:
+        NotFound: it is not there, or no longer.
+    """
+    try:
+        return await client.properties(path, interface)
+    except RemoteError as exc:
+        if exc.name.endswith(".UnknownObject"):
+            raise NotFound(word, str(number)) from exc
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,7 +51,7 @@ SHAPES: Mapping[str, Any] = {
         "service": "@Manager", "key_encryption": "text", "collateral": "count",
         "collateral_expires": "microseconds|null", "warnings": ["text"], "images": "count",
         "images_simulated": "count", "domains": "count", "domains_simulated": "count", "domains_running": "count",
-        "domain_states": "object", "jobs_running": "count",
+        "domain_states": "object", "jobs_running": "count", "approvals_waiting": "count",
     },
     "monitor": {
         "time": "moment", "event": "text", "action": "text", "data": "object", "changed?": ["text"],
@@ -94,6 +94,9 @@ SHAPES: Mapping[str, Any] = {
     "key accept-rollback": {"key": KEY},
     "key recovery set-key": {"recovery_key": "text"},
     "key recovery copy": {"output": "text"},
+    "approval list": {"approvals": ["@Approval"]},
+    "approval approve": {"approved": "@Approval"},
+    "approval deny": {"denied": "@Approval"},
     "audit list": {"rows": [ROW]},
     "audit verify": {"rows": "count", "head": "hex"},
     "attest verify": {"verdict": "text", "simulated": "yes", "fields": "object", "findings": [FINDING]},

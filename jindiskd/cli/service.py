@@ -11,6 +11,7 @@ import click
 
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.cli.app import App, common, pass_app, run
+from jindiskd.cli.approval import APPROVAL
 from jindiskd.cli.client import connected
 from jindiskd.cli.domain import DOMAIN
 from jindiskd.cli.image import IMAGE
@@ -67,12 +68,22 @@ def _collateral(count: int, expires: int) -> str:
     return f"{count} certificates and lists; {when}"
 
 
+def _waiting(waiting: list[dict[str, Any]]) -> str:
+    """How many guests wait for a person, and what to do."""
+    if not waiting:
+        return "no guest waits for one"
+    images = ", ".join(sorted({item["Image"] for item in waiting}))
+    return styled(f"{_counted(waiting, 'guest')} waiting ({images}): jindiskctl approval list", "yellow")
+
+
 async def _status(app: App) -> None:
     async with connected() as client:
         service = await client.properties(ROOT_PATH, MANAGER)
         told = await client.call(ROOT_PATH, MANAGER, "Status", {})
         objects = await client.managed()
-    images, domains, jobs = (list(objects.get(kind, {}).values()) for kind in (IMAGE, DOMAIN, JOB))
+    kinds = (IMAGE, DOMAIN, JOB, APPROVAL)
+    images, domains, jobs, approvals = (list(objects.get(kind, {}).values()) for kind in kinds)
+    waiting = [item for item in approvals if item["State"] == "waiting"]
     jobs = [item for item in jobs if item["State"] not in FINAL]
     states = Counter(item["State"] for item in domains)
     embedded = service["Deployment"] == "embedded"
@@ -93,6 +104,7 @@ async def _status(app: App) -> None:
         "jobs": "; ".join(
             [f"{len(jobs)} running", *(f"{item['Operation']} {' '.join(item['Objects'])}" for item in jobs)]
         ),
+        **({"approvals": _waiting(waiting)} if embedded else {}),
     }
     warnings = "".join(f"\n{styled('warning', 'yellow')}: {clean(line)}" for line in told["warnings"])
     document = {
@@ -108,6 +120,7 @@ async def _status(app: App) -> None:
         "domains_running": states["running"],
         "domain_states": dict(sorted(states.items())),
         "jobs_running": len(jobs),
+        "approvals_waiting": len(waiting),
     }
     app.show(document, lambda: fields(pairs) + warnings)
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jindiskd.bus.contract import ROOT_PATH
+from jindiskd.cli.approval import APPROVAL
 from jindiskd.cli.audit import after, page
 from jindiskd.cli.client import AUDIT_PATH, Client, RemoteError
 from jindiskd.cli.domain import DOMAIN
@@ -20,7 +21,7 @@ from jindiskd.cli.jobs import JOB
 from jindiskd.cli.objects import MANAGER
 from jindiskd.errors import EXIT_NOT_AUTHORIZED, EXIT_NOT_FOUND, ServiceUnavailable
 
-KINDS = {DOMAIN: "domain", JOB: "job"}
+KINDS = {DOMAIN: "domain", JOB: "job", APPROVAL: "approval"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class News:
     """One thing that happened, or, when watching begins, one thing that is there."""
 
     event: str
-    """`service`, `domain`, `job`, `log` (a line of a job) or `decision` (a row of the audit log)."""
+    """`service`, `domain`, `job`, `approval`, `log` (a line of a job) or `decision` (a row of the audit log)."""
     action: str
     """`present`, `added`, `changed`, `removed`; of a service `up` or `down`."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -48,11 +49,12 @@ class Watched:
         self.service: dict[str, Any] = {}
         self.domains: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.approvals: dict[str, dict[str, Any]] = {}
         self.may_read_log = True
         self._last: int | None = None
 
     def _things(self, kind: str) -> dict[str, dict[str, Any]]:
-        return self.domains if kind == DOMAIN else self.jobs
+        return {DOMAIN: self.domains, JOB: self.jobs, APPROVAL: self.approvals}[kind]
 
     async def news(self) -> AsyncIterator[News]:
         """Everything, as it happens; begins with what is there. Ends with an error when the bus itself ends.
@@ -93,7 +95,7 @@ class Watched:
             yield told
 
     def _told(self, path: str, member: str, body: list[Any]) -> News | None:
-        """What a signal of or about a domain or a job means."""
+        """What a signal of or about a domain, a job or an approval means."""
         if path == ROOT_PATH and member == "InterfacesAdded":
             for kind in KINDS.keys() & body[1].keys():
                 known = body[0] in self._things(kind)  # it was there when everything was read
@@ -113,8 +115,8 @@ class Watched:
 
     def _lost(self) -> News:
         self.up = False
-        self.domains.clear()
-        self.jobs.clear()
+        for kind in KINDS:
+            self._things(kind).clear()
         return News(event="service", action="down", data=self.service)
 
     async def _read(self) -> AsyncIterator[News]:
@@ -129,7 +131,9 @@ class Watched:
             if not exc.name.startswith("org.freedesktop.DBus.Error."):
                 raise
             return  # it went while it was asked
-        self.domains, self.jobs = dict(objects.get(DOMAIN, {})), dict(objects.get(JOB, {}))
+        for kind in KINDS:
+            self._things(kind).clear()
+            self._things(kind).update(objects.get(kind, {}))
         again = self._last is not None
         self.up = True
         yield News(event="service", action="up", data=self.service)
