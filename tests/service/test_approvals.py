@@ -52,8 +52,11 @@ def listed(host: Any, state: str) -> dict[str, Any]:
     while True:
         assert raw.call("org.jindisk1.Key", "Reinstate", "a{sv}", ({},), path=key) == ("", [])
         _, (objects,) = raw.call("org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
-        values = [there[APPROVAL] for there in objects.values() if APPROVAL in there]
-        found = [{name: value[1] if isinstance(value, tuple) else value for name, value in item.items()} for item in values]
+        found = [
+            {name: value[1] if isinstance(value, tuple) else value for name, value in there[APPROVAL].items()}
+            for there in objects.values()
+            if APPROVAL in there
+        ]
         if found and found[0]["State"] == state:
             raw.close()
             (one,) = found
