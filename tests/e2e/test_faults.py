@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
+import jsonout
 import libvirtd
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -30,9 +32,10 @@ STATES = ("started", "attested", "released", "unlocked", "running")
 class Walk:
     """A launch that is led through its states one by one."""
 
-    def __init__(self, host: Host, name: str = "one") -> None:
+    def __init__(self, host: Host, name: str = "one", *words: str) -> None:
+        """`words` are the command that begins it; a launch of the image if there are none."""
         self.host, self.name = host, name
-        self.launch = host.spawn("launch", name)
+        self.launch = host.spawn(*(words or ("launch", name)))
         self.guest = host.play(name, self.launch)
         self.private = ec.generate_private_key(ec.SECP256R1())
         self.key = b""
@@ -78,8 +81,8 @@ def walk(bare: Host) -> Iterator[Callable[..., Walk]]:
     """Begins launches; afterwards nothing is left of them."""
     made: list[Walk] = []
 
-    def begin(name: str = "one") -> Walk:
-        made.append(Walk(bare, name))
+    def begin(name: str = "one", *words: str) -> Walk:
+        made.append(Walk(bare, name, *words))
         return made[-1]
 
     yield begin
@@ -274,3 +277,28 @@ def test_no_key_is_where_others_can_read(bare: Host, walk: Callable[..., Walk]) 
              for form in forms(secret) if form in data]  # fmt: skip
     assert found == []
     assert any(form in (bare.state / "kek").read_bytes() for form in forms(kek))  # the search finds what is there
+
+
+def test_commands_about_domains_print_what_they_say(bare: Host, walk: Callable[..., Walk], tmp_path: Path) -> None:
+    """With --json, each on a real domain: what is printed is held against its schema."""
+    for words in (["--json", "launch", "one"], ["--json", "domain", "start", "one"]):
+        led = walk("one", *words)
+        led.to("running")
+        printed = json.loads(led.launch.communicate(timeout=120)[0])
+        jsonout.check(words[1:], printed)
+        assert printed["domain"] == bare.json("domain", "show", "one")["domain"]
+        assert bare.json("domain", "console", "one")["console"] == ""  # its kernel does nothing
+        assert "<name>one</name>" in bare.json("domain", "xml", "one")["xml"]
+        assert bare.json("domain", "stop", "one", "--force", "--yes") == {"stopped": "one"}
+    assert bare.json("domain", "undefine", "one", "--yes") == {"undefined": "one"}
+    words = [
+        "virt-install", "--connect", "qemu:///system", "--name", "other", "--memory", "256", "--virt-type", "qemu",
+        "--import", "--osinfo", "generic", "--machine", "q35", "--graphics", "none", "--network", "none",
+        "--disk", f"path={bare.image('two') / 'disk.img'},format=raw,bus=virtio", "--print-xml", "--check", "all=off",
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
+    (tmp_path / "other.xml").write_text(done.stdout)
+    virsh("define", str(tmp_path / "other.xml"))
+    assert bare.json("domain", "adopt", "other", "two")["domain"]["Image"] == "two"
+    assert bare.json("domain", "release", "other", "--yes") == {"released": "other"}
+    virsh("undefine", "other")

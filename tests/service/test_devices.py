@@ -188,9 +188,9 @@ def test_a_device_comes_is_opened_and_goes(host, rootfs, tmp_path):
     assert "denied" in refused.stderr
 
     if Path("/sys/block/nbd0").exists():
-        assert "is open as /dev/nbd" in daemon.ctl("device", "open", "web")
+        assert daemon.json("device", "open", "web")["mapped"].startswith("/dev/nbd")
         assert host.devices()[node]["State"] == "open"
-        daemon.ctl("device", "close", node)
+        assert daemon.json("device", "close", node) == {"closed": node}
     else:
         text = daemon.ctl("device", "open", "web", status=1)
         assert "modprobe nbd" in text

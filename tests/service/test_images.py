@@ -325,10 +325,10 @@ def test_an_image_starts_by_its_own_systems_initramfs_and_gets_another(daemon, r
     assert daemon.json("image", "show", "own")["image"] == built
     assert daemon.json("image", "measure", "own")["launch_digest"] == built["LaunchDigest"]
     initrd.write_bytes(initramfs(UNLOCK, "later"))
-    said = daemon.ctl(*words)
-    after = daemon.json("image", "show", "own")["image"]
+    after = daemon.json("image", "update", "own", *words[3:])["image"]
+    assert after == daemon.json("image", "show", "own")["image"]
     assert after["LaunchDigest"] != built["LaunchDigest"]
-    assert f'[snp] measurements = ["{after["LaunchDigest"]}"]' in said
+    assert f'[snp] measurements = ["{after["LaunchDigest"]}"]' in daemon.ctl(*words)
     assert daemon.json("image", "measure", "own")["launch_digest"] == after["LaunchDigest"]
     assert daemon.json("key", "list")["keys"][0]["launch-digests"] == [built["LaunchDigest"]]
     assert left_behind(daemon) == ["own"]

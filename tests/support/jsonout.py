@@ -1,6 +1,8 @@
 """What commands print with --json, against their schemas."""
 
-from collections.abc import Sequence
+import ast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -23,3 +25,30 @@ def check(words: Sequence[str], printed: Any) -> None:
     if words[0] in schemas.NO_OBJECT and words[:2] != ("broker", "make-card"):
         return
     jsonschema.validate(printed, schemas.schema(command_of(words)))
+
+
+def called_with_json(folder: Path) -> set[str]:
+    """The commands that the tests below a folder call with --json, as their sources say it.
+
+    A call is `ANYTHING.json("noun", "verb", …)`, which holds what is printed against the schema, or any list or call
+    with "--json" among its words.
+    """
+    found = set()
+    for path in folder.rglob("test_*.py"):
+        for words in _calls(ast.parse(path.read_text())):
+            try:
+                found.add(command_of(words))
+            except KeyError:
+                continue  # another program's
+    return found
+
+
+def _calls(tree: ast.Module) -> Iterator[list[str]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call | ast.List | ast.Tuple):
+            continue
+        parts = node.args if isinstance(node, ast.Call) else node.elts
+        words = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "json"
+        if named or "--json" in words:
+            yield words
