@@ -111,6 +111,10 @@ class ImagesConfig:
     build_timeout_s: int = field(
         default=7200, metadata={"range": (60, 86400), "help": "seconds after which a build is given up"}
     )
+    stream_idle_s: int = field(
+        default=300,
+        metadata={"range": (1, 86400), "help": "seconds without a byte after which the import of an image is given up"},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

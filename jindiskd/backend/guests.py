@@ -81,9 +81,9 @@ class GuestsBackend:
             host_data=order.host_data,
         )
 
-    async def stop(self, uuid: str, *, force: bool) -> None:
+    async def stop(self, uuid: str, *, force: bool, timeout_s: int | None) -> None:
         """End one."""
-        await self._service.stop_domain(uuid, force=force)
+        await self._service.stop_domain(uuid, force=force, timeout_s=timeout_s)
 
     async def undefine(self, uuid: str) -> None:
         """Remove one that is off."""

@@ -151,6 +151,7 @@ class ImagesBackend:
                     name=order.name,
                     firmware=firmware,
                     firmware_dirs=tuple(os.fspath(place) for place in self._config.images.firmware_dirs),
+                    idle_s=self._config.images.stream_idle_s,
                     progress=_telling(job),
                 )
             ).name

@@ -72,11 +72,11 @@ class DomainObject(Item[GuestView], spec="org.jindisk1.Domain"):
 
     async def stop(self, caller: Caller, options: Options) -> ObjectPath:
         """End the guest."""
-        view, force = self._view, options.get("force") is True
+        view, force, timeout_s = self._view, options.get("force") is True, bounded_timeout(options)
 
         async def work(job: Job) -> None:
             job.progress("powering off" if force else "shutting down")
-            await self._guests.stop(view.uuid, force=force)
+            await self._guests.stop(view.uuid, force=force, timeout_s=timeout_s)
 
         return job_path(self._jobs.start(Operation.DOMAIN_STOP, [view.name], caller.uid, work).number)
 

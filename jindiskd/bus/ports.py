@@ -194,8 +194,8 @@ class Guests(Protocol):
     async def plan(self, order: LaunchOrder) -> str:
         """The XML that a launch would define."""
 
-    async def stop(self, uuid: str, *, force: bool) -> None:
-        """End one."""
+    async def stop(self, uuid: str, *, force: bool, timeout_s: int | None) -> None:
+        """End one, within this time or the usual one."""
 
     async def undefine(self, uuid: str) -> None:
         """Remove one that is off."""

@@ -244,20 +244,22 @@ async def _xml(app: App, name: str | None, image: str | None, options: dict[str,
 @domain.command()
 @click.argument("name", shell_complete=domains)
 @click.option("--force", is_flag=True, help="Power it off instead of asking its system to shut down.")
+@click.option("--timeout", type=click.IntRange(1), help="Seconds until it must be off; 90 otherwise.")
 @click.option("--yes", is_flag=True, help="Do not ask before --force.")
 @click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
 @common
 @pass_app
-def stop(app: App, name: str, force: bool, yes: bool, no_wait: bool) -> None:
-    """End a guest."""
-    run(_stop(app, name, force, yes, not no_wait))
-
-
-async def _stop(app: App, name: str, force: bool, yes: bool, wait: bool) -> None:
+def stop(app: App, name: str, force: bool, timeout: int | None, yes: bool, no_wait: bool) -> None:
+    """End a guest: press its power button until its system has shut down."""
     options = {"force": Variant("b", True)} if force else {}
+    options |= {"timeout": Variant("u", timeout)} if timeout else {}
+    run(_stop(app, name, options, yes, not no_wait))
+
+
+async def _stop(app: App, name: str, options: dict[str, Any], yes: bool, wait: bool) -> None:
     async with connected() as client:
         path, found = await DOMAINS.find(client, name)
-        if force:
+        if "force" in options:
             app.confirm(f"Power off {found['Name']} at once?", f"powering off domain {name}", yes=yes)
         if await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Stop", options), wait=wait) is None:
             return

@@ -19,7 +19,7 @@ from jindiskd.domain import connection as events
 from jindiskd.domain import machine, xml
 from jindiskd.domain.adopter import Adopter
 from jindiskd.domain.binding import Bindings
-from jindiskd.domain.connection import Connection
+from jindiskd.domain.connection import Connection, LibvirtFailed
 from jindiskd.domain.following import Follower
 from jindiskd.domain.guest import Closing, Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
@@ -32,7 +32,7 @@ from jindiskd.domain.starts import Starts
 from jindiskd.domain.state import ACTIVE, DomainView
 from jindiskd.domain.switch import Switch, listening_sockets
 from jindiskd.domain.tasks import Tasks
-from jindiskd.errors import Busy, NotSupported, TimedOut
+from jindiskd.errors import Busy, NotSupported, ServiceUnavailable, TimedOut
 from jindiskd.image.store import ImageStore
 
 __all__ = ["Closing", "DomainService", "DomainSettings", "OpenBroker"]
@@ -41,6 +41,9 @@ log = structlog.get_logger(__name__)
 HOOK_SOCKET = "hook.sock"
 """Below the runtime directory; the hook looks for it in /run/jindiskd."""
 SHUTDOWN_S = 90.0
+"""Until a guest that is asked to shut down must be off, unless the caller says otherwise."""
+PRESS_S = 10.0
+"""Between two presses of the power button: a system that is booting does not notice one."""
 
 
 class DomainService:
@@ -274,8 +277,10 @@ class DomainService:
             return str(exc)
         return ""
 
-    async def stop_domain(self, key: str, *, force: bool) -> None:
+    async def stop_domain(self, key: str, *, force: bool, timeout_s: int | None = None) -> None:
         """Shut a guest down and wait for it; `force` switches it off.
+
+        Its power button is pressed every `PRESS_S` until it is off, for `timeout_s` or `SHUTDOWN_S`.
 
         Raises:
             NotFound, LibvirtFailed: nothing to stop. TimedOut: it did not shut down; use `force`.
@@ -283,17 +288,30 @@ class DomainService:
         guest = self._guests.find(key)
         if guest.view.state not in ACTIVE:
             return
+        view, within_s = guest.view, timeout_s or SHUTDOWN_S
         if force:
             await self._power_off(guest)
         else:
-            await machine.shut_down(self.connection, guest.view.name, guest.view.uuid)
+            await machine.shut_down(self.connection, view.name, view.uuid)
         try:
-            async with asyncio.timeout(SHUTDOWN_S):
+            async with asyncio.timeout(within_s):
                 while guest.view.state in ACTIVE:
-                    guest.changed.clear()
-                    await guest.changed.wait()
+                    try:
+                        await asyncio.wait_for(self._off(guest), PRESS_S)
+                    except TimeoutError:
+                        if not force:
+                            # Off in this moment, or libvirt away for another: the next look tells.
+                            with contextlib.suppress(LibvirtFailed, ServiceUnavailable):
+                                await machine.shut_down(self.connection, view.name, view.uuid)
         except TimeoutError as exc:
-            raise TimedOut(f"the shutdown of domain {guest.view.name!r}", SHUTDOWN_S) from exc
+            raise TimedOut(f"the shutdown of domain {view.name!r}", within_s) from exc
+
+    @staticmethod
+    async def _off(guest: Guest) -> None:
+        """Wait until a guest is off."""
+        while guest.view.state in ACTIVE:
+            guest.changed.clear()
+            await guest.changed.wait()
 
     async def undefine(self, key: str) -> None:
         """Remove a domain that is off; its image stays."""

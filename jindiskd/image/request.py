@@ -202,6 +202,8 @@ class ImportTask:
     """Files on this host that may be the image's firmware."""
     firmware_dirs: tuple[str, ...] = ()
     """Where else it is looked for, by the path and by the name that it had where the image was built."""
+    idle_s: int | None = None
+    """For how long the stream may be silent; None for ever."""
 
 
 Task = BuildTask | CloneTask | ExportTask | ImportTask

@@ -188,6 +188,7 @@ class ImageService:
         name: str,
         firmware: Sequence[str],
         firmware_dirs: Sequence[str],
+        idle_s: int,
         progress: Callable[[Progress], None],
     ) -> Manifest:
         """Take an image from a stream; its key stays where it is.
@@ -197,10 +198,11 @@ class ImageService:
             name: of the image here; that in the stream if empty.
             firmware: files on this host that may be its firmware.
             firmware_dirs: where else that is looked for.
+            idle_s: for how long the stream may be silent.
             progress: called in the event loop's thread.
 
         Raises:
-            StreamDamaged, AlreadyExists, NotFound, ImageDamaged, JindiskError: as of `transfer.import_`;
+            StreamDamaged, StreamSilent, AlreadyExists, NotFound, ImageDamaged, JindiskError: as of `transfer.import_`;
                 nothing is left.
         """
         staging = await asyncio.to_thread(self._store.stage)
@@ -211,6 +213,7 @@ class ImageService:
                 name=name,
                 firmware=tuple(firmware),
                 firmware_dirs=tuple(firmware_dirs),
+                idle_s=idle_s,
             )
             found = await run_worker(task, {}, {"import": source_fd}, progress)
             async with self._committing:  # of two imports of one stream, one is there first

@@ -58,6 +58,15 @@ class StreamNotWritten(JindiskError, code="StreamNotWritten"):
         super().__init__(f"the image stream could not be written ({problem}): what was written of it is of no use")
 
 
+class StreamSilent(JindiskError, code="StreamSilent"):
+    """Whoever sends an image stream sends nothing more."""
+
+    def __init__(self, seconds: float) -> None:
+        """Nothing came for so long."""
+        text = "have it sent again, or allow for longer pauses (images.stream_idle_s)"
+        super().__init__(f"the image stream has been silent for {seconds:g} s: {text}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """A file of the image."""
@@ -132,9 +141,9 @@ class Writer:
 class Reader:
     """Reads a stream from a descriptor, believing nothing. Call `header`, `part` for each part, and `end`."""
 
-    def __init__(self, fd: int) -> None:
-        """The descriptor stays the caller's."""
-        self._fd = fd
+    def __init__(self, fd: int, *, idle_s: float | None = None) -> None:
+        """The descriptor stays the caller's. With `idle_s`, reading raises `StreamSilent` after a pause as long."""
+        self._fd, self._idle_s = fd, idle_s
 
     def header(self) -> Header:
         """The header, of which the form alone is checked.
@@ -193,10 +202,11 @@ class Reader:
         """`length` bytes, or fewer at the end."""
         parts, left = [], length
         while left:
+            if not _wait(self._fd, select.POLLIN, self._idle_s):
+                raise StreamSilent(self._idle_s or 0)
             try:
                 data = os.read(self._fd, min(left, RECORD_LIMIT))
-            except BlockingIOError:
-                _wait(self._fd, select.POLLIN)
+            except BlockingIOError:  # somebody else has read it
                 continue
             if not data:
                 break
@@ -205,8 +215,8 @@ class Reader:
         return b"".join(parts)
 
 
-def _wait(fd: int, event: int) -> None:
-    """Until a descriptor that does not block is ready."""
+def _wait(fd: int, event: int, seconds: float | None = None) -> bool:
+    """Wait until a descriptor is ready, for so long; whether it is."""
     ready = select.poll()
     ready.register(fd, event)
-    ready.poll()
+    return bool(ready.poll(None if seconds is None else seconds * 1000))

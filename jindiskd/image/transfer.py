@@ -95,6 +95,7 @@ def import_(task: ImportTask, source_fd: int, report: Report) -> Manifest:
 
     Raises:
         StreamDamaged, MalformedDocument: it is not what it should be; says what.
+        StreamSilent: nothing came for the time that the task allows.
         InvalidArgument: the name is none.
         AlreadyExists: an image of that name or identity is in the store.
         NotFound: the image's firmware is not on this host.
@@ -112,7 +113,7 @@ def import_(task: ImportTask, source_fd: int, report: Report) -> Manifest:
 def _import(task: ImportTask, source_fd: int, report: Report) -> Manifest:
     staging = Path(task.staging)
     report(Progress(stage="read", fraction=None))
-    reader = Reader(source_fd)
+    reader = Reader(source_fd, idle_s=task.idle_s)
     header = reader.header()
     wrong = tuple(vetting.faults(header.manifest))
     if wrong:

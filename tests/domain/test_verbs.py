@@ -9,9 +9,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jindiskd.domain import adoption, xml
-from jindiskd.domain.connection import is_remote, shown
-from jindiskd.errors import Busy, NotFound, NotSupported
+from jindiskd.domain import adoption, machine, xml
+from jindiskd.domain.connection import Connection, is_remote, shown
+from jindiskd.errors import Busy, NotFound, NotSupported, TimedOut
 
 from .conftest import Bench
 
@@ -84,8 +84,11 @@ async def running(bench: Bench, service, task: asyncio.Task, name: str = "demo")
 
 
 @pytest.mark.host
-async def test_a_domain_is_shown_stopped_and_started_as_it_is(bench) -> None:
-    """Its XML is libvirt's; started again it keeps its memory; what runs is not started twice."""
+async def test_a_domain_is_shown_stopped_and_started_as_it_is(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its XML is libvirt's; started again it keeps its memory; what runs is not started twice.
+
+    Its power button is pressed until it is off, as long as the caller waits.
+    """
     service = await bench.service()
     planned = await service.plan("demo", name="other", memory_mib=300)
     assert ET.fromstring(planned).findtext("name") == "other"
@@ -102,7 +105,20 @@ async def test_a_domain_is_shown_stopped_and_started_as_it_is(bench) -> None:
         await service.start_domain("demo")
     with pytest.raises(NotSupported, match="domain undefine"):
         await service.release("demo")
-    await service.stop_domain("demo", force=True)
+    monkeypatch.setattr("jindiskd.domain.service.PRESS_S", 0.1)
+    with pytest.raises(TimedOut, match="within 1 s"):
+        await service.stop_domain("demo", force=False, timeout_s=1)  # its kernel does nothing, with the button either
+    pressed = []
+
+    async def press(connection: Connection, name: str, uuid: str) -> None:
+        pressed.append(name)
+        await (machine.power_off if len(pressed) == 3 else press_really)(connection, name, uuid)
+
+    press_really = machine.shut_down
+    monkeypatch.setattr(machine, "shut_down", press)
+    await service.stop_domain("demo", force=False)  # a system that has come up when it is pressed for the third time
+    assert pressed[:3] == ["demo"] * 3
+    assert service.get("demo").state == "stopped"
     view = await running(bench, service, asyncio.create_task(service.start_domain("demo")))
     assert view.state == "running"
     assert xml.memory_mib(xml.parse(await service.definition("demo"))) == 384

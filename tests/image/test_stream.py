@@ -21,7 +21,17 @@ from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import ImportTask
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageDamaged, ImageStore, verify
-from jindiskd.image.stream import RECORD_LIMIT, SCHEMA, Header, Part, Reader, StreamDamaged, StreamNotWritten, Writer
+from jindiskd.image.stream import (
+    RECORD_LIMIT,
+    SCHEMA,
+    Header,
+    Part,
+    Reader,
+    StreamDamaged,
+    StreamNotWritten,
+    StreamSilent,
+    Writer,
+)
 from jindiskd.image.transfer import import_, parts_of
 from jindiskd.keys.store import Store
 
@@ -44,12 +54,15 @@ class Machine:
         with target.open("wb") as out:
             return await self.service.export(name, out.fileno(), lambda _progress: None)
 
-    async def take(self, source: Path | int, name: str = "", firmware=(), dirs=("/",), progress=None) -> Manifest:
+    async def take(
+        self, source: Path | int, name: str = "", firmware=(), dirs=("/",), progress=None, idle_s: int = 300
+    ) -> Manifest:
         fd = os.open(source, os.O_RDONLY) if isinstance(source, Path) else source
         try:
             return await self.service.import_(
-                fd, name=name, firmware=firmware, firmware_dirs=dirs, progress=progress or (lambda _progress: None)
-            )
+                fd, name=name, firmware=firmware, firmware_dirs=dirs, idle_s=idle_s,
+                progress=progress or (lambda _progress: None),
+            )  # fmt: skip
         finally:
             os.close(fd)
 
@@ -314,6 +327,18 @@ async def test_a_damaged_stream_leaves_nothing_in_the_store(machines, exported):
     with pytest.raises(StreamDamaged, match="cut off"):
         await machines[1].take(path)
     assert machines[1].left() == []
+
+
+async def test_a_sender_that_falls_silent_is_not_waited_for(machines, exported):
+    """From the beginning, or in the middle: the error says for how long nothing came, and nothing is left."""
+    data = exported[0].read_bytes()[:50_000]  # fits into a pipe
+    for sent in (b"", data):
+        reading, writing = os.pipe()
+        os.write(writing, sent)
+        with pytest.raises(StreamSilent, match=r"silent for 1 s: .*images.stream_idle_s"):
+            await machines[1].take(reading, idle_s=1)
+        os.close(writing)
+        assert machines[1].left() == []
 
 
 async def test_an_image_that_measures_otherwise_than_it_says_is_refused(machines, exported):
