@@ -52,7 +52,8 @@ from jindiskd.cli.serving import broker_command
 from jindiskd.config import Loaded, load_as
 from jindiskd.errors import InvalidArgument, JindiskError, NotFound
 from jindiskd.keys import handover
-from jindiskd.keys.kek import KekPlace, open_store, rotate_kek, seal_kek
+from jindiskd.keys.kek import KekPlace
+from jindiskd.keys.opening import open_store, rotate_kek, seal_kek
 from jindiskd.keys.store import Store
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
 

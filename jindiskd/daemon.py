@@ -39,7 +39,7 @@ from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore
 from jindiskd.jobs.job import Change
 from jindiskd.jobs.manager import JobManager
-from jindiskd.keys.kek import rotate_kek, seal_kek
+from jindiskd.keys.opening import rotate_kek, seal_kek
 from jindiskd.program import keep_memory_private, run_program, signals, until_first
 from jindiskd.side import Side, StateFiles, embedded, kek_place, relay_settings, relayed
 

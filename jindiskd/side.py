@@ -33,7 +33,8 @@ from jindiskd.errors import InvalidArgument, NotFound
 from jindiskd.handed import HandedKeys, OwnersKeys
 from jindiskd.image.service import ImageService
 from jindiskd.keys.handover import BrokerCard, read_card
-from jindiskd.keys.kek import KekPlace, open_store
+from jindiskd.keys.kek import KekPlace
+from jindiskd.keys.opening import open_store
 from jindiskd.keys.store import KeyState, Store
 from jindiskd.program import credentials_directory
 from jindiskd.sim.pki import SimulatedRoot

@@ -20,6 +20,7 @@ from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import connected
 from jindiskd.cli.completion import images
 from jindiskd.cli.jobs import start_and_follow
+from jindiskd.cli.lazy import LazyGroup
 from jindiskd.cli.objects import MANAGER, Kind, Listing, Properties, show_one
 from jindiskd.cli.output import moment, platform, size
 from jindiskd.cli.parameters import Size
@@ -30,7 +31,15 @@ IMAGES = Kind(interface=IMAGE, getter="GetImage")
 TAR_TIMEOUT_S = 3600.0
 
 
-@click.group()
+@click.group(
+    cls=LazyGroup,
+    places={
+        "clone": "copies:clone",
+        "export": "copies:export",
+        "import": "copies:import_",
+        "measure": "measure:measure",
+    },
+)
 @common
 def image() -> None:
     """Build images with an encrypted root, and look after them."""

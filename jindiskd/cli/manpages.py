@@ -24,6 +24,7 @@ import jindiskd
 from jindiskd import broker_config, config
 from jindiskd.cli import guide
 from jindiskd.cli.exits import MEANINGS
+from jindiskd.cli.lazy import members
 from jindiskd.cli.main import cli
 from jindiskd.cli.serving import broker_command, daemon_command
 from jindiskd.jindisksetup.main import cli as setup_cli
@@ -131,8 +132,8 @@ def commands(words: Sequence[str]) -> list[str]:
 def leaves(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     """Every command that does something, with its words."""
     if isinstance(command, click.Group):
-        for name in sorted(command.commands):
-            yield from leaves(command.commands[name], (*words, name))
+        for name, member in members(command).items():
+            yield from leaves(member, (*words, name))
     else:
         yield words, command
 

@@ -12,6 +12,7 @@ import pytest
 
 from jindiskd.broker_config import Config as BrokerConfig
 from jindiskd.cli import guide, manpages
+from jindiskd.cli.lazy import members
 from jindiskd.cli.main import cli
 from jindiskd.config import Config, load, load_as
 
@@ -28,7 +29,7 @@ def test_its_commands_are_commands(line: str, tmp_path: Path, monkeypatch: pytes
     words = shlex.split(line.replace("/var/tmp/", ""))[1:]
     command: click.Command = cli
     while isinstance(command, click.Group):
-        command = command.commands[words.pop(0)]
+        command = members(command)[words.pop(0)]
     with command.make_context("test", words):  # which closes what it has opened
         pass
 

@@ -16,7 +16,8 @@ import pytest
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, InvalidArgument
 from jindiskd.keys.database import KekWrong
-from jindiskd.keys.kek import KekPlace, KekSource, open_store
+from jindiskd.keys.kek import KekPlace, KekSource
+from jindiskd.keys.opening import open_store
 from jindiskd.keys.tpm import KekNotUnsealed, Tpm
 from jindiskd.keys.wrap import KekMissing, load_kek
 
