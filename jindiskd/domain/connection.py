@@ -18,7 +18,8 @@ from jindiskd.errors import AlreadyExists, JindiskError, NotFound, NotSupported,
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
-DEFINED, UNDEFINED, STARTED, STOPPED, CRASHED = 0, 1, 2, 5, 8  # virDomainEventType
+# virDomainEventType
+STARTED, SUSPENDED, RESUMED, STOPPED, SLEEPING, CRASHED = 2, 3, 4, 5, 7, 8
 RETRY_S = 2.0
 CLOSE_S = 5.0
 MAX_SENTENCE, MAX_LINES = 600, 3

@@ -211,8 +211,15 @@ class Guests:
         old = guest.view.state
         if state not in NEXT[old]:
             raise RuntimeError(f"{old} cannot become {state}")
-        cid = guest.view.cid if state in ACTIVE else 0
-        guest.view = replace(guest.view, state=state, reason=reason, since=datetime.now(UTC), cid=cid)
+        on = state in ACTIVE
+        guest.view = replace(
+            guest.view,
+            state=state,
+            reason=reason,
+            since=datetime.now(UTC),
+            cid=guest.view.cid if on else 0,
+            halted=guest.view.halted if on else "",
+        )
         log.info("domain", domain=guest.view.name, state=state.value, reason=reason, simulated=guest.view.simulated)
         if guest.follower is not None:
             guest.follower(state.value)
@@ -222,6 +229,13 @@ class Guests:
         """Note what somebody changed in the definition of a domain that is off; tells only of what is new."""
         if (guest.view.name, guest.view.reason) != (name, reason):
             guest.view = replace(guest.view, name=name, reason=reason)
+            self._tell(guest)
+
+    def halt(self, guest: Guest, why: str) -> None:
+        """Note that the processors of a domain stand still, or, with an empty `why`, that they go on."""
+        if guest.view.halted != why:
+            guest.view = replace(guest.view, halted=why)
+            log.info("domain", domain=guest.view.name, halted=why, simulated=guest.view.simulated)
             self._tell(guest)
 
     def advance(self, uuid: str, state: DomainState) -> None:

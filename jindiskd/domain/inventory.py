@@ -26,6 +26,8 @@ class Found:
     active: bool
     coming_up: bool
     """libvirt is at work on its start, which may still come to nothing; it counts as active."""
+    halted: str
+    """Why its processors stand still although it is active, one sentence; empty while they run."""
     claim: Binding | None
     """What our metadata element claims."""
     boot: BootInputs | None
@@ -51,6 +53,25 @@ def read(conn: libvirt.virConnect, is_ours: Callable[[str], bool]) -> tuple[Foun
     return tuple(found)
 
 
+def halted(state: int, why: int, name: str) -> str:
+    """Why a domain stands still although it is active, one sentence with a remedy; empty if it does not.
+
+    Args:
+        state: a virDomainState.
+        why: the reason that belongs to the state; for paused ones a virDomainPausedReason.
+        name: of the domain, for the remedy.
+    """
+    if state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_IOERROR:
+        return f"it is paused, because its disk could not be read or written: see to that, then 'virsh resume {name}'"
+    if state == libvirt.VIR_DOMAIN_PAUSED and why != libvirt.VIR_DOMAIN_PAUSED_STARTING_UP:
+        return f"it is paused; 'virsh resume {name}' lets it go on"
+    if state == libvirt.VIR_DOMAIN_PMSUSPENDED:
+        return f"its system sleeps; 'virsh dompmwakeup {name}' wakes it"
+    if state == libvirt.VIR_DOMAIN_CRASHED:
+        return f"its system crashed, and its machine is kept to be looked at; 'virsh destroy {name}' ends it"
+    return ""
+
+
 def _read(dom: libvirt.virDomain, is_ours: Callable[[str], bool]) -> Found | None:
     identity = dom.UUIDString()
     root = xml.parse(dom.XMLDesc())
@@ -61,12 +82,14 @@ def _read(dom: libvirt.virDomain, is_ours: Callable[[str], bool]) -> Found | Non
         boot: BootInputs | None = xml.boot_inputs(root)
     except MalformedDomain:
         boot = None
-    coming_up = dom.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
+    state, why = dom.state()
+    coming_up = (state, why) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP)
     return Found(
         uuid=identity,
         name=dom.name(),
         active=bool(dom.isActive()),
         coming_up=coming_up,
+        halted=halted(state, why, dom.name()),
         claim=claim,
         boot=boot,
         root=root,

@@ -23,8 +23,12 @@ from jindiskd.domain.switch import Switch
 from jindiskd.errors import JindiskError, NotSupported
 
 log = structlog.get_logger(__name__)
-LOOK_AGAIN_S = (1.0, 4.0, 10.0, 30.0, 60.0)
-"""Pauses between looks at what is taken to run, after connecting; the last is repeated."""
+LOOK_AGAIN_S = (1.0, 4.0, 10.0, 20.0)
+"""Pauses between looks at all domains, after connecting; the last is repeated.
+
+A libvirtd that has just started lists as running what ran when it ended, and says nothing when it finds that one of
+them is gone; and some changes of definitions, `virsh metadata` and what `--config` does among them, it tells nobody of.
+"""
 START_OVERDUE = timedelta(seconds=60)
 """By when a start by others has come to something, whatever became of the hook."""
 UNFINISHED = "the service ended while the domain was starting; launch it again"
@@ -52,6 +56,7 @@ class Reconciler:
         self._switch = switch
         self._reading = asyncio.Lock()
         self._connections = 0
+        self._strangers: set[str] = set()  # told of once
         self.ready = asyncio.Event()
         """Set once the domains have been read for the first time."""
 
@@ -65,20 +70,12 @@ class Reconciler:
         await self.reconcile()
         for pause in chain(LOOK_AGAIN_S, repeat(LOOK_AGAIN_S[-1])):
             await asyncio.sleep(pause)
-            if self._connections != mine:
+            if self._connections != mine or not self._connection.connected:
                 return  # the next connection has looks of its own
-            await self._look_again()
-
-    async def _look_again(self) -> None:
-        """Notice the end of a machine that libvirt told nothing of.
-
-        A libvirtd that has just started lists as running what ran when it ended, and says nothing when it finds that
-        one of them is gone.
-        """
-        for guest in self._guests:
-            if guest.view.state in ACTIVE and self._connection.connected:
-                with contextlib.suppress(JindiskError):  # the next look may tell
-                    await self._follower.ended(guest)
+            try:
+                await self.reconcile()
+            except JindiskError as exc:  # the next look may tell
+                log.debug("the domains could not be looked at", problem=str(exc))
 
     async def reconcile(self) -> None:
         """Read all domains: adopt what runs, note what ended, drop what is gone, clear what was left behind."""
@@ -92,18 +89,19 @@ class Reconciler:
                 # What runs on another machine is shown as its metadata claims; nothing is done by that.
                 binding = self._bindings.get(item.uuid) or (item.claim if self._connection.remote else None)
                 if binding is None:
-                    log.info("a domain claims an image but was not made by us", domain=item.name)
+                    self._tell_of_stranger(item)
                 elif known is None:
                     await self._adopt(item, binding)
                 elif item.active and known.must_be_off:
                     await machine.end(self._connection, known)
                 elif known.view.state in ACTIVE:
                     await self._recheck(known, item)
-                elif item.active and known.view.state in {DomainState.DEFINED, DomainState.STOPPED}:
-                    await self._adopt(item, binding)  # started without our hook
+                elif item.active and not known.home.exists():
+                    await self._adopt(item, binding)  # its last machine is gone: this one was started without our hook
                 elif not item.active:
                     await self._look_at(known, item, binding)
             there = {item.uuid for item in found}
+            self._strangers &= there
             for guest, view in before:
                 same = self._guests.holds(guest) and guest.view is view
                 if same and view.uuid not in there and view.state is not DomainState.STARTING:
@@ -120,6 +118,11 @@ class Reconciler:
             self.ready.set()
             self._guests.notify()
 
+    def _tell_of_stranger(self, item: inventory.Found) -> None:
+        if item.uuid not in self._strangers:
+            log.info("a domain claims an image but was not made by us", domain=item.name)
+            self._strangers.add(item.uuid)
+
     async def _recheck(self, guest: Guest, item: inventory.Found) -> None:
         """What we take to run: does it, and did the start by others come to something?"""
         if not item.active and guest.by_others and guest.view.state is DomainState.STARTING:
@@ -129,14 +132,17 @@ class Reconciler:
             await self._follower.ended(guest)
         elif not item.coming_up:
             self._starts.started(guest)
+            if guest.view.state is not DomainState.STARTING:  # a launch of ours halts its machine itself
+                self._guests.halt(guest, item.halted)
 
     async def _look_at(self, guest: Guest, item: inventory.Found, binding: Binding) -> None:
         """A domain that is off: say beforehand what would keep it from being started; somebody may have edited it."""
         if self._connection.remote:
             return  # its files are there
         problem = await asyncio.to_thread(self._judge.problem, item.root, binding, item.name)
-        if guest.view.state in {DomainState.DEFINED, DomainState.STOPPED} and self._guests.holds(guest):
-            self._guests.amend(guest, name=item.name, reason=problem)
+        if guest.view.state not in ACTIVE and self._guests.holds(guest):
+            told = guest.view.state in {DomainState.REFUSED, DomainState.FAILED}  # how its last start ended
+            self._guests.amend(guest, name=item.name, reason=guest.view.reason if told else problem)
 
     async def _adopt(self, item: inventory.Found, binding: Binding) -> None:
         """Take over a domain that an earlier process of this service made or adopted."""
@@ -150,7 +156,9 @@ class Reconciler:
         if interrupted:
             state, reason = DomainState.FAILED, UNFINISHED
         cid = (record.cid or xml.kernel_cid(item.root) or 0) if record and not interrupted else 0
-        view = replace(self._guests.off(item.uuid, item.name, binding), state=state, reason=reason, cid=cid)
+        off = self._guests.off(item.uuid, item.name, binding)
+        halted = item.halted if state in ACTIVE else ""
+        view = replace(off, state=state, reason=reason, cid=cid, halted=halted)
         guest = self._guests.add(view)
         log.info("found a domain", domain=item.name, state=state.value, simulated=view.simulated)
         try:

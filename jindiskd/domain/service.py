@@ -40,6 +40,7 @@ __all__ = ["Closing", "DomainService", "DomainSettings", "OpenBroker"]
 log = structlog.get_logger(__name__)
 HOOK_SOCKET = "hook.sock"
 """Below the runtime directory; the hook looks for it in /run/jindiskd."""
+HALTS = frozenset({events.SUSPENDED, events.RESUMED, events.SLEEPING, events.CRASHED})
 SHUTDOWN_S = 90.0
 """Until a guest that is asked to shut down must be off, unless the caller says otherwise."""
 PRESS_S = 10.0
@@ -347,8 +348,13 @@ class DomainService:
         if guest is None:
             return
         if event in {events.STOPPED, events.CRASHED}:
-            self._tasks.spawn(self._follower.ended, guest)
+            self._tasks.spawn(self._ended, guest)
         elif event == events.STARTED and guest.by_others:
             self._starts.started(guest)
-        elif event in {events.DEFINED, events.UNDEFINED, events.STARTED} and guest.view.state not in ACTIVE:
+        elif event in HALTS or guest.view.state not in ACTIVE:
             self._tasks.spawn(self._reconciler.reconcile)
+
+    async def _ended(self, guest: Guest) -> None:
+        """A machine seems to be off. What was changed or removed while it was on counts from now on."""
+        await self._follower.ended(guest)
+        await self._reconciler.reconcile()

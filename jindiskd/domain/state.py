@@ -61,6 +61,8 @@ class DomainView:
     """Its vsock context id, 0 while off."""
     console: str
     """Path of its console log."""
+    halted: str = ""
+    """Why its processors stand still although it is on, one sentence with a remedy; empty while they run."""
 
     @property
     def simulated(self) -> bool:
