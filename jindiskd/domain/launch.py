@@ -24,7 +24,7 @@ from jindiskd.domain.security import Sev, default_security, with_session
 from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
 from jindiskd.domain.switch import Switch
-from jindiskd.errors import Busy, JindiskError, NotSupported, TimedOut
+from jindiskd.errors import Busy, JindiskError, NotFound, NotSupported, TimedOut
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import require_launch_firmware
 from jindiskd.image.store import ImageStore
@@ -133,6 +133,8 @@ class Launcher:
                 raise NotSupported(f"host data for domain {view.name!r}", text)
             text = await self._adopted(view, binding)
         else:
+            if binding is not None and binding.image_id == view.image_id:
+                await self._refuse_overlay(view)
             text = self._made(view, directory, manifest, memory_mib, host_data)
         if turn is not None:
             text = with_session(text, turn.dh_certificate, turn.session)
@@ -199,6 +201,23 @@ class Launcher:
             raise Busy(f"domain {view.name!r}", f"it was adopted for image {binding.image!r}; choose another --name")
         await asyncio.to_thread(self._judge.refuse, xml.parse(text), binding, view.name)
         return text
+
+    async def _refuse_overlay(self, view: DomainView) -> None:
+        """Keep a definition that has a snapshot's file before the image's disk: made anew, what is in it was lost."""
+        try:
+            root = xml.parse((await machine.definition(self._connection, view.uuid)).text)
+        except NotFound:
+            return  # removed meanwhile
+        disk = next((disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") == "disk"), None)
+        driver = disk.find("driver") if disk is not None else None
+        if disk is not None and driver is not None and driver.get("type", "raw") != "raw":
+            source = disk.find("source")
+            path = "" if source is None else source.get("file", "")
+            remedy = (
+                f"its disk goes on in {path!r}, by a snapshot perhaps: 'virsh start {view.name}' starts it as it is; "
+                "'virsh blockcommit' puts that back into the image's disk"
+            )
+            raise NotSupported(f"making domain {view.name!r} anew", remedy)
 
     async def can_start(self, platform: Platform) -> None:
         """Refuse a platform that this host cannot start, before anything is made."""

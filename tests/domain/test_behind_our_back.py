@@ -15,7 +15,7 @@ import pytest
 
 from jindiskd.domain import connection, inventory, reconciler
 from jindiskd.domain.binding import Bindings
-from jindiskd.errors import NotFound
+from jindiskd.errors import NotFound, NotSupported
 
 from .conftest import Bench
 
@@ -182,8 +182,8 @@ async def test_one_whose_launch_failed(bench: Bench, watchful: None) -> None:
 
 
 @pytest.mark.host
-async def test_a_snapshot_puts_another_file_before_the_disk(bench: Bench, watchful: None) -> None:
-    """The machine runs on; what its next start would boot from is named."""
+async def test_a_snapshot_puts_another_file_before_the_disk(bench: Bench) -> None:
+    """The machine runs on; its definition is not made anew over what was written since."""
     service = await bench.service()
     await bench.launch(service)
     overlay = bench.directory / "overlay"
@@ -193,7 +193,12 @@ async def test_a_snapshot_puts_another_file_before_the_disk(bench: Bench, watchf
     )
     assert service.get("demo").state == "running"
     await asyncio.to_thread(virsh, "destroy", "demo")
-    await bench.until(lambda: service.get("demo").state == "stopped" and "disk" in service.get("demo").reason)
+    await bench.until(lambda: service.get("demo").state == "stopped")
+    for start in (service.launch("demo"), service.start_domain("demo")):
+        with pytest.raises(NotSupported, match=str(overlay)):
+            await start
+    assert str(overlay) in await service.definition("demo")
+    await bench.until(lambda: bench.strays() == [])
 
 
 @pytest.mark.host
