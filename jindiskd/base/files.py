@@ -7,11 +7,30 @@ import ctypes
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+
+from jindiskd.errors import NoSpace
 
 RENAME_NOREPLACE = 1  # linux/fs.h
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100  # linux/fcntl.h
+
+
+@contextlib.contextmanager
+def space_for(path: Path) -> Iterator[None]:
+    """Tell by its own error that the file system of `path`, or its owner's share of it, is full.
+
+    Raises:
+        NoSpace: it is.
+        OSError: anything else that went wrong.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise NoSpace(os.fspath(path)) from exc
+        raise
 
 
 def fsync_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base import document
-from jindiskd.base.files import replace_file
+from jindiskd.base.files import replace_file, space_for
 from jindiskd.base.platform import Platform
 from jindiskd.errors import InvalidArgument
 
@@ -60,8 +60,9 @@ class Bindings:
         return [binding for binding in found if binding is not None]
 
     def put(self, uuid: str, binding: Binding) -> None:
-        """Record it durably."""
-        replace_file(self._path(uuid), document.dump(binding), 0o600)
+        """Record it durably; raises `NoSpace` where that is not possible, and the old record stays."""
+        with space_for(self._directory):
+            replace_file(self._path(uuid), document.dump(binding), 0o600)
 
     def drop(self, uuid: str) -> None:
         """Forget it; one that is not there is no error."""

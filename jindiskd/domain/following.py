@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import structlog
+
 from jindiskd.domain import console, machine
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest
@@ -15,6 +17,7 @@ from jindiskd.domain.tasks import Tasks
 from jindiskd.errors import JindiskError
 from jindiskd.guest.codes import Code
 
+log = structlog.get_logger(__name__)
 SETTLE_S = 3.0
 
 
@@ -58,7 +61,10 @@ class Follower:
         elif word == "running":
             self._guests.advance(guest.view.uuid, DomainState.RUNNING)
             if guest.view.state is DomainState.RUNNING:
-                guest.mark_running()
+                try:
+                    guest.mark_running()
+                except OSError as exc:
+                    log.error("a running guest cannot be recorded", domain=guest.view.name, problem=str(exc))
         elif word.startswith("fail ") and state in ACTIVE - {DomainState.STARTING}:
             code = word.removeprefix("fail ")
             refused = self._settings.relayed and code in {Code.EVIDENCE_REFUSED, Code.POLICY_DENIED}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from jindiskd.base.files import space_for
 from jindiskd.broker.sev import SevTurn
 from jindiskd.domain import console, vsock
 from jindiskd.domain.firmware import FirmwareProcess
@@ -54,13 +55,19 @@ class Guest:
     async def start_device(self, program: Path | None) -> None:
         """Make the home directory, and start the vsock device in it. Without `program` the device is the kernel's, made
         by libvirt; `attach` follows once its context id is known.
+
+        Raises:
+            NoSpace: a file system is full.
+            ToolMissing, ToolFailed, TimedOut: the device did not come up.
         """
-        await asyncio.to_thread(console.prepare, Path(self.view.console))
+        with space_for(Path(self.view.console)):
+            await asyncio.to_thread(console.prepare, Path(self.view.console))
         record = vsock.Record(uuid=self.view.uuid, image=self.view.image, cid=self.view.cid if program else 0)
-        if program is None:
-            vsock.write_record(self.home, record)
-        else:
-            await vsock.start_device(program, self.home, record)
+        with space_for(self.home):
+            if program is None:
+                vsock.write_record(self.home, record)
+            else:
+                await vsock.start_device(program, self.home, record)
 
     def attach(self, switch: Switch, cid: int) -> None:
         """Have what comes from a context id of the kernel's vsock, which is this machine's, passed to our sockets.

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from jindiskd.attest.firmware import FirmwareInfo
 from jindiskd.base import document
-from jindiskd.base.files import replace_file
+from jindiskd.base.files import replace_file, space_for
 from jindiskd.base.process import ToolFailed
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace, NotFound
@@ -77,12 +77,8 @@ def build(task: BuildTask, base_fd: int, key: Secret, report: Report) -> Manifes
     """
     task.request.check()
     try:
-        with ExitStack() as stack:
+        with space_for(Path(task.staging)), ExitStack() as stack:
             return _Build(task, key, report, stack).run(base_fd)
-    except OSError as exc:
-        if exc.errno == errno.ENOSPC:
-            raise NoSpace(task.staging) from exc
-        raise
     except (ToolFailed, FileSystemNotWritten) as exc:
         said = exc.stderr if isinstance(exc, ToolFailed) else str(exc)
         if os.strerror(errno.ENOSPC) in said:

@@ -11,7 +11,6 @@ What a system knows of itself (host name, machine id, SSH host keys) is the sour
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import shutil
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from jindiskd.attest import measure
 from jindiskd.base import document, files
 from jindiskd.base.secret import Secret
-from jindiskd.errors import NoSpace, NotSupported
+from jindiskd.errors import NotSupported
 from jindiskd.guest import config as guest
 from jindiskd.guest.config import GuestConfig
 from jindiskd.image import disk
@@ -53,13 +52,8 @@ def clone(task: CloneTask, source_key: Secret, key: Secret, report: Report) -> M
         VolumeError, Luks2HeaderRefused, WrongKey: its disk is not what it should be, or not in its last known state.
         NoSpace: the file system is full.
     """
-    try:
-        with ExitStack() as stack:
-            return _clone(task, source_key, key, report, stack)
-    except OSError as exc:
-        if exc.errno == errno.ENOSPC:
-            raise NoSpace(task.build.staging) from exc
-        raise
+    with files.space_for(Path(task.build.staging)), ExitStack() as stack:
+        return _clone(task, source_key, key, report, stack)
 
 
 def measured_config(source: StoredImage, released_to: tuple[bytes, ...]) -> tuple[Archive, GuestConfig]:

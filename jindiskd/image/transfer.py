@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 from jindiskd.attest import measure
 from jindiskd.attest.firmware import inspect_firmware
 from jindiskd.base import document
-from jindiskd.base.files import replace_file
-from jindiskd.errors import AlreadyExists, JindiskError, NoSpace, NotFound
+from jindiskd.base.files import replace_file, space_for
+from jindiskd.errors import AlreadyExists, JindiskError, NotFound
 from jindiskd.image import manifest as manifests
 from jindiskd.image import vetting
 from jindiskd.image.manifest import Manifest
@@ -102,12 +101,8 @@ def import_(task: ImportTask, source_fd: int, report: Report) -> Manifest:
         ImageDamaged: the image measures otherwise than it says.
         NoSpace: the file system is full.
     """
-    try:
+    with space_for(Path(task.staging)):
         return _import(task, source_fd, report)
-    except OSError as exc:
-        if exc.errno == errno.ENOSPC:
-            raise NoSpace(task.staging) from exc
-        raise
 
 
 def _import(task: ImportTask, source_fd: int, report: Report) -> Manifest:
