@@ -11,24 +11,18 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.guest import config as guest_config
-from jindiskd.guest import devices, kernel, modules, mounts, power, secret, switch_root
-from jindiskd.guest.broker import GuestBroker, failing_with
+from jindiskd.guest import kernel, modules, mounts, power, switch_root
+from jindiskd.guest.broker import failing_with
 from jindiskd.guest.codes import Code, GuestFailure
-from jindiskd.guest.config import (
-    GuestConfig,
-    Jindisk1Expectation,
-    JindiskExpectation,
-    Luks2Expectation,
-    SecretArea,
-)
-from jindiskd.guest.luks_root import LuksRoot
+from jindiskd.guest.config import GuestConfig
+from jindiskd.guest.opening import Opening
 from jindiskd.guest.progress import Progress, Stage
 
 SYSROOT = Path("/sysroot")
@@ -36,16 +30,12 @@ PRINTK = Path("/proc/sys/kernel/printk")
 PANIC_ON_OOPS = Path("/proc/sys/kernel/panic_on_oops")
 PANIC = Path("/proc/sys/kernel/panic")
 
-# Kept back from the broker's time for what comes after the key, when the image allows enough.
-AFTER_KEY_S = 10.0
-DEVICE_WAIT_S = 15.0
-
-
 class Agent:
     """One boot."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.progress = progress or Progress()
+        self.opening: Opening | None = None
         self._began_s = time.monotonic()
 
     def run(self) -> NoReturn:
@@ -59,16 +49,17 @@ class Agent:
         config = measured_config()
         watchdog = power.Watchdog(config.timeout_s, self.progress)
         settings = harden_kernel()
-        node = self.open_root(config)
+        nodes = self.open_volumes(config)
         with failing_with(Code.ROOT_MOUNT):
-            mounts.mount_root(os.fspath(node), SYSROOT, config.root.filesystem, config.root.options)
+            mounts.mount_root(os.fspath(nodes[0]), SYSROOT, config.root.filesystem, config.root.options)
         if not switch_root.find_init(SYSROOT, config.init):
             raise GuestFailure(Code.INIT_MISSING)
+        self.mount_volumes(config, nodes[1:])
         with failing_with(Code.SWITCH_ROOT):
             soften_kernel(settings)
             self.progress.stage(Stage.RUNNING)
             self.progress.close()
-            kept = config.root.luks2 is None  # JinDisk volumes of both kinds are closed by the initrd's own program
+            kept = config.ends_volumes
             if kept:
                 switch_root.keep_initrd()
             switch_root.move_mounts(SYSROOT)
@@ -79,116 +70,39 @@ class Agent:
             watchdog.stop()
             switch_root.start_init(config.init)
 
-    def open_root(self, config: GuestConfig) -> Path:
-        """Load the modules, attest, and open the root volume; returns the node of the block device.
+    def mount_volumes(self, config: GuestConfig, nodes: Sequence[Path]) -> None:
+        """Mount the file systems of the further volumes, those above others first.
+
+        Raises:
+            GuestFailure: one cannot be mounted.
+        """
+        mounted = [(volume, node) for volume, node in zip(config.volumes, nodes, strict=True) if volume.mount]
+        for volume, node in sorted(mounted, key=lambda one: Path(one[0].mount).parts):
+            with failing_with(Code.DATA_MOUNT):
+                mounts.mount_data(
+                    os.fspath(node),
+                    SYSROOT,
+                    volume.mount,
+                    kind=volume.filesystem,
+                    options=volume.options,
+                    root_options=config.root.options,
+                )
+
+    def open_volumes(self, config: GuestConfig) -> list[Path]:
+        """Load the modules, attest, and open all volumes; returns the nodes of the block devices, the root's first.
 
         Raises:
             GuestFailure: with the code for what went wrong.
         """
-        platform = Platform(config.platform)
-        luks2, jindisk, jindisk1 = config.root.luks2, config.root.jindisk, config.root.jindisk1
         with failing_with(Code.MODULES):
             modules.load_modules(Path(module) for module in config.modules)
-        if platform in {Platform.SNP, Platform.TDX}:
+        if Platform(config.platform) in {Platform.SNP, Platform.TDX}:
             # Without configfs the older device may still be there, and the report says what is missing.
             with contextlib.suppress(OSError):
                 mounts.mount_configfs()
         self.progress.stage(Stage.BOOT)
-        device = Path(config.root.device)
-        with failing_with(Code.DEVICE_MISSING):
-            devices.wait_for_device(device, time.monotonic() + min(DEVICE_WAIT_S, config.timeout_s / 2))
-        broker = self._key_source(config, platform)
-        if platform.measured_before:
-            if luks2 is None:
-                raise GuestFailure(Code.CONFIG)  # a JinDisk volume's anchor comes from the broker
-            node = self._open_by_secret(config, luks2)
-        elif luks2 is not None:
-            node = self._open_luks(config, luks2, broker)
-        elif jindisk is not None:
-            node = self._open_jindisk(config, jindisk, broker)
-        else:
-            assert jindisk1 is not None, "checked with the configuration"
-            node = self._open_jindisk1(config, jindisk1, broker)
-        self.progress.stage(Stage.UNLOCKED)
-        return node
-
-    def _key_source(self, config: GuestConfig, platform: Platform) -> GuestBroker:
-        """Where the key comes from: the broker, or a program that takes its place for volumes with a raw key."""
-        if not config.key_program:
-            return GuestBroker(config.broker, platform, config.report_source)
-        if config.root.jindisk is not None:
-            raise GuestFailure(Code.CONFIG)
-        # Only here, so that it is not part of the initrd, and of what is measured, where it is not used.
-        from jindiskd.guest import script
-
-        luks2 = config.root.luks2
-        volume = luks2.uuid if luks2 is not None else config.root.resource
-        return cast("GuestBroker", script.KeyProgram(f"/{script.PATH}", config.image_id, volume))
-
-    def _open_luks(self, config: GuestConfig, expectation: Luks2Expectation, broker: GuestBroker) -> Path:
-        """Check the header before anything is asked of the broker: a wrong disk never causes a release."""
-        with failing_with(Code.HEADER):
-            volume = LuksRoot(Path(config.root.device), expectation)
-        with broker.fetch(config.root.resource, self._broker_deadline_s(config), self._reported) as key:
-            self._released()
-            with failing_with(Code.KEY):
-                volume_key = volume.unlock(key)
-        with volume_key, failing_with(Code.ACTIVATION):
-            return volume.activate(volume_key, config.root.mapping)
-
-    def _open_by_secret(self, config: GuestConfig, expectation: Luks2Expectation) -> Path:
-        """The guest was judged before it ran, and has its key."""
-        with failing_with(Code.HEADER):
-            volume = LuksRoot(Path(config.root.device), expectation)
-        with contextlib.suppress(OSError):  # a kernel without securityfs has no efi_secret either
-            mounts.mount_securityfs()
-        area = config.secret or SecretArea(address=0, size_bytes=0)
-        with failing_with(Code.SECRET):
-            key = secret.disk_key(area.address, area.size_bytes)
-        with key:
-            self._released()
-            with failing_with(Code.KEY):
-                volume_key = volume.unlock(key)
-        with volume_key, failing_with(Code.ACTIVATION):
-            return volume.activate(volume_key, config.root.mapping)
-
-    def _open_jindisk(self, config: GuestConfig, expectation: JindiskExpectation, broker: GuestBroker) -> Path:
-        """The same order; freshness is decided by the anchor that comes with the key."""
-        # Only here, so that the engine is not part of the initrd, and of what is measured, where it is not used.
-        from jindiskd.guest import jindisk_root
-
-        device = Path(config.root.device)
-        with failing_with(Code.VOLUME):
-            jindisk_root.check_identification(device, expectation)
-        grant = broker.release(config.root.resource, expectation.uuid, self._broker_deadline_s(config), self._reported)
-        self._released()
-        left_s = self._began_s + config.timeout_s - time.monotonic()
-        return jindisk_root.serve(
-            device, expectation, grant, broker, timeout_s=max(left_s, 1.0), forget=self.progress.close
-        )
-
-    def _open_jindisk1(self, config: GuestConfig, expectation: Jindisk1Expectation, broker: GuestBroker) -> Path:
-        """The same order; a kernel that cannot open the volume is told before a key is asked for."""
-        from jindiskd.guest import jindisk1_root
-
-        with failing_with(Code.VOLUME):
-            volume = jindisk1_root.Jindisk1Root(Path(config.root.device), expectation)
-        with broker.fetch(config.root.resource, self._broker_deadline_s(config), self._reported) as key:
-            self._released()
-            with failing_with(Code.KEY):
-                layout = volume.unlock(key)
-            with failing_with(Code.ACTIVATION):
-                return volume.activate(key, layout, config.root.mapping)
-
-    def _broker_deadline_s(self, config: GuestConfig) -> float:
-        return self._began_s + config.timeout_s - min(AFTER_KEY_S, config.timeout_s / 4)
-
-    def _reported(self) -> None:
-        self.progress.stage(Stage.REPORT)
-
-    def _released(self) -> None:
-        self.progress.stage(Stage.ATTESTED)
-        self.progress.stage(Stage.KEY)
+        self.opening = Opening(config, self.progress, self._began_s)
+        return self.opening.run()
 
 
 def measured_config(path: Path = Path("/", guest_config.PATH)) -> GuestConfig:
@@ -201,7 +115,9 @@ def measured_config(path: Path = Path("/", guest_config.PATH)) -> GuestConfig:
         config = document.load(GuestConfig, path.read_bytes(), document="guest configuration")
         Platform(config.platform)
         root = config.root
-        if config.schema != guest_config.SCHEMA or [root.luks2, root.jindisk, root.jindisk1].count(None) != 2:
+        sound = [root.luks2, root.jindisk, root.jindisk1].count(None) == 2
+        sound &= all((volume.luks2 is None) != (volume.jindisk is None) for volume in config.volumes)
+        if config.schema != guest_config.SCHEMA or not sound or len(config.volumes) > guest_config.MAX_VOLUMES:
             raise GuestFailure(Code.CONFIG)
         return config
 
@@ -238,4 +154,8 @@ def main() -> NoReturn:
         code = failure.code
     except BaseException:  # noqa: BLE001 - PID 1 may not end, and must not show why
         code = Code.INTERNAL
-    power.give_up(code, agent.progress)
+    try:
+        if agent.opening is not None:
+            agent.opening.abandon()
+    finally:
+        power.give_up(code, agent.progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.base.secret import Secret
@@ -14,7 +14,7 @@ from jindiskd.guest import report
 from jindiskd.guest.codes import Code, GuestFailure
 from jindiskd.guest.config import BrokerPin
 from jindiskd.kbs import client, evidence
-from jindiskd.kbs.freshness import VolumeGrant
+from jindiskd.kbs.client import Ask
 
 CONNECT_S = 10.0
 REFUSALS = {
@@ -75,20 +75,14 @@ class GuestBroker:
         """A client that gives up at `deadline_s`, a `time.monotonic()` value."""
         return client.KbsClient(self._connect, spki_sha256=self._pin.spki_sha256, deadline=deadline_s)
 
-    def fetch(self, resource: str, deadline_s: float, reported: Callable[[], None]) -> Secret:
-        """Attest and get a key. `reported` is called when the platform has given a report.
+    def obtain(self, asks: Sequence[Ask], deadline_s: float, reported: Callable[[], None]) -> list[Secret]:
+        """Attest once and get the secrets of all volumes; `reported` is called when the platform has given a report.
 
         Raises:
             GuestFailure: with the code for what went wrong.
         """
         with broker_failures():
-            return self.client(deadline_s).fetch(self._platform.tee.value, resource, self._prover(reported))
-
-    def release(self, resource: str, volume: str, deadline_s: float, reported: Callable[[], None]) -> VolumeGrant:
-        """Attest and begin a session of a JinDisk volume. As `fetch`."""
-        with broker_failures():
-            tee = self._platform.tee.value
-            return self.client(deadline_s).release(tee, resource, volume, self._prover(reported))
+            return self.client(deadline_s).obtain(self._platform.tee.value, asks, self._prover(reported))
 
     def _prover(self, reported: Callable[[], None]) -> Callable[[bytes], Mapping[str, object]]:
         with failing_with(Code.REPORT):

@@ -37,6 +37,10 @@ class Code(enum.StrEnum):
     STORAGE = "E52"
     FENCED = "E53"
     TARGET = "E54"
+    DATA_MISSING = "E60"
+    DATA_DOUBLE = "E61"
+    DATA_VOLUME = "E62"
+    DATA_MOUNT = "E63"
     INTERNAL = "E99"
 
     @property
@@ -81,6 +85,12 @@ SENTENCES = {
     Code.TARGET: "the guest's kernel has no jindisk target, which a root on JinDisk 1 needs;"
     " use a kernel with the dm-jindisk module, or a root on JinDisk 2",
     Code.FENCED: "another instance of this guest has taken the JinDisk volume over",
+    Code.DATA_MISSING: "a data volume's disk did not appear in the guest; check that the domain has a virtio disk for"
+    " each volume of its image, with the serial number that `jindiskctl domain xml` shows",
+    Code.DATA_DOUBLE: "two disks of the domain have the serial number of one data volume; attach each volume once",
+    Code.DATA_VOLUME: "a data volume's disk is not the one that the image was built with: it was exchanged with another"
+    " or altered; attach each disk with its own serial number",
+    Code.DATA_MOUNT: "a data volume's file system could not be mounted; its content may be damaged",
     Code.INTERNAL: "the guest's agent failed in a way it was not made for; please report this",
 }
 

@@ -13,6 +13,17 @@ SCHEMA = 1
 KBS_PORT = 19012  # vsock: the broker, TLS
 FIRMWARE_PORT = 19013  # vsock: the simulated firmware
 PROGRESS_PORT = 19014  # vsock: fixed progress codes for the host
+SERIAL_PREFIX = "jd-"
+MAX_VOLUMES = 7
+"""Further volumes of a guest: with the root's, as many keys as a session at a broker of ours may ask for."""
+
+
+def serial_of(name: str) -> str:
+    """The serial number of the disk of a data volume, of the 20 characters at most that virtio has room for.
+
+    It is the host's word: it says which disk to try, and proves nothing.
+    """
+    return f"{SERIAL_PREFIX}{name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +87,28 @@ class RootVolume:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataVolume:
+    """A further volume, on a disk of its own, from the disk's beginning."""
+
+    name: str
+    """Of 1 to 16 lower-case letters, digits and hyphens; names its disk (`serial_of`) and its links in /dev."""
+    resource: str
+    """The key's resource path `repository/type/tag`."""
+    luks2: Luks2Expectation | None = None
+    jindisk: JindiskExpectation | None = None
+    mount: str = ""
+    """Where its file system belongs in the system, an absolute path; empty for none: it is a device alone."""
+    filesystem: str = "ext4"
+    options: str = "rw"
+    """As of the root."""
+
+    @property
+    def mapping(self) -> str:
+        """The volume opens as `/dev/mapper/<mapping>` (LUKS2)."""
+        return f"jindisk-{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SecretArea:
     """Where the firmware keeps the secret that is injected before the guest runs (SEV, SEV-ES)."""
 
@@ -103,5 +136,27 @@ class GuestConfig:
     init: str = "/sbin/init"
     timeout_s: int = 120
     """From the agent's start to the mounted root; then power off."""
+    volumes: tuple[DataVolume, ...] = ()
+    """What is opened besides the root, with the same attestation; all of it, or the guest does not start."""
     secret: SecretArea | None = None
     """For platforms whose guests are measured before they run; their key is never asked for."""
+
+    @property
+    def all_volumes(self) -> tuple[RootVolume | DataVolume, ...]:
+        """The root and the others, in the order in which they are opened."""
+        return (self.root, *self.volumes)
+
+    @property
+    def jindisk(self) -> bool:
+        """Whether a volume is JinDisk 2, which a process of ours serves."""
+        return any(volume.jindisk is not None for volume in self.all_volumes)
+
+    @property
+    def luks2(self) -> bool:
+        """Whether a volume is LUKS2."""
+        return any(volume.luks2 is not None for volume in self.all_volumes)
+
+    @property
+    def ends_volumes(self) -> bool:
+        """Whether a volume must be closed at the very end: JinDisk of both kinds, by the initrd's own program."""
+        return self.jindisk or self.root.jindisk1 is not None

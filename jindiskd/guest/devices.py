@@ -1,4 +1,4 @@
-"""The root volume's block device: waiting for it, its size, one read of its head."""
+"""The volumes' block devices: waiting for them, their sizes, one read of a head."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from jindiskd.errors import TimedOut
 
 BLKGETSIZE64 = 0x80081272  # linux/fs.h
 POLL_S = 0.02
+BLOCK = Path("/sys/class/block")
+SERIAL_BYTES = 64  # virtio has room for 20
 
 
 def wait_for_device(path: Path, deadline_s: float) -> None:
@@ -31,6 +33,35 @@ def wait_for_device(path: Path, deadline_s: float) -> None:
             pass  # not there yet; what remains wrong ends by the deadline
         if time.monotonic() >= deadline_s:
             raise TimedOut(f"the appearance of {path}", time.monotonic() - began_s)
+        time.sleep(POLL_S)
+
+
+def with_serial(serial: str, block: Path = BLOCK) -> list[Path]:
+    """The nodes of the virtio disks that say that this is their serial number."""
+    found = []
+    for entry in sorted(block.iterdir()):
+        try:
+            told = (entry / "serial").read_bytes()[:SERIAL_BYTES]
+        except OSError:
+            continue  # no virtio disk, or it went away
+        if told.strip(b"\0\n") == serial.encode():
+            found.append(Path("/dev", entry.name))
+    return found
+
+
+def wait_for_serial(serial: str, deadline_s: float, block: Path = BLOCK) -> list[Path]:
+    """Wait for a disk with a serial number; returns the nodes of all that have it by then.
+
+    Raises:
+        TimedOut: none appeared.
+    """
+    began_s = time.monotonic()
+    while True:
+        found = with_serial(serial, block)
+        if found and all(node.is_block_device() for node in found):
+            return found
+        if time.monotonic() >= deadline_s:
+            raise TimedOut(f"the appearance of a disk with serial number {serial}", time.monotonic() - began_s)
         time.sleep(POLL_S)
 
 

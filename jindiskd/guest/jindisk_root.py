@@ -1,4 +1,4 @@
-"""The encrypted root on JinDisk 2: released, adopted and served by the storage process.
+"""An encrypted volume on JinDisk 2, the root or another: released, adopted and served by a storage process.
 
 The agent looks at the identification block, which proves nothing, so that a wrong disk never causes a release; what
 counts is that the released key and anchor accept the volume. Format document, sections 5, 12 and 13.
@@ -100,7 +100,7 @@ def open_session(device: Path, expectation: JindiskExpectation, grant: VolumeGra
     opened: FileDevice = OpenFile(device, writable=True).__enter__()  # for the life of the process
     try:
         volume = open_volume(
-            opened, key=grant.key, uuid=UUID(expectation.uuid), anchor=anchor, name="the root", cache_pages=CACHE_PAGES
+            opened, key=grant.key, uuid=UUID(expectation.uuid), anchor=anchor, name="it", cache_pages=CACHE_PAGES
         )
     except VolumeStale as exc:
         if exc.newest is not None:
@@ -142,8 +142,9 @@ def serve(
     *,
     timeout_s: float,
     forget: storage.Forget,
+    number: int = 0,
 ) -> Path:
-    """Start the storage process for the volume and return the node of the block device it serves.
+    """Start a storage process for the volume and return the node of the block device it serves.
 
     Args:
         device: the volume.
@@ -152,6 +153,7 @@ def serve(
         guest_broker: whom the process tells the volume's states.
         timeout_s: for opening, recovery included.
         forget: runs in the new process first: what it must not keep of ours.
+        number: of the volume; the root's is 0.
 
     Raises:
         GuestFailure: with the code for what went wrong.
@@ -164,8 +166,10 @@ def serve(
 
     with grant.key:
         try:
-            storage.start(open_volume_there, lambda exc: code_of(exc).value.encode(), timeout_s=timeout_s)
+            storage.start(
+                open_volume_there, lambda exc: code_of(exc).value.encode(), timeout_s=timeout_s, number=number
+            )
         except storage.StorageFailed as exc:
             said = exc.said.decode("ascii", errors="replace")
             raise GuestFailure(Code(said) if said in set(Code) else Code.STORAGE) from None
-    return storage.NODE
+    return storage.node(number)

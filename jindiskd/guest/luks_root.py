@@ -1,4 +1,4 @@
-"""The encrypted root on LUKS2: the header is read once, checked, and only the copy is used from then on."""
+"""An encrypted volume on LUKS2, the root or another: the header is read once, checked, and only the copy is used."""
 
 from __future__ import annotations
 

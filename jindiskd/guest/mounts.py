@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jindiskd.guest import kernel
@@ -62,6 +64,41 @@ def split_options(options: str) -> tuple[int, str]:
         else:
             rest.append(option)
     return flags, ",".join(rest)
+
+
+def mount_data(device: str, root: Path, place: str, *, kind: str, options: str, root_options: str) -> None:
+    """Mount a data volume's file system at `place` of the system that is mounted at `root`.
+
+    Links on the way are taken as the system would take them. A place that is not there is made, for which the root is
+    writable for a moment.
+    """
+    with _inside(root):
+        there = os.path.realpath(place)
+        missing = not Path(there).is_dir()
+    target = root / there.lstrip("/")
+    if missing:
+        flags, rest = split_options(root_options)
+        kernel.mount("", root, "", kernel.MS_REMOUNT | (flags & ~kernel.MS_RDONLY), rest)
+        try:
+            target.mkdir(mode=0o755, parents=True)
+        finally:
+            kernel.mount("", root, "", kernel.MS_REMOUNT | flags, rest)
+    flags, rest = split_options(options)
+    kernel.mount(device, target, kind, flags, rest)
+
+
+@contextlib.contextmanager
+def _inside(root: Path) -> Iterator[None]:
+    """With another directory as this process's root."""
+    outside = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chroot(root)
+        os.chdir("/")
+        yield
+    finally:
+        os.fchdir(outside)
+        os.chroot(".")
+        os.close(outside)
 
 
 def mount_root(device: str, target: Path, kind: str, options: str) -> None:

@@ -1,7 +1,7 @@
 """The last program: systemd-shutdown changes its root to the kept initrd and runs this as PID 1.
 
-It unmounts the system's root, has the volume below it closed, by the storage process or by removing the mapping, and
-ends the machine as asked.
+It unmounts the system's root and what is mounted on it, has the volumes below closed, by their storage processes or by
+removing the mapping, and ends the machine as asked.
 Source: systemd, "initrd interface" (`/run/initramfs/shutdown`); its first argument is the verb, the old root is at
 `/oldroot`.
 """
@@ -64,6 +64,34 @@ def unmount_all(top: Path, limit_s: float = UNMOUNT_LIMIT_S) -> bool:
     return True
 
 
+def writable_devices(text: str, top: Path) -> set[str]:
+    """The names of the block devices that are mounted at or below `top` and can be written to, by the text of
+    /proc/self/mounts."""
+    places = set(mounts_below(text, top))
+    found = set()
+    for line in text.splitlines():
+        fields = line.split(" ")
+        if len(fields) > 3 and "ro" not in fields[3].split(",") and places & set(mounts_below(line, top)):
+            found.add(Path(fields[0]).name)
+    return found
+
+
+def close_volumes() -> None:
+    """Have the volumes closed that nothing can write to any more: first those below the root, then the root's.
+
+    A file system that is read-only writes no more, so the volume below it may be closed even if something keeps it
+    mounted. Otherwise it stays open, and opens the next time as after a power failure.
+    """
+    if not unmount_all(OLD_ROOT):
+        for place in mounts_below(MOUNTS.read_text(encoding="utf-8", errors="surrogateescape"), OLD_ROOT):
+            make_read_only(place)
+    os.sync()  # a device without a file system may have been written to as well
+    left = writable_devices(MOUNTS.read_text(encoding="utf-8", errors="surrogateescape"), OLD_ROOT)
+    for name in storage.running():
+        if name not in left:
+            storage.ask_to_close(storage.CONTROLS / name)
+
+
 def make_read_only(top: Path) -> bool:
     """Remount a file system read-only; whether it is."""
     with contextlib.suppress(OSError):
@@ -122,10 +150,7 @@ def main() -> NoReturn:
     command = VERBS.get(sys.argv[1] if len(sys.argv) > 1 else "", kernel.REBOOT_POWER_OFF)
     try:
         os.chdir("/")
-        # A file system that is read-only writes no more, so the volume below it may be closed even if something
-        # keeps it mounted. Otherwise it stays open, and opens the next time as after a power failure.
-        if unmount_all(OLD_ROOT) or make_read_only(OLD_ROOT):
-            storage.ask_to_close()
+        close_volumes()
         os.sync()
         end_mapping()
     finally:

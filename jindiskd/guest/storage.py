@@ -1,5 +1,5 @@
-"""The root storage process: serves the root's block device from user space, from before the root is mounted until
-after it is unmounted.
+"""The storage processes: each serves the block device of one volume from user space, from before it is mounted until
+after it is unmounted; the root's is the first.
 
 It is forked from the agent, keeps the initrd as its root directory, and survives the change of root and the end of all
 other processes: its command line begins with `@` (systemd, "Root Storage Daemons"). Nothing it needs is on the root it
@@ -25,11 +25,10 @@ from typing import NoReturn, Protocol
 from jindiskd.guest import kernel, nbd
 from jindiskd.jindisk import nbd_kernel
 
-NODE = Path("/dev/nbd0")
-CONTROL = Path("/run/jindisk/storage")
+CONTROLS = Path("/run/jindisk")
+"""Where each has its control socket, by the name of its device."""
 BLOCK_BYTES = 4096
 ROOT_GROUPS = tuple(Path("/sys/fs/cgroup", *name, "cgroup.procs") for name in ((), ("unified",), ("systemd",)))
-READ_AHEAD = Path("/sys/class/block", NODE.name, "queue/read_ahead_kb")
 READ_AHEAD_KIB = 1024
 OOM_NEVER = "-1000"
 READY = b"R"
@@ -38,6 +37,7 @@ DONE = b"done"
 FAILED = b"failed"
 PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 CONTROL_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 30.0
 
 Forget = Callable[[], None]
 """Run in the new process, drops what it has inherited and must not keep."""
@@ -59,13 +59,26 @@ class StorageFailed(Exception):
         self.said = said
 
 
-def start(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes], *, timeout_s: float) -> int:
-    """Fork the storage process, have it open the volume and attach it as `/dev/nbd0`; returns its process id.
+def node(number: int) -> Path:
+    """The block device of a volume; the root's number is 0."""
+    return Path(f"/dev/nbd{number}")
+
+
+def control(number: int) -> Path:
+    """The control socket of a volume's storage process."""
+    return CONTROLS / node(number).name
+
+
+def start(
+    open_volume: Callable[[], Served], explain: Callable[[Exception], bytes], *, timeout_s: float, number: int = 0
+) -> int:
+    """Fork a storage process, have it open its volume and attach it as `node(number)`; returns its process id.
 
     Args:
         open_volume: runs in the new process, which then is the only one with what it makes.
         explain: turns what `open_volume` raised into bytes for the caller, at most 16.
         timeout_s: for all of it.
+        number: of the volume.
 
     Raises:
         StorageFailed: it failed; the process has ended.
@@ -74,7 +87,7 @@ def start(open_volume: Callable[[], Served], explain: Callable[[Exception], byte
     process = os.fork()
     if process == 0:
         ours.close()
-        _run(open_volume, explain, theirs)
+        _run(open_volume, explain, theirs, number)
     theirs.close()
     with ours:
         ours.settimeout(timeout_s)
@@ -89,24 +102,26 @@ def start(open_volume: Callable[[], Served], explain: Callable[[Exception], byte
     return process
 
 
-def _run(open_volume: Callable[[], Served], explain: Callable[[Exception], bytes], report: socket.socket) -> NoReturn:
-    """The life of the storage process."""
+def _run(
+    open_volume: Callable[[], Served], explain: Callable[[Exception], bytes], report: socket.socket, number: int
+) -> NoReturn:
+    """The life of a storage process."""
     status = 1
     try:
         try:
             harden()
             volume = open_volume()
             ours, kernels = socket.socketpair()
-            nbd_kernel.attach([kernels.fileno()], volume.size_bytes, BLOCK_BYTES, nbd.FLAGS, index=0)
+            nbd_kernel.attach([kernels.fileno()], volume.size_bytes, BLOCK_BYTES, nbd.FLAGS, index=number)
             kernels.close()
-            read_ahead()
-            control = listen(CONTROL)
+            read_ahead(node(number))
+            asked = listen(control(number))
         except Exception as exc:  # noqa: BLE001 - the agent turns it into a code
             report.sendall(explain(exc)[:16] or b"?")
         else:
             report.sendall(READY)
             report.close()
-            serve(ours, control, volume)
+            serve(ours, asked, volume)
             status = 0
     finally:
         os._exit(status)
@@ -140,10 +155,10 @@ def leave_unit() -> None:
             group.write_text("0", encoding="ascii")
 
 
-def read_ahead() -> None:
+def read_ahead(device: Path) -> None:
     """Have the kernel ask for more at a time than its default: each request costs a change of process."""
     with contextlib.suppress(OSError):  # slower without, and nothing else
-        READ_AHEAD.write_text(str(READ_AHEAD_KIB), encoding="ascii")
+        Path("/sys/class/block", device.name, "queue/read_ahead_kb").write_text(str(READ_AHEAD_KIB), encoding="ascii")
 
 
 def listen(path: Path) -> socket.socket:
@@ -156,7 +171,7 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def serve(requests: socket.socket, control: socket.socket, volume: Served) -> None:
+def serve(requests: socket.socket, asked: socket.socket, volume: Served) -> None:
     """Serve the kernel's requests and the control socket until the volume is closed and the kernel let go.
 
     A volume that was closed answers every request with an error, so nothing can be lost silently after that.
@@ -164,11 +179,11 @@ def serve(requests: socket.socket, control: socket.socket, volume: Served) -> No
     closed = False
     with selectors.DefaultSelector() as selector:
         selector.register(requests, selectors.EVENT_READ)
-        selector.register(control, selectors.EVENT_READ)
+        selector.register(asked, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is control:
-                    closed = _control(control, volume, closed)
+                if key.fileobj is asked:
+                    closed = _control(asked, volume, closed)
                     continue
                 try:
                     nbd.serve_one(requests, Closed(volume.size_bytes) if closed else volume)
@@ -201,10 +216,10 @@ class Closed:
         self.read(offset, length)
 
 
-def _control(control: socket.socket, volume: Served, closed: bool) -> bool:
+def _control(asked: socket.socket, volume: Served, closed: bool) -> bool:
     """Take one control connection; returns whether the volume is closed."""
     try:
-        stream, _ = control.accept()
+        stream, _ = asked.accept()
     except OSError:
         return closed
     with stream:
@@ -226,8 +241,16 @@ def _control(control: socket.socket, volume: Served, closed: bool) -> bool:
     return closed
 
 
-def ask_to_close(path: Path = CONTROL, timeout_s: float = 30.0) -> bool:
-    """Have the storage process close the volume; whether it did. Called when the root is unmounted."""
+def running(controls: Path = CONTROLS) -> list[str]:
+    """The names of the devices that storage processes serve, the root's last."""
+    try:
+        return sorted((path.name for path in controls.iterdir() if path.is_socket()), reverse=True)
+    except OSError:
+        return []
+
+
+def ask_to_close(path: Path, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
+    """Have a storage process close its volume; whether it did. Called when that is unmounted."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stream:
             stream.settimeout(timeout_s)

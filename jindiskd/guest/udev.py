@@ -18,6 +18,9 @@ DATABASE = Path("/run/udev/data")
 CONTROL = Path("/run/udev/control")
 """A udev that runs listens there."""
 MAPPER = Path("/dev/mapper")
+VOLUMES = Path("/dev/disk/by-jindisk")
+RULES = Path("/run/udev/rules.d/61-jindisk-volumes.rules")
+"""Read by the system's udev, which makes the links anew, and so lets systemd wait for them."""
 
 
 def publish(mapping: Mapping) -> Path:
@@ -28,6 +31,19 @@ def publish(mapping: Mapping) -> Path:
     if not CONTROL.exists():
         remember_mapping(mapping)
     return path
+
+
+def link_volume(name: str, node: Path, links: Path = VOLUMES, rules: Path = RULES) -> None:
+    """Make an open volume known by its name, as `/dev/disk/by-jindisk/<name>`, now and once a udev runs.
+
+    `node` is the block device, or a link to it.
+    """
+    device = Path(os.path.realpath(node))
+    links.mkdir(mode=0o755, parents=True, exist_ok=True)
+    links.joinpath(name).symlink_to(os.path.relpath(device, links))
+    rules.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with rules.open("a", encoding="ascii") as text:
+        text.write(f'SUBSYSTEM=="block", KERNEL=="{device.name}", SYMLINK+="disk/by-jindisk/{name}"\n')
 
 
 def remember_mapping(mapping: Mapping, database: Path = DATABASE) -> None:

@@ -94,13 +94,15 @@ def unlock(progress: Progress) -> None:
     config = agent.measured_config()
     watchdog = power.Watchdog(config.timeout_s, progress)
     settings = agent.harden_kernel()
+    if config.volumes:
+        raise GuestFailure(Code.CONFIG)  # they are for our own initrd, which mounts the root itself
     if config.root.jindisk is not None:
         try:
             keep_agent()
             enter_kept()
         except OSError:
             raise GuestFailure(Code.STORAGE) from None
-    node = agent.Agent(progress).open_root(config)
+    node = agent.Agent(progress).open_volumes(config)[0]
     if not node.exists():
         raise GuestFailure(Code.ACTIVATION)
     agent.soften_kernel(settings)

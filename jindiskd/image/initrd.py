@@ -32,7 +32,7 @@ WITHOUT_PCLMULQDQ = "os.environ['OPENSSL_ia32cap'] = '~0x200000000'\n"
 """Bit 33 of OpenSSL's capability vector, OPENSSL_ia32cap(3); read when its library is loaded."""
 SHUTDOWN_ENTRY = "jindiskd.guest.shutdown"
 STORAGE_ENTRIES = (SHUTDOWN_ENTRY, "jindiskd.guest.jindisk_root")
-"""For a root that a process of ours serves."""
+"""For volumes that a process of ours serves."""
 KEY_PROGRAM_ENTRY = "jindiskd.guest.script"
 KEY_PROGRAM = "etc/jindisk/key-program"
 """Where `guest.script` looks for it."""
@@ -91,11 +91,11 @@ def build_initrd(
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3, 0o666)
     names = [ENTRY, *LATE_IMPORTS]
-    if config.root.jindisk is not None:
+    if config.jindisk:
         names += STORAGE_ENTRIES
-        archive.file("shutdown", shutdown_script(), 0o755)
-    elif config.root.jindisk1 is not None:
+    if config.root.jindisk1 is not None:
         names += JINDISK1_ENTRIES
+    if config.ends_volumes:
         archive.file("shutdown", shutdown_script(), 0o755)
     if config.report_source:
         names.append(config.report_source.partition(":")[0])
@@ -128,7 +128,7 @@ def init_script(*, emulated: bool = False) -> bytes:
 
 
 def shutdown_script() -> bytes:
-    """What systemd-shutdown runs at the very end, when the initrd is kept for a JinDisk root."""
+    """What systemd-shutdown runs at the very end, when the initrd is kept for a JinDisk volume."""
     return script(SHUTDOWN_ENTRY)
 
 
@@ -137,14 +137,15 @@ def wanted_modules(config: GuestConfig, modules_dir: Path) -> tuple[Path, ...]:
     must, may = [*BASE_MODULES], [*BASE_OPTIONAL]
     if config.root.device.startswith("/dev/sd"):
         must += SCSI_MODULES
-    if config.root.luks2 is not None:
+    if config.luks2:
         must += LUKS2_MODULES
         may += LUKS2_OPTIONAL
-    if config.root.jindisk is not None:
+    if config.jindisk:
         must += JINDISK_MODULES
     if config.root.jindisk1 is not None:
         must += JINDISK1_MODULES
-    must.append(config.root.filesystem)
+    mounted = (volume.filesystem for volume in config.volumes if volume.mount)
+    must += dict.fromkeys((config.root.filesystem, *mounted))
     platform = Platform(config.platform)
     if platform.measured_before:
         may += SECRET_OPTIONAL

@@ -14,8 +14,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cryptography import x509
@@ -103,7 +103,37 @@ FINAL = frozenset({"PolicyDeny", "PluginNotFound", "InvalidRequestPath", "AdminA
 ONCE_MORE = frozenset({"AttestationError", "TokenVerifierError"})
 _VERSIONS = re.compile(r"expect =([0-9.]{1,16}) while the request is ([0-9.]{1,16})")
 T = TypeVar("T")
-_Ask = Callable[[str, str, bytes, str | None], tuple[bytes, str | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A secret that an attested guest asks for."""
+
+    method: str
+    path: str
+    body: bytes = b""
+
+    @classmethod
+    def resource(cls, resource: str) -> Ask:
+        """A key, by its path `repository/type/tag`."""
+        return cls(method="GET", path=f"{PREFIX}/resource/{check_resource(resource)}")
+
+    @classmethod
+    def release(cls, resource: str, volume: str) -> Ask:
+        """A session of a JinDisk volume (its UUID) with its key; what comes is for `unpacked`."""
+        return cls(method="POST", path=f"{PREFIX}/jindisk/release", body=dump_release(resource, volume))
+
+
+def unpacked(sealed: Secret) -> VolumeGrant:
+    """What came for an `Ask.release`; the secret is wiped.
+
+    Raises:
+        BrokerMisbehaved: it is none.
+    """
+    try:
+        return VolumeGrant.unpack(sealed)
+    except MalformedMessage as exc:
+        raise BrokerMisbehaved(exc.problem) from exc
 
 
 def may_try_again(refused: BrokerRefused, before: int) -> bool:
@@ -148,8 +178,7 @@ class KbsClient:
         Raises:
             BrokerNotTrusted, BrokerRefused: final. BrokerUnreachable, BrokerMisbehaved: the deadline has passed.
         """
-        path = f"{PREFIX}/resource/{check_resource(resource)}"
-        return self._attested(tee, evidence, lambda channel, cookie: channel("GET", path, b"", cookie))
+        return self.obtain(tee, [Ask.resource(resource)], evidence)[0]
 
     def release(
         self, tee: str, resource: str, volume: str, evidence: Callable[[bytes], Mapping[str, Any]]
@@ -165,12 +194,40 @@ class KbsClient:
         Raises:
             BrokerNotTrusted, BrokerRefused: final. BrokerUnreachable, BrokerMisbehaved: the deadline has passed.
         """
-        path, body = f"{PREFIX}/jindisk/release", dump_release(resource, volume)
-        sealed = self._attested(tee, evidence, lambda channel, cookie: channel("POST", path, body, cookie))
+        return unpacked(self.obtain(tee, [Ask.release(resource, volume)], evidence)[0])
+
+    def obtain(
+        self, tee: str, asks: Sequence[Ask], evidence: Callable[[bytes], Mapping[str, Any]]
+    ) -> list[Secret]:
+        """Attest, and with that one attestation get several secrets, in the order asked for; all of them or none.
+
+        Where an attempt ends before it has all, the next one attests anew and asks for what is missing. Each is
+        encrypted to a fresh key that the report binds.
+
+        Args:
+            tee: the protocol's name of the TEE.
+            asks: what is wanted.
+            evidence: makes the primary evidence for 64 bytes of report data.
+
+        Raises:
+            BrokerNotTrusted, BrokerRefused: final. BrokerUnreachable, BrokerMisbehaved: the deadline has passed.
+        """
+        got: list[Secret] = []
+
+        def attempt(channel: _Channel) -> None:
+            key = ec.generate_private_key(ec.SECP256R1())
+            cookie = self._attest(channel, tee, key, evidence)
+            for ask in asks[len(got) :]:
+                sealed, _ = self._answer(channel, ask.method, ask.path, ask.body, cookie)
+                got.append(jwe.open_(sealed, key))
+
         try:
-            return VolumeGrant.unpack(sealed)
-        except MalformedMessage as exc:
-            raise BrokerMisbehaved(exc.problem) from exc
+            self._until_deadline(attempt)
+        except BaseException:
+            for secret in got:
+                secret.close()
+            raise
+        return got
 
     def adopt(self, volume: str, session: bytes, sequence: int, root: bytes) -> None:
         """Make a released session the volume's own, from the state found. Until this returns nothing may be written.
@@ -195,21 +252,6 @@ class KbsClient:
         Raises as `adopt`.
         """
         self._tell("stale", VolumeState(volume=volume, session=session, sequence=sequence, root=root))
-
-    def _attested(
-        self,
-        tee: str,
-        evidence: Callable[[bytes], Mapping[str, Any]],
-        ask: Callable[[_Ask, str], tuple[bytes, str | None]],
-    ) -> Secret:
-        """Attest with a fresh key, ask for something encrypted to it, and open that."""
-
-        def attempt(channel: _Channel) -> Secret:
-            key = ec.generate_private_key(ec.SECP256R1())
-            cookie = self._attest(channel, tee, key, evidence)
-            return jwe.open_(ask(partial(self._answer, channel), cookie)[0], key)
-
-        return self._until_deadline(attempt)
 
     def _tell(self, verb: str, state: VolumeState) -> None:
         body = state.dump()

@@ -46,7 +46,7 @@ def main(device: str, init: str) -> None:
         modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
         devices.wait_for_device(Path(device), time.monotonic() + 200)
         storage.start(lambda: Plain(device), lambda exc: type(exc).__name__.encode(), timeout_s=20)
-        mounts.mount_root(os.fspath(storage.NODE), agent.SYSROOT, "ext4", "ro")
+        mounts.mount_root(os.fspath(storage.node(0)), agent.SYSROOT, "ext4", "ro")
         switch_root.keep_initrd()
         switch_root.move_mounts(agent.SYSROOT)
         os.close(switch_root.enter(agent.SYSROOT))
