@@ -22,14 +22,14 @@ from jindiskd.bus.ports import KeyView
 from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import ACTIVE
 from jindiskd.errors import Busy, InvalidArgument, NotSupported
-from jindiskd.image.manifest import Manifest, Volume
+from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import resource_of
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
 from jindiskd.keys.handover import HandoverUnusable, Opened
 from jindiskd.keys.registry import Registry
 from jindiskd.keys.store import KeyState, Store
-from jindiskd.keys.volumes import VolumeRecord, Volumes
+from jindiskd.keys.volumes import BuiltVolume, VolumeRecord, Volumes
 from jindiskd.policy import rules as release_rules
 
 
@@ -50,10 +50,20 @@ class KeyPort:
     def __init__(self, store: Store) -> None:
         self._store, self._volumes = store, Volumes(store)
 
-    def add_pending(self, image_id: str, name: str, platform: Platform, key: Secret, rules: str = "") -> None:
-        """Store the key of an image that is being made; `rules` of its release, the strict defaults if empty."""
+    def add_pending(
+        self,
+        image_id: str,
+        name: str,
+        platform: Platform,
+        key: Secret,
+        rules: str = "",
+        *,
+        volume_keys: Mapping[str, Secret] | None = None,
+    ) -> None:
+        """Store the keys of an image that is being made; `rules` of its release, the strict defaults if empty."""
         given = release_rules.load(rules) if rules else None
-        self._store.add_image(image_id, name, platform, resource_of(image_id), key, given)
+        others = {resource_of(image_id, volume): one for volume, one in (volume_keys or {}).items()}
+        self._store.add_image(image_id, name, platform, resource_of(image_id), key, given, others)
 
     def for_clone(self, image_id: str, by: str) -> Opened:
         """The keys of an image that is being cloned; an audit row says who took them.
@@ -63,12 +73,14 @@ class KeyPort:
         """
         return Registry(self._store).take(image_id, Requester(peer=by), "cloned", active=True)
 
-    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:
-        """Allow release of the key, and remember the state in which a JinDisk volume was closed by its builder."""
-        if volume.anchor:
-            self._volumes.activate(image_id, launch_digests, volume.uuid, Anchor.unpack(volume.anchor))
-        else:
-            self._store.activate(image_id, launch_digests)
+    def activate(self, manifest: Manifest) -> None:
+        """Allow release of the keys, and remember the states in which JinDisk volumes were closed by their builder."""
+        digests = (manifest.launch_digest,) if manifest.launch_digest else ()
+        built = [
+            BuiltVolume(volume=volume.uuid, anchor=Anchor.unpack(volume.anchor), resource=resource)
+            for resource, volume in manifest.anchored
+        ]
+        self._volumes.activate(manifest.image_id, digests, built)
 
     def prepare(self, manifest: Manifest) -> None:
         """Nothing: the key is stored already."""

@@ -27,7 +27,8 @@ from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.ports import ApprovalView, AuditOrder, KeyView
 from jindiskd.custody import from_threads
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
-from jindiskd.image.manifest import Manifest, Volume
+from jindiskd.image.manifest import Manifest
+from jindiskd.image.request import resource_of
 from jindiskd.jobs.job import Job
 from jindiskd.keys import handover
 from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover, Opened, read_card
@@ -48,7 +49,7 @@ class HandedKeys:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory, self._card = directory, card
         self._lock = threading.Lock()
-        self._building: dict[str, Secret] = {}
+        self._building: dict[str, dict[str, Secret]] = {}
         self._watchers: list[Callable[[], None]] = []
 
     @property
@@ -65,11 +66,21 @@ class HandedKeys:
             changed()
 
     def add_pending(
-        self, image_id: str, name: str, platform: Platform, key: Secret, rules: str = ""  # noqa: ARG002
+        self,
+        image_id: str,
+        name: str,  # noqa: ARG002 (what else is known comes with the manifest)
+        platform: Platform,  # noqa: ARG002 (as above)
+        key: Secret,
+        rules: str = "",  # noqa: ARG002 (as above)
+        *,
+        volume_keys: Mapping[str, Secret] | None = None,
     ) -> None:
-        """Hold the key of an image that is being built (what else is known comes with its manifest)."""
+        """Hold the keys of an image that is being built."""
+        held = {resource_of(image_id): Secret(bytes(key.reveal()))}
+        for volume, one in (volume_keys or {}).items():
+            held[resource_of(image_id, volume)] = Secret(bytes(one.reveal()))
         with self._lock:
-            self._building[image_id] = Secret(bytes(key.reveal()))
+            self._building[image_id] = held
 
     def for_clone(self, image_id: str, by: str) -> Opened:  # noqa: ARG002 (the port's arguments)
         """Not here. Raises `NotSupported`."""
@@ -77,8 +88,7 @@ class HandedKeys:
         raise NotSupported(f"cloning image {image_id} on this host", remedy)
 
     def prepare(self, manifest: Manifest) -> None:
-        """Seal the key of a finished image, durably; then it is held no longer."""
-        volume = manifest.volume
+        """Seal the keys of a finished image, durably; then they are held no longer."""
         told = Handover(
             image_id=manifest.image_id,
             name=manifest.name,
@@ -86,21 +96,26 @@ class HandedKeys:
             resource=manifest.resource,
             launch_digests=(manifest.launch_digest,) if manifest.launch_digest else (),
             created=manifest.created,
-            volumes=(HandedVolume(volume=volume.uuid, resource=manifest.resource),) if volume.anchor else (),
+            volumes=tuple(
+                HandedVolume(volume=volume.uuid, resource=resource) for resource, volume in manifest.anchored
+            ),
         )
-        anchors = {volume.uuid: Anchor.unpack(volume.anchor)} if volume.anchor else {}
+        anchors = {volume.uuid: Anchor.unpack(volume.anchor) for _, volume in manifest.anchored}
         with self._lock:
-            key = self._building.pop(manifest.image_id)
-        with key:
-            sealed = handover.seal(told, {manifest.resource: key}, anchors, self._card.transfer_key)
+            keys = self._building.pop(manifest.image_id)
+        try:
+            sealed = handover.seal(told, keys, anchors, self._card.transfer_key)
+        finally:
+            _wipe(keys)
         replace_file(self._path(manifest.image_id, PENDING), document.dump(sealed), 0o600)
 
-    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:  # noqa: ARG002
+    def activate(self, manifest: Manifest) -> None:
         """The image is visible: so is its handover, which has digests and volume. Repeating it is no error.
 
         Raises:
             NotFound: there is none.
         """
+        image_id = manifest.image_id
         pending, final = self._path(image_id, PENDING), self._path(image_id)
         if pending.exists():
             pending.replace(final)
@@ -110,11 +125,10 @@ class HandedKeys:
             raise NotFound("handover of image", image_id)
 
     def forget(self, image_id: str) -> None:
-        """Remove the handover, and drop the key; no error where there is none."""
+        """Remove the handover, and drop the keys; no error where there is none."""
         with self._lock:
-            key = self._building.pop(image_id, None)
-        if key is not None:
-            key.close()
+            keys = self._building.pop(image_id, {})
+        _wipe(keys)
         for path in (self._path(image_id, PENDING), self._path(image_id)):
             path.unlink(missing_ok=True)
         fsync_directory(self._directory)
@@ -260,6 +274,11 @@ class OwnersKeys:
     async def explain(self, *, image_id: str | None, domain: str | None, row: int | None, job: Job) -> str:  # noqa: ARG002
         """At the owner's."""
         _owner("why a guest was refused", "jindiskctl broker audit list")
+
+
+def _wipe(keys: Mapping[str, Secret]) -> None:
+    for key in keys.values():
+        key.close()
 
 
 def _owner(what: str, command: str) -> NoReturn:

@@ -45,6 +45,8 @@ def adopt(text: str, spec: DomainSpec) -> str:
     _devices(root, spec)
     _security(root, spec)
     check.refuse(root, simulated=spec.binding.platform.simulated)
+    if wrong := tuple(check.volume_faults(root, spec.volumes)):
+        raise DomainRefused(wrong)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode") + "\n"
 
@@ -163,6 +165,7 @@ def _devices(root: ET.Element, spec: DomainSpec) -> None:
         serial = ET.SubElement(devices, "serial", type="pty")
     if serial.find("log") is None:
         ET.SubElement(serial, "log", file=str(spec.console_log), append="on")
+    _volumes(devices, spec)
     _vsock(root, devices, spec)
     if spec.security is None:
         return
@@ -179,6 +182,22 @@ def _devices(root: ET.Element, spec: DomainSpec) -> None:
             if driver is None:
                 driver = ET.SubElement(device, "driver")
             driver.set("iommu", "on")
+
+
+def _volumes(devices: ET.Element, spec: DomainSpec) -> None:
+    """The disks of the image's data volumes: those that say to be one of them are made anew, others stay."""
+    ours = {volume.serial: str(volume.path) for volume in spec.volumes}
+    for other in devices.findall("disk"):
+        source = other.find("source")
+        path = "" if source is None else source.get("file", "")
+        if (other.findtext("serial") or "").strip() in ours or path in ours.values():
+            devices.remove(other)
+    taken = {target.get("dev") for target in devices.iterfind("disk/target")}
+    free = (target for target in xml.TARGETS if target not in taken)
+    for volume, target in zip(spec.volumes, free, strict=False):
+        # Behind the other disks: the image's own stays the first that its guests see.
+        at = max(number for number, device in enumerate(devices) if device.tag == "disk")
+        devices.insert(at + 1, xml.disk(volume.path, target, {}, volume.serial))
 
 
 def _vsock(root: ET.Element, devices: ET.Element, spec: DomainSpec) -> None:

@@ -11,10 +11,11 @@ import base64
 import binascii
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jindiskd.domain import security
+from jindiskd.domain import security, xml
+from jindiskd.domain.spec import DataDisk
 from jindiskd.errors import EXIT_INTEGRITY, JindiskError
 
 SNP_POLICY_MUST = 1 << 17
@@ -44,6 +45,27 @@ class DomainRefused(JindiskError, code="DomainRefused", exit_code=EXIT_INTEGRITY
         """All that was found."""
         super().__init__("the domain's definition is refused: " + "; ".join(map(str, faults)))
         self.faults = faults
+
+
+def volume_faults(root: ET.Element, volumes: Sequence[DataDisk]) -> Iterator[Fault]:
+    """What is wrong with the disks of the data volumes of a domain's image: each is there once, as it should be."""
+    for volume in volumes:
+        disks = xml.with_serial(root, volume.serial)
+        if len(disks) != 1:
+            problem = f"with <serial>{volume.serial}</serial> stands there {len(disks)} times instead of once"
+            yield Fault(element="disk", problem=f"{problem}, for {volume.path}")
+            continue
+        source, driver, target = (disks[0].find(tag) for tag in ("source", "driver", "target"))
+        path = "" if source is None else source.get("file", "")
+        if path != str(volume.path):
+            problem = f"of the disk with serial number {volume.serial!r} is {path!r} instead of {str(volume.path)!r}"
+            yield Fault(element="source@file", problem=problem)
+        if driver is not None and driver.get("type", "raw") != "raw":
+            problem = f"of the disk with serial number {volume.serial!r} is {driver.get('type')!r} and must be 'raw'"
+            yield Fault(element="driver@type", problem=problem)
+        if target is None or target.get("bus") != "virtio" or disks[0].get("device", "disk") != "disk":
+            problem = f"of the disk with serial number {volume.serial!r} must be 'virtio', where the guest looks for it"
+            yield Fault(element="target@bus", problem=problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ are unchanged, so that an answer takes milliseconds once a domain has been judge
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 import xml.etree.ElementTree as ET
@@ -18,6 +19,7 @@ from jindiskd.base.platform import Platform, Tee
 from jindiskd.domain import capabilities, check, xml
 from jindiskd.domain.binding import Binding
 from jindiskd.domain.capabilities import Host
+from jindiskd.domain.spec import data_disks
 from jindiskd.domain.xml import MalformedDomain
 from jindiskd.errors import EXIT_REFUSED, JindiskError, NotFound, NotSupported
 from jindiskd.image.manifest import BootFile, Manifest
@@ -60,11 +62,12 @@ class Judge:
         """
         again = f"run 'jindiskctl domain adopt {name} {binding.image}'"
         try:
-            manifest = self._images.get(binding.image).manifest
+            stored = self._images.get(binding.image)
         except NotFound:
             return f"its image {binding.image!r} is not in the store"
         except JindiskError as exc:
             return f"its image {binding.image!r} cannot be used ({exc})"
+        manifest = stored.manifest
         if manifest.image_id != binding.image_id:
             return f"image {binding.image!r} has been built anew since the domain was adopted: {again}"
         try:
@@ -79,7 +82,11 @@ class Judge:
         unchecked = "" if measured else enforcement_problem(manifest.shape.firmware_sha256)
         if unchecked:
             return f"its firmware {unchecked}: build image {binding.image!r} again with one that does"
-        faults = [str(fault) for fault in check.faults(root, simulated=manifest.platform.simulated)]
+        found = itertools.chain(
+            check.faults(root, simulated=manifest.platform.simulated),
+            check.volume_faults(root, data_disks(manifest, stored.path)),
+        )
+        faults = [str(fault) for fault in found]
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             return f"its {faults[0]}{more}: {again}"

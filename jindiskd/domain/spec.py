@@ -8,6 +8,7 @@ from pathlib import Path
 from jindiskd.base.platform import Tee
 from jindiskd.domain.binding import Binding
 from jindiskd.domain.security import Security, default_security, with_host_data
+from jindiskd.guest.config import serial_of
 from jindiskd.image.manifest import Manifest
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
@@ -26,6 +27,15 @@ class BootInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataDisk:
+    """The disk of a data volume."""
+
+    serial: str
+    """What the guest finds it by; the host's word, which proves nothing."""
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DomainSpec:
     """A domain to be defined."""
 
@@ -40,6 +50,7 @@ class DomainSpec:
     """The vhost-user socket; None where the host's kernel has vhost-vsock."""
     emulator: str = EMULATOR
     security: Security | None = None
+    volumes: tuple[DataDisk, ...] = ()
 
     @property
     def virt_type(self) -> str:
@@ -55,6 +66,13 @@ class DomainSpec:
     def named_cpu(self) -> bool:
         """Whether the processor model is measured, so that it must be named; TDX measures what the hardware is."""
         return self.binding.platform.tee is not Tee.TDX
+
+
+def data_disks(manifest: Manifest, directory: Path) -> tuple[DataDisk, ...]:
+    """The disks of an image's data volumes, `directory` being the image's."""
+    return tuple(
+        DataDisk(serial=serial_of(volume.name), path=directory / volume.file) for volume in manifest.volumes
+    )
 
 
 def from_manifest(
@@ -91,5 +109,6 @@ def from_manifest(
         console_log=console_log,
         vsock_socket=vsock,
         emulator=emulator,
+        volumes=data_disks(manifest, directory),
         security=with_host_data(default_security(manifest.platform), host_data, manifest.platform),
     )

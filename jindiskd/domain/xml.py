@@ -6,6 +6,7 @@ Element by element: libvirt's formatdomain page. Magic values say where they com
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 from pathlib import Path
 
 from jindiskd.base.platform import Platform
@@ -13,8 +14,11 @@ from jindiskd.domain.binding import Binding
 from jindiskd.domain.security import Tdx, element
 from jindiskd.domain.spec import BootInputs, DomainSpec
 from jindiskd.errors import EXIT_INTEGRITY, JindiskError
+from jindiskd.guest.config import SERIAL_PREFIX
 
 METADATA_URI = "https://jindisk.org/xmlns/libvirt/domain/1"
+TARGETS = tuple(f"vd{letter}" for letter in "bcdefghijklmnopqrstuvwxyz")
+"""For the disks of data volumes; the guest finds them by their serial numbers."""
 QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
 MAX_XML_BYTES = 1 << 20
 ET.register_namespace("jd", METADATA_URI)
@@ -114,10 +118,9 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     # it for confidential guests in any case; written so that the XML shows it.
     shared = {} if spec.security is None else {"iommu": "on"}
     _text(devices, "emulator", spec.emulator)
-    disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    ET.SubElement(disk, "driver", {"name": "qemu", "type": "raw", "discard": "unmap", **shared})
-    ET.SubElement(disk, "source", file=str(spec.disk))
-    ET.SubElement(disk, "target", dev="vda", bus="virtio")
+    devices.append(disk(spec.disk, "vda", shared))
+    for volume, target in zip(spec.volumes, TARGETS, strict=False):
+        devices.append(disk(volume.path, target, shared, volume.serial))
     ET.SubElement(devices, "controller", type="usb", model="none")
     serial = ET.SubElement(devices, "serial", type="pty")
     ET.SubElement(serial, "log", file=str(spec.console_log), append="on")
@@ -132,6 +135,22 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     _text(rng, "backend", "/dev/urandom", model="random")
     if shared:
         ET.SubElement(rng, "driver", shared)
+
+
+def disk(path: Path, target: str, driver: Mapping[str, str], serial: str = "") -> ET.Element:
+    """A virtio disk on a raw file; `driver` are further attributes of its driver."""
+    made = ET.Element("disk", type="file", device="disk")
+    ET.SubElement(made, "driver", {"name": "qemu", "type": "raw", "discard": "unmap", **driver})
+    ET.SubElement(made, "source", file=str(path))
+    ET.SubElement(made, "target", dev=target, bus="virtio")
+    if serial:
+        _text(made, "serial", serial)
+    return made
+
+
+def with_serial(root: ET.Element, serial: str) -> list[ET.Element]:
+    """The disks of a domain that have a serial number."""
+    return [disk for disk in root.iterfind("devices/disk") if (disk.findtext("serial") or "").strip() == serial]
 
 
 def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
@@ -218,6 +237,8 @@ def differences(wanted: ET.Element, got: ET.Element) -> tuple[str, ...]:
         a, b = wanted.find(tag), got.find(tag)
         if (a is None) != (b is None) or (a is not None and b is not None and _signature(a) - _signature(b)):
             found.append(f"<{tag.rpartition('/')[2]}>")
+    if _sources(wanted) != _sources(got):
+        found.append("<disk>")
     a, b = wanted.find("launchSecurity"), got.find("launchSecurity")
     if (a is None) != (b is None):
         found.append("<launchSecurity>")
@@ -230,6 +251,16 @@ def differences(wanted: ET.Element, got: ET.Element) -> tuple[str, ...]:
         if missing:
             found.append("<launchSecurity>")
     return tuple(found)
+
+
+def _sources(root: ET.Element) -> list[tuple[str, str]]:
+    """Serial number and file of each disk that has a serial number of ours."""
+    found = []
+    for disk in root.iterfind("devices/disk"):
+        serial, source = (disk.findtext("serial") or "").strip(), disk.find("source")
+        if serial.startswith(SERIAL_PREFIX):
+            found.append((serial, "" if source is None else source.get("file", "")))
+    return sorted(found)
 
 
 def _signature(element: ET.Element) -> set[tuple[str, str]]:

@@ -50,6 +50,8 @@ def stage(image: StoredImage, directory: Path, kernel_fd: int, initrd_fd: int) -
     system_initrd.require_agent(directory / INITRD, "the file given")
     replace_file(directory / CMDLINE, (image.path / CMDLINE).read_bytes(), 0o644)
     os.link(image.disk, directory / DISK)
+    for volume in old.volumes:
+        os.link(image.volume_disk(volume), directory / volume.file)
     new = replace(
         old, kernel=kernel, initrd=initrd, kernel_release=release_of(directory / KERNEL) or old.kernel_release
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from jindiskd.base.process import ToolFailed
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace, NotFound
 from jindiskd.guest import config as guest
-from jindiskd.image import base, disk, initrd, randomness, system_initrd, tarroot
+from jindiskd.image import base, data_volumes, disk, initrd, randomness, system_initrd, tarroot
 from jindiskd.image import kernel as kernels
 from jindiskd.image import manifest as manifests
 from jindiskd.image.amend import amend, put_file
@@ -61,7 +61,9 @@ class ClearRoot:
     kernel_release: str
 
 
-def build(task: BuildTask, base_fd: int, key: Secret, report: Report) -> Manifest:
+def build(
+    task: BuildTask, base_fd: int, key: Secret, report: Report, volume_keys: data_volumes.Keys | None = None
+) -> Manifest:
     """Build the image that `task` describes in its staging directory.
 
     Args:
@@ -69,6 +71,7 @@ def build(task: BuildTask, base_fd: int, key: Secret, report: Report) -> Manifes
         base_fd: the base: a regular file for a disk, anything readable for a tar stream.
         key: of the format's length; what the broker will release to the guest.
         report: called with progress.
+        volume_keys: of its data volumes, by name.
 
     Raises:
         BaseRefused: one of the family; the base cannot be built from.
@@ -78,7 +81,7 @@ def build(task: BuildTask, base_fd: int, key: Secret, report: Report) -> Manifes
     task.request.check()
     try:
         with space_for(Path(task.staging)), ExitStack() as stack:
-            return _Build(task, key, report, stack).run(base_fd)
+            return _Build(task, key, report, stack, volume_keys or {}).run(base_fd)
     except (ToolFailed, FileSystemNotWritten) as exc:
         said = exc.stderr if isinstance(exc, ToolFailed) else str(exc)
         if os.strerror(errno.ENOSPC) in said:
@@ -94,8 +97,12 @@ def _free_bytes(path: Path) -> int:
 class _Build:
     """One build. Its steps are methods in the order in which they run."""
 
-    def __init__(self, task: BuildTask, key: Secret, report: Report, stack: ExitStack) -> None:
+    def __init__(
+        self, task: BuildTask, key: Secret, report: Report, stack: ExitStack, volume_keys: data_volumes.Keys
+    ) -> None:
         self.task, self.request, self.key, self.report, self.stack = task, task.request, key, report, stack
+        self.volume_keys = volume_keys
+        self.volumes: Sequence[data_volumes.Prepared] = ()
         self.staging = Path(task.staging)
         self.work = self.staging / "work"
         self.identities = task.request.stream("identities")
@@ -112,6 +119,9 @@ class _Build:
         volume = self.stack.enter_context(
             prepare_volume(self.task, self.key, root.size_bytes, root.superblock.write_time)
         )
+        self.volumes = data_volumes.prepare(
+            self.task, self.volume_keys, root.superblock.write_time, self.stack
+        )
         if self.system_initrd:
             root = self.configured(root, volume)
         self.boot_files(root, volume, line)
@@ -125,6 +135,10 @@ class _Build:
             lambda fd, offset: volume.fill(
                 root.fd, fd, ranges, offset, lambda done, total: self.share("encrypt", done, total)
             ),
+        )
+        written = tuple(
+            prepared.write(self.staging, lambda done, total: self.share("encrypt", done, total))
+            for prepared in self.volumes
         )
         self.report(Progress(stage="finish", fraction=None))
         shutil.rmtree(self.work)
@@ -157,6 +171,7 @@ class _Build:
             initrd_kind=self.request.initrd.value,
             seeded=self.request.seed is not None,
             changes=root.changes,
+            volumes=written,
         )
         replace_file(self.staging / manifests.FILE, document.dump(manifest))
         return manifest
@@ -273,6 +288,7 @@ class _Build:
             ),
             modules=(),
             report_source=self.request.report_source,
+            volumes=tuple(one.config for one in self.volumes) if volume else data_volumes.placeholders(self.task),
             secret=secret,
         )
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from jindiskd.base.platform import Platform
 
 FILE = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+READABLE = frozenset({1, SCHEMA})
+"""1 is of before there were data volumes, and is 2 without any."""
+
+
+def volume_file(name: str) -> str:
+    """The file of a data volume's disk in the image's directory."""
+    return f"volume-{name}.img"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +31,7 @@ class Partition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
-    """The encrypted root volume."""
+    """An encrypted volume."""
 
     format: str
     """`luks2`, `jindisk` (version 2) or `jindisk1`."""
@@ -34,6 +41,28 @@ class Volume:
     header_sha256: bytes = b""
     anchor: bytes = b""
     """JinDisk 2: the anchor after the build, 73 bytes, JinDisk 2 format section 13.1; else empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataVolume:
+    """A further volume, on a disk of its own, which begins with it."""
+
+    name: str
+    """Names the disk's file, its serial number, and its links in the guest."""
+    resource: str
+    """The key's resource path `default/<image_id>/<name>`."""
+    volume: Volume
+    size_bytes: int
+    """Of what is inside: what the guest sees."""
+    disk_size_bytes: int
+    """Of the disk's file."""
+    mount: str = ""
+    """Where its file system is mounted in the guest; empty where it is made without one."""
+
+    @property
+    def file(self) -> str:
+        """The disk's file in the image's directory, raw."""
+        return volume_file(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +107,7 @@ class Manifest:
     disk_size_bytes: int
     partitions: tuple[Partition, ...]
     volume: Volume
+    """The root."""
     kernel: BootFile
     initrd: BootFile
     cmdline: BootFile
@@ -94,3 +124,11 @@ class Manifest:
     """What the builder altered inside the root file system, in words."""
     clone_of: str = ""
     """Identity of the image that it was cloned from, else empty."""
+    volumes: tuple[DataVolume, ...] = ()
+    """What its guests have besides the root."""
+
+    @property
+    def anchored(self) -> tuple[tuple[str, Volume], ...]:
+        """Its JinDisk 2 volumes, whose states the broker remembers, each with its key's resource path."""
+        found = ((self.resource, self.volume), *((volume.resource, volume.volume) for volume in self.volumes))
+        return tuple((resource, volume) for resource, volume in found if volume.anchor)

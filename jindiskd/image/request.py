@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from jindiskd.base.platform import Platform
 from jindiskd.errors import InvalidArgument, NotSupported
+from jindiskd.guest.config import MAX_VOLUMES
 from jindiskd.image import randomness
 from jindiskd.image.manifest import Manifest
 from jindiskd.jindisk.v1.keys import ROOT_BYTES
@@ -19,6 +21,18 @@ MIN_ROOT_BYTES = 8 << 20
 MAX_ROOT_BYTES = 16 << 40
 GRANULE_BYTES = 4096
 MAX_SEED_BYTES = 1024
+VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,15}")
+"""Of a data volume. Its disk's serial number has it, for which virtio has room for 20 characters."""
+ROOT = "root"
+"""The name of the root among an image's volumes."""
+MIN_VOLUME_BYTES = 16 << 20
+MAX_MOUNT_CHARACTERS = 255
+MOUNT_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SYSTEMS_OWN = frozenset({"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys",
+                         "usr", "var"})  # fmt: skip
+"""Directories in / that the system does not start without: no empty file system goes over them."""
+KERNELS_OWN = frozenset({"dev", "proc", "run", "sys"})
+"""Below these nothing of a disk belongs."""
 
 
 class BaseKind(enum.StrEnum):
@@ -55,6 +69,41 @@ class InitrdKind(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeRequest:
+    """A data volume to be made. `check` refuses what cannot be."""
+
+    name: str
+    size_bytes: int
+    """Of what the guest sees."""
+    format: VolumeFormat = VolumeFormat.JINDISK
+    mount: str = ""
+    """Where the guest mounts the file system (ext4) that is made on it; empty for a volume without one."""
+
+    def check(self) -> None:
+        """Raises `InvalidArgument`: a value is out of its range."""
+        if not VOLUME_NAME.fullmatch(self.name) or self.name == ROOT:
+            text = f"it has 1 to 16 of a-z, 0-9 and '-', begins with a letter or digit, and is not {ROOT!r}"
+            raise InvalidArgument("name of the volume", self.name, text)
+        if self.format is VolumeFormat.JINDISK1:
+            raise InvalidArgument("format of the volume", self.format, "choose jindisk or luks2")
+        if not MIN_VOLUME_BYTES <= self.size_bytes <= MAX_ROOT_BYTES or self.size_bytes % GRANULE_BYTES:
+            text = f"it is a multiple of {GRANULE_BYTES} between {MIN_VOLUME_BYTES} and {MAX_ROOT_BYTES} bytes"
+            raise InvalidArgument(f"size of volume {self.name!r}", self.size_bytes, text)
+        if self.mount:
+            self._check_mount()
+
+    def _check_mount(self) -> None:
+        parts = PurePosixPath(self.mount).parts[1:]
+        plain = all(MOUNT_PART.fullmatch(part) for part in parts) and self.mount == "/" + "/".join(parts)
+        if not parts or not plain or len(self.mount) > MAX_MOUNT_CHARACTERS:
+            text = "it is an absolute path of letters, digits, '.', '_' and '-', such as /srv/data"
+            raise InvalidArgument(f"mount point of volume {self.name!r}", self.mount, text)
+        if parts[0] in KERNELS_OWN or (len(parts) == 1 and parts[0] in SYSTEMS_OWN):
+            text = "the system's own files are there: choose another place, such as /srv/data"
+            raise InvalidArgument(f"mount point of volume {self.name!r}", self.mount, text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
     """A build, without the base itself. `check` refuses what cannot be built."""
 
@@ -84,6 +133,8 @@ class BuildRequest:
     initrd: InitrdKind = InitrdKind.OWN
     vouch_firmware: bool = False
     """The owner knows that a firmware of an unknown build checks the kernel against the measured hashes."""
+    volumes: tuple[VolumeRequest, ...] = ()
+    """What its guests have besides the root, each on a disk of its own."""
 
     def stream(self, purpose: str) -> randomness.Rng:
         """Randomness for one purpose of this build; with a seed it follows from that, the image's name and the purpose.
@@ -120,10 +171,34 @@ class BuildRequest:
                 raise NotSupported(what, f"{reason}; choose format {VolumeFormat.JINDISK}, or {text}")
             if self.key_program or self.report_source:
                 raise NotSupported("a key program or a report source of one's own in the system's initrd", text)
+        self._check_volumes()
         if self.report_source and not SOURCE.fullmatch(self.report_source):
             raise InvalidArgument("report source", self.report_source, "it is module:attribute")
         if not self.firmware.startswith("/"):
             raise InvalidArgument("firmware", self.firmware, "an absolute path is needed")
+
+
+    def _check_volumes(self) -> None:
+        if not self.volumes:
+            return
+        for volume in self.volumes:
+            volume.check()
+        if len(self.volumes) > MAX_VOLUMES:
+            text = f"an image has {MAX_VOLUMES} at most besides its root"
+            raise InvalidArgument("number of volumes", len(self.volumes), text)
+        for what, given in (("name", "name"), ("mount point", "mount")):
+            values = [value for volume in self.volumes if (value := getattr(volume, given))]
+            for value in values:
+                if values.count(value) > 1:
+                    raise InvalidArgument(f"{what} of a volume", value, "two volumes have it; give each its own")
+        what = "data volumes beside the root of an image"
+        if self.platform.measured_before:
+            text = "such guests are given one key before they run: put the data on the root, or choose another platform"
+            raise NotSupported(f"{what} for {self.platform}", text)
+        if self.initrd is InitrdKind.SYSTEM:
+            raise NotSupported(f"{what} that its system's initrd opens", f"build with initrd {InitrdKind.OWN}")
+        if self.key_program:
+            raise NotSupported(f"{what} whose key a program gives", "have the broker give the keys")
 
 
 def clone_request(manifest: Manifest, name: str) -> BuildRequest:
@@ -137,6 +212,15 @@ def clone_request(manifest: Manifest, name: str) -> BuildRequest:
         vcpus=manifest.shape.vcpus,
         cpu_model=manifest.shape.cpu_model,
         guest_features=manifest.shape.guest_features,
+        volumes=tuple(
+            VolumeRequest(
+                name=volume.name,
+                size_bytes=volume.size_bytes,
+                format=VolumeFormat(volume.volume.format),
+                mount=volume.mount,
+            )
+            for volume in manifest.volumes
+        ),
     )
     request.check()
     return request
@@ -221,6 +305,6 @@ class Progress:
     total_bytes: int = 0
 
 
-def resource_of(image_id: str) -> str:
-    """The key's resource path at the broker."""
-    return f"default/{image_id}/root"
+def resource_of(image_id: str, volume: str = ROOT) -> str:
+    """The resource path of a volume's key at the broker."""
+    return f"default/{image_id}/{volume}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
@@ -19,9 +19,10 @@ import structlog
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.errors import AlreadyExists, JindiskError
+from jindiskd.errors import AlreadyExists, JindiskError, NotSupported
 from jindiskd.image import boot_update, randomness
-from jindiskd.image.manifest import Manifest, Volume
+from jindiskd.image.data_volumes import joined
+from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import BuildRequest, BuildTask, CloneTask, ExportTask, ImportTask, Progress, clone_request
 from jindiskd.image.running import run_worker
 from jindiskd.image.store import ImageStore, Staging, StoredImage
@@ -34,8 +35,20 @@ T = TypeVar("T")
 class KeyPort(Protocol):
     """What is needed of the key store; calls block, and are made in a thread."""
 
-    def add_pending(self, image_id: str, name: str, platform: Platform, key: Secret, rules: str = "") -> None:
-        """Store the key of an image that is being made. `rules` of its release, as the key store keeps them."""
+    def add_pending(
+        self,
+        image_id: str,
+        name: str,
+        platform: Platform,
+        key: Secret,
+        rules: str = "",
+        *,
+        volume_keys: Mapping[str, Secret] | None = None,
+    ) -> None:
+        """Store the keys of an image that is being made: its root's, and those of its data volumes by their names.
+
+        `rules` of their release, as the key store keeps them.
+        """
 
     def for_clone(self, image_id: str, by: str) -> Opened:
         """The keys of an image that is being cloned, and the last states of its volumes; written down who took them."""
@@ -43,9 +56,9 @@ class KeyPort(Protocol):
     def prepare(self, manifest: Manifest) -> None:
         """The image is finished, and becomes visible next: do what needs the key and its manifest; pending still."""
 
-    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: Volume) -> None:
-        """The image is there: its key may be released to guests with these launch digests, and what its builder says
-        of the volume is remembered in the same step. Repeating it is no error."""
+    def activate(self, manifest: Manifest) -> None:
+        """The image is there: its keys may be released to guests with its launch digest, and what its builder says
+        of its volumes is remembered in the same step. Repeating it is no error."""
 
     def forget(self, image_id: str) -> None:
         """Delete the key for good; no error if it is not there."""
@@ -248,6 +261,9 @@ class ImageService:
     ) -> Manifest:
         image_id = randomness.new_uuid(randomness.system)
         manifest = source.manifest
+        if manifest.volumes:
+            text = "build a second one from the base, or give each domain of the system an image of its own"
+            raise NotSupported(f"cloning image {manifest.name!r}, which has data volumes,", text)
         stored: list[str] = []
         taken = await _finished(lambda: self._keys.for_clone(manifest.image_id, by))
         staging = await asyncio.to_thread(self._store.stage)
@@ -293,12 +309,16 @@ class ImageService:
         stored: list[str] = []
 
         def store_key() -> None:
-            self._keys.add_pending(image_id, request.name, request.platform, key)
+            self._keys.add_pending(image_id, request.name, request.platform, key, volume_keys=volume_keys)
             stored.append(image_id)
 
         staging = await asyncio.to_thread(self._store.stage)
         try:
-            with Secret(bytearray(request.stream("root key")(request.format.key_bytes))) as key:
+            with (
+                Secret(bytearray(request.stream("root key")(request.format.key_bytes))) as key,
+                _volume_keys(request) as volume_keys,
+                joined(volume_keys, [volume.name for volume in request.volumes]) as all_volume_keys,
+            ):
                 await _finished(store_key)
                 task = BuildTask(
                     request=request,
@@ -308,7 +328,8 @@ class ImageService:
                     staging=os.fspath(staging.path),
                     workers=self._workers,
                 )
-                await run_worker(task, {"key": key}, {"base": base_fd}, progress)
+                given = {"key": key, **({"volume-keys": all_volume_keys} if request.volumes else {})}
+                await run_worker(task, given, {"base": base_fd}, progress)
             manifest = await _finished(lambda: self._finish(staging, request.name))
         except BaseException:
             if stored:
@@ -327,8 +348,7 @@ class ImageService:
         return manifest
 
     def _activate(self, manifest: Manifest) -> None:
-        digests = (manifest.launch_digest,) if manifest.launch_digest else ()
-        self._keys.activate(manifest.image_id, digests, manifest.volume)
+        self._keys.activate(manifest)
 
     def _undo(self, name: str, image_id: str) -> None:
         """Leave nothing of a build that failed or was cancelled, however far it came: the image first, then its key."""
@@ -336,6 +356,17 @@ class ImageService:
             if self._store.get(name).manifest.image_id == image_id:
                 self._store.remove(name)
         self._keys.forget(image_id)
+
+
+@contextlib.contextmanager
+def _volume_keys(request: BuildRequest) -> Iterator[Mapping[str, Secret]]:
+    """New keys for the data volumes of a request, by name; wiped at the end."""
+    with contextlib.ExitStack() as stack:
+        keys = {}
+        for volume in request.volumes:
+            drawn = bytearray(request.stream(f"key of volume {volume.name}")(volume.format.key_bytes))
+            keys[volume.name] = stack.enter_context(Secret(drawn))
+        yield keys
 
 
 async def _finished(function: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -34,7 +34,7 @@ from jindiskd.base import document
 from jindiskd.base.files import exchange, fsync_directory, rename_new
 from jindiskd.errors import EXIT_INTEGRITY, AlreadyExists, Busy, JindiskError, NotFound
 from jindiskd.image import manifest as manifests
-from jindiskd.image.manifest import Manifest
+from jindiskd.image.manifest import DataVolume, Manifest
 from jindiskd.image.request import NAME, check_name
 
 log = structlog.get_logger(__name__)
@@ -62,6 +62,10 @@ class StoredImage:
     def disk(self) -> Path:
         """The disk image, raw."""
         return self.path / DISK
+
+    def volume_disk(self, volume: DataVolume) -> Path:
+        """The disk image of a data volume, raw."""
+        return self.path / volume.file
 
 
 class Staging:
@@ -147,8 +151,9 @@ class ImageStore:
         """
         check_name(name)
         found = staging.manifest(name)
+        known = {DISK, KERNEL, INITRD, CMDLINE, manifests.FILE, *(volume.file for volume in found.volumes)}
         for entry in staging.path.iterdir():
-            if entry.name not in {DISK, KERNEL, INITRD, CMDLINE, manifests.FILE}:
+            if entry.name not in known:
                 raise ImageDamaged(name, f"there is an unexpected {entry.name}")
         staging.path.chmod(0o755)
         fsync_directory(staging.path)
@@ -232,15 +237,17 @@ def read_manifest(data: bytes, name: str) -> Manifest:
         ImageDamaged: of another schema or another image.
     """
     found = document.load(Manifest, data, document=f"manifest of image {name!r}")
-    if found.schema != manifests.SCHEMA:
+    if found.schema not in manifests.READABLE:
         raise ImageDamaged(name, f"its manifest has schema {found.schema} instead of {manifests.SCHEMA}")
+    if found.schema != manifests.SCHEMA:
+        found = replace(found, schema=manifests.SCHEMA)
     if found.name != name:
         raise ImageDamaged(name, f"its manifest is that of {found.name!r}")
     return found
 
 
 def verify(image: StoredImage) -> None:
-    """Compare the boot files with the digests in the manifest, and the disk with its length.
+    """Compare the boot files with the digests in the manifest, and the disks with their lengths.
 
     Raises:
         ImageDamaged: one differs.
@@ -251,5 +258,13 @@ def verify(image: StoredImage) -> None:
             digest = hashlib.file_digest(stream, "sha256").digest()
         if digest != entry.sha256:
             raise ImageDamaged(name, f"{entry.file} is not what was built")
-    if image.disk.stat().st_size != image.manifest.disk_size_bytes:
-        raise ImageDamaged(name, f"{DISK} has another length than was built")
+    sizes = {DISK: image.manifest.disk_size_bytes}
+    for volume in image.manifest.volumes:
+        sizes[volume.file] = volume.disk_size_bytes
+    for file, size_bytes in sizes.items():
+        try:
+            found = (image.path / file).stat().st_size
+        except FileNotFoundError as exc:
+            raise ImageDamaged(name, f"{file} is missing") from exc
+        if found != size_bytes:
+            raise ImageDamaged(name, f"{file} has another length than was built")

@@ -55,7 +55,9 @@ def parts_of(manifest: Manifest) -> tuple[Part, ...]:
     """The files of an image, in the order of a stream."""
     boot = (manifest.kernel, manifest.initrd, manifest.cmdline)
     parts = [Part(name=entry.file, size_bytes=entry.size_bytes) for entry in boot]
-    return (*parts, Part(name=DISK, size_bytes=manifest.disk_size_bytes))
+    disks = [Part(name=DISK, size_bytes=manifest.disk_size_bytes)]
+    disks += [Part(name=volume.file, size_bytes=volume.disk_size_bytes) for volume in manifest.volumes]
+    return (*parts, *disks)
 
 
 def export(task: ExportTask, target_fd: int, report: Report) -> str:

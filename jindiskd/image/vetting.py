@@ -12,8 +12,10 @@ from datetime import datetime
 
 from jindiskd.attest.measure import MAX_VCPUS
 from jindiskd.base.anchor import ANCHOR_BYTES
-from jindiskd.image.manifest import SCHEMA, BootFile, Manifest
-from jindiskd.image.request import MAX_ROOT_BYTES, NAME, BaseKind, VolumeFormat, resource_of
+from jindiskd.errors import InvalidArgument
+from jindiskd.guest.config import MAX_VOLUMES
+from jindiskd.image.manifest import READABLE, SCHEMA, BootFile, DataVolume, Manifest, Volume
+from jindiskd.image.request import MAX_ROOT_BYTES, NAME, BaseKind, VolumeFormat, VolumeRequest, resource_of
 from jindiskd.image.store import CMDLINE, INITRD, KERNEL
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -31,7 +33,7 @@ DIGEST_BYTES = (32, 48)
 
 def faults(manifest: Manifest) -> Iterator[str]:
     """What is wrong with a manifest, in words; nothing for one that can be used."""
-    if manifest.schema != SCHEMA:
+    if manifest.schema not in READABLE:
         yield f"schema is {manifest.schema} instead of {SCHEMA}"
     if not NAME.fullmatch(manifest.name):
         yield "name is none that an image can have"
@@ -44,15 +46,14 @@ def faults(manifest: Manifest) -> Iterator[str]:
     yield from _texts(manifest)
     if manifest.base_kind not in set(BaseKind):
         yield "base_kind is not known"
-    if manifest.volume.format not in set(VolumeFormat):
-        yield "volume.format is not known"
     for name, digest in (("base_sha256", manifest.base_sha256), ("broker_spki_sha256", manifest.broker_spki_sha256)):
         if len(digest) != SHA256_BYTES:
             yield f"{name} has {len(digest)} bytes instead of {SHA256_BYTES}"
     if len(manifest.launch_digest) not in DIGEST_BYTES:
         yield f"launch_digest has {len(manifest.launch_digest)} bytes"
-    yield from _volume(manifest)
+    yield from _volume("volume", manifest.volume)
     yield from _disk(manifest)
+    yield from _volumes(manifest)
     yield from _boot_file("kernel", manifest.kernel, KERNEL, MAX_BOOT_FILE_BYTES)
     yield from _boot_file("initrd", manifest.initrd, INITRD, MAX_BOOT_FILE_BYTES)
     yield from _boot_file("cmdline", manifest.cmdline, CMDLINE, MAX_CMDLINE_BYTES)
@@ -66,7 +67,6 @@ def faults(manifest: Manifest) -> Iterator[str]:
 def _texts(manifest: Manifest) -> Iterator[str]:
     texts = {
         "distribution": manifest.distribution,
-        "volume.cipher": manifest.volume.cipher,
         "shape.firmware": manifest.shape.firmware,
         **{f"changes[{number}]": text for number, text in enumerate(manifest.changes[:MAX_CHANGES])},
     }
@@ -85,14 +85,45 @@ def _texts(manifest: Manifest) -> Iterator[str]:
         yield "created is no time with its zone"
 
 
-def _volume(manifest: Manifest) -> Iterator[str]:
-    volume = manifest.volume
+def _volume(name: str, volume: Volume) -> Iterator[str]:
+    if volume.format not in set(VolumeFormat):
+        yield f"{name}.format is not known"
+    if len(volume.cipher) > TEXT_LIMIT or not volume.cipher.isprintable():
+        yield f"{name}.cipher is no printable text of {TEXT_LIMIT} characters at most"
     if volume.uuid and not UUID.fullmatch(volume.uuid):
-        yield "volume.uuid is no UUID"
+        yield f"{name}.uuid is no UUID"
     if len(volume.anchor) not in {0, ANCHOR_BYTES}:
-        yield f"volume.anchor has {len(volume.anchor)} bytes"
+        yield f"{name}.anchor has {len(volume.anchor)} bytes"
     if not 0 <= volume.header_bytes <= 1 << 30 or len(volume.header_sha256) not in {0, SHA256_BYTES}:
-        yield "volume.header_bytes or volume.header_sha256 is out of range"
+        yield f"{name}.header_bytes or {name}.header_sha256 is out of range"
+
+
+def _volumes(manifest: Manifest) -> Iterator[str]:
+    if len(manifest.volumes) > MAX_VOLUMES:
+        yield f"volumes has {len(manifest.volumes)} entries"
+    names = [volume.name for volume in manifest.volumes]
+    if len(set(names)) != len(names):
+        yield "two volumes have one name"
+    for number, volume in enumerate(manifest.volumes[:MAX_VOLUMES]):
+        yield from _data_volume(f"volumes[{number}]", volume, manifest.image_id)
+
+
+def _data_volume(what: str, volume: DataVolume, image_id: str) -> Iterator[str]:
+    try:
+        VolumeRequest(
+            name=volume.name,
+            size_bytes=volume.size_bytes,
+            format=VolumeFormat(volume.volume.format),
+            mount=volume.mount,
+        ).check()
+    except (InvalidArgument, ValueError):
+        yield f"{what} has a name, size, format or mount point that none can have"
+        return
+    if volume.resource != resource_of(image_id, volume.name):
+        yield f"{what}.resource is not that of image_id and name"
+    if not 0 < volume.disk_size_bytes <= MAX_DISK_BYTES or volume.disk_size_bytes % 512:
+        yield f"{what}.disk_size_bytes is {volume.disk_size_bytes}"
+    yield from _volume(f"{what}.volume", volume.volume)
 
 
 def _disk(manifest: Manifest) -> Iterator[str]:

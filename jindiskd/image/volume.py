@@ -1,4 +1,4 @@
-"""The encrypted root of an image, in one of the formats: what the guest shall expect of it, its room, its filling."""
+"""An encrypted volume of an image, in one of the formats: what the guest shall expect of it, its room, its filling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from uuid import UUID
 from jindiskd.base.secret import Secret
 from jindiskd.guest.config import Jindisk1Expectation, JindiskExpectation, Luks2Expectation
 from jindiskd.image import gpt, manifest, randomness
-from jindiskd.image.request import BuildTask, VolumeFormat
+from jindiskd.image.randomness import Rng
+from jindiskd.image.request import BuildTask, VolumeFormat, VolumeRequest
 from jindiskd.jindisk import geometry
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.crypto import SESSION_BYTES
@@ -50,22 +51,31 @@ class SealedVolume(Protocol):
 
 
 @contextlib.contextmanager
-def prepare_volume(task: BuildTask, key: Secret, data_bytes: int, time: int) -> Iterator[SealedVolume]:
+def prepare_volume(
+    task: BuildTask, key: Secret, data_bytes: int, time: int, *, asked: VolumeRequest | None = None
+) -> Iterator[SealedVolume]:
     """A volume of the format asked for, for `data_bytes` bytes; what it derives from the key is wiped at the end.
 
-    `time`, in Unix seconds, is what the volume says of its making.
+    Args:
+        task: whose root it is, unless `asked` is given.
+        key: of the volume.
+        data_bytes: of what goes into it.
+        time: Unix seconds, what the volume says of its making.
+        asked: one of its data volumes.
     """
-    match task.request.format:
+    form = task.request.format if asked is None else asked.format
+    rng = task.request.stream(form.value if asked is None else f"volume {asked.name}")
+    match form:
         case VolumeFormat.LUKS2:
-            volume = Luks2Volume(task, key, data_bytes)
+            volume = Luks2Volume(rng, task.workers, key, data_bytes)
             try:
                 yield volume
             finally:
                 volume.close()
         case VolumeFormat.JINDISK:
-            yield JindiskVolume(task, key, data_bytes, time)
+            yield JindiskVolume(rng, task.workers, key, data_bytes, time)
         case VolumeFormat.JINDISK1:
-            yield Jindisk1Volume(task, key, data_bytes)
+            yield Jindisk1Volume(rng, task.workers, key, data_bytes)
 
 
 def placeholder(form: VolumeFormat) -> Expectation:
@@ -84,11 +94,10 @@ class Luks2Volume:
 
     partition_type = gpt.TYPE_LUKS
 
-    def __init__(self, task: BuildTask, key: Secret, data_bytes: int) -> None:
+    def __init__(self, rng: Rng, workers: int, key: Secret, data_bytes: int) -> None:
         """Draw volume key and UUID and make the header."""
-        rng = task.request.stream("luks2")
         self._key = Secret(bytearray(rng(layout.KEY_BYTES)))
-        self._workers, self._data_bytes = task.workers, data_bytes
+        self._workers, self._data_bytes = workers, data_bytes
         uuid = randomness.new_uuid(rng)
         self._header = header.make_header(
             volume_key=self._key, passphrase=key, uuid=uuid, data_bytes=data_bytes, rng=rng
@@ -142,10 +151,10 @@ class JindiskVolume:
     cipher = "aes-256-gcm"
     partition_type = gpt.TYPE_JINDISK
 
-    def __init__(self, task: BuildTask, key: Secret, data_bytes: int, time: int) -> None:
+    def __init__(self, rng: Rng, workers: int, key: Secret, data_bytes: int, time: int) -> None:
         """Choose identity and shape; `key` stays the caller's."""
-        self._rng = task.request.stream("jindisk")
-        self._key, self._workers, self._time = key, task.workers, time
+        self._rng = rng
+        self._key, self._workers, self._time = key, workers, time
         self.expected = JindiskExpectation(version=self.version, uuid=randomness.new_uuid(self._rng))
         # A file system may be smaller than the smallest volume.
         self._logical_bytes = max(data_bytes, geometry.MIN_BLOCKS * geometry.BLOCK)
@@ -184,10 +193,10 @@ class Jindisk1Volume:
     cipher = "aes-128-gcm"
     partition_type = gpt.TYPE_JINDISK
 
-    def __init__(self, task: BuildTask, key: Secret, data_bytes: int) -> None:
+    def __init__(self, rng: Rng, workers: int, key: Secret, data_bytes: int) -> None:
         """Choose the layout; `key`, 28 bytes, stays the caller's."""
-        self._rng = task.request.stream("jindisk1")
-        self._key, self._workers = key, task.workers
+        self._rng = rng
+        self._key, self._workers = key, workers
         self._data_bytes, self._layout = data_bytes, layout_for(data_bytes)
         sealed = superblock1.seal(self._layout, key)
         self.expected = Jindisk1Expectation(superblock_sha256=hashlib.sha256(sealed).digest())

@@ -4,6 +4,8 @@
 
     --key FD --base FD            build: the new key, and the base
     --key FD --source-key FD      clone: the new key, and that of the image that is cloned
+    --volume-keys FD              build, clone: the new keys of the data volumes, one after the other
+    --source-volume-keys FD       clone: those of the image that is cloned
     --export FD                   export: where the stream goes
     --import FD                   import: where it comes from
 
@@ -18,6 +20,7 @@ nothing: what it leaves in the staging directory is the starter's to remove, who
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -33,7 +36,8 @@ from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_FAILED, Internal, JindiskError
 from jindiskd.image.builder import build
 from jindiskd.image.clone import clone
-from jindiskd.image.request import BuildTask, CloneTask, ExportTask, ImportTask, Progress
+from jindiskd.image.data_volumes import Keys, parted
+from jindiskd.image.request import KEY_BYTES, BuildRequest, BuildTask, CloneTask, ExportTask, ImportTask, Progress
 from jindiskd.image.transfer import export, import_
 
 log = structlog.get_logger(__name__)
@@ -99,6 +103,13 @@ def read_key(fd: int, key_bytes: int) -> Secret:
     return key
 
 
+def read_volume_keys(fd: int | None, request: BuildRequest) -> contextlib.AbstractContextManager[Keys]:
+    """The keys of the data volumes of a request; wiped at the end."""
+    names = [volume.name for volume in request.volumes]
+    data = read_key(fd, KEY_BYTES * len(names)) if fd is not None else Secret(b"")
+    return parted(data, names)
+
+
 def work(line: bytes, arguments: argparse.Namespace) -> str:
     """Do what was asked for; the result is the image's name, or the digest of an exported stream."""
     report = Reporter()
@@ -108,8 +119,11 @@ def work(line: bytes, arguments: argparse.Namespace) -> str:
         return import_(document.load(ImportTask, line, document="import task"), arguments.import_, report).name
     if arguments.source_key is None:
         task = document.load(BuildTask, line, document="build task")
-        with read_key(arguments.key, task.request.format.key_bytes) as key:
-            return build(task, arguments.base, key, report).name
+        with (
+            read_key(arguments.key, task.request.format.key_bytes) as key,
+            read_volume_keys(arguments.volume_keys, task.request) as volume_keys,
+        ):
+            return build(task, arguments.base, key, report, volume_keys).name
     cloning = document.load(CloneTask, line, document="clone task")
     key_bytes = cloning.build.request.format.key_bytes
     with read_key(arguments.key, key_bytes) as key, read_key(arguments.source_key, key_bytes) as source_key:
@@ -119,7 +133,7 @@ def work(line: bytes, arguments: argparse.Namespace) -> str:
 def main() -> int:
     """Do one piece of work; the exit status is the error's."""
     parser = argparse.ArgumentParser(prog="jindiskd.image.worker")
-    for option in ("--key", "--base", "--source-key", "--export"):
+    for option in ("--key", "--base", "--source-key", "--volume-keys", "--source-volume-keys", "--export"):
         parser.add_argument(option, type=int)
     parser.add_argument("--import", type=int, dest="import_")
     arguments = parser.parse_args()

@@ -139,7 +139,7 @@ class Registry:
         try:
             with self._database.write() as connection:
                 self._record(connection, image_id)
-                self._insert_key(connection, image_id, resource, key)
+                self._store.insert_key(connection, image_id, resource, key)
                 self._store.change(connection, image_id, {"image_id": image_id})
                 self._store.audit.append(connection, "key added", image_id, by, {"resource": resource})
         except sa.exc.IntegrityError as exc:
@@ -267,17 +267,6 @@ class Registry:
     def _wrapped(self, owner: str, key: Secret) -> bytes:
         return wrap.wrap(self._database.kek, key, purpose=KEY_PURPOSE, owner=owner)
 
-    def _insert_key(self, connection: sa.Connection, image_id: str, resource: str, key: Secret) -> None:
-        if connection.scalar(sa.select(images_table.c.name).where(images_table.c.resource == resource)) is not None:
-            raise AlreadyExists("key", resource)
-        row = {
-            "resource": resource,
-            "image_id": image_id,
-            "wrapped": self._wrapped(resource, key),
-            "created": self._database.now().isoformat(),
-        }
-        connection.execute(keys_table.insert().values(row))
-
     def _insert_others(self, connection: sa.Connection, opened: Opened) -> None:
         """Further keys and volumes of an image whose row is there."""
         told = opened.handover
@@ -286,7 +275,7 @@ class Registry:
             raise AlreadyExists("key", root)
         for resource, key in opened.keys.items():
             if resource != root:
-                self._insert_key(connection, told.image_id, resource, key)
+                self._store.insert_key(connection, told.image_id, resource, key)
         for volume in told.volumes:
             anchor = opened.anchors.get(volume.volume)
             self._volumes.insert(connection, volume.volume, told.image_id, anchor, volume.resource)

@@ -91,8 +91,18 @@ class Store:
         resource: str,
         key: Secret,
         rules: ReleaseRules | None = None,
+        others: Mapping[str, Secret] | None = None,
     ) -> None:
-        """Store the key of an image that is being built: pending.
+        """Store the keys of an image that is being built: pending.
+
+        Args:
+            image_id: the image.
+            name: the image's.
+            platform: what it is for.
+            resource: of its root's key.
+            key: its root's.
+            rules: of their release; the strict defaults if not given.
+            others: further keys by their resources.
 
         Raises:
             AlreadyExists: an image has that name, id or resource.
@@ -112,8 +122,22 @@ class Store:
         try:
             with self.database.write() as connection:
                 connection.execute(images_table.insert().values(row))
+                for other, further in (others or {}).items():
+                    self.insert_key(connection, image_id, other, further)
         except sa.exc.IntegrityError as exc:
             raise AlreadyExists("image", name) from exc
+
+    def insert_key(self, connection: sa.Connection, image_id: str, resource: str, key: Secret) -> None:
+        """Store a further key of an image, within a write transaction; raises `AlreadyExists`."""
+        if connection.scalar(sa.select(images_table.c.name).where(images_table.c.resource == resource)) is not None:
+            raise AlreadyExists("key", resource)
+        row = {
+            "resource": resource,
+            "image_id": image_id,
+            "wrapped": wrap.wrap(self.database.kek, key, purpose=KEY_PURPOSE, owner=resource),
+            "created": self.database.now().isoformat(),
+        }
+        connection.execute(keys_table.insert().values(row))
 
     def activate(
         self,

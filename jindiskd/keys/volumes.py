@@ -62,6 +62,16 @@ class VolumeRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltVolume:
+    """A volume as its builder closed it."""
+
+    volume: str
+    anchor: Anchor
+    resource: str | None = None
+    """Of its key; None for that of the image's root."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stale:
     """That a guest found an old copy of its disk."""
 
@@ -104,22 +114,24 @@ class Volumes:
         except sa.exc.IntegrityError as exc:
             raise AlreadyExists("volume", volume) from exc
 
-    def activate(self, image_id: str, launch_digests: Sequence[bytes], volume: str, anchor: Anchor) -> None:
-        """Activate the key of an image with a volume, which is remembered from now on; one transaction for both.
+    def activate(self, image_id: str, launch_digests: Sequence[bytes], built: Sequence[BuiltVolume]) -> None:
+        """Activate the keys of an image with its volumes, which are remembered from now on; one transaction for all.
 
         Repeating it changes nothing. Raises as `add` and `Store.activate`.
         """
-        check_volume(volume)
+        for one in built:
+            check_volume(one.volume)
         try:
             self._store.activate(
-                image_id, launch_digests, lambda connection: self._activated(connection, volume, image_id, anchor)
+                image_id, launch_digests, lambda connection: self._activated(connection, image_id, built)
             )
         except sa.exc.IntegrityError as exc:
-            raise AlreadyExists("volume", volume) from exc
+            raise AlreadyExists("volume", " or ".join(one.volume for one in built)) from exc
 
-    def _activated(self, connection: sa.Connection, volume: str, image_id: str, anchor: Anchor) -> None:
-        self.insert(connection, volume, image_id, anchor, None)
-        self._store.audit.append(connection, "volume added", image_id, detail={"volume": volume})
+    def _activated(self, connection: sa.Connection, image_id: str, built: Sequence[BuiltVolume]) -> None:
+        for one in built:
+            self.insert(connection, one.volume, image_id, one.anchor, one.resource)
+            self._store.audit.append(connection, "volume added", image_id, detail={"volume": one.volume})
 
     def insert(
         self, connection: sa.Connection, volume: str, image_id: str, anchor: Anchor | None, resource: str | None
@@ -301,10 +313,13 @@ class Volumes:
                 raise SessionRefused(state.volume, "session.not_pending", "the session is not the one released last")
             record = self._image(connection, row["image_id"])
             last = anchor.sequence if anchor else "unknown"
+            further = row["resource"].rpartition("/")[2]  # empty for the root
+            disk = f"the disk of its volume {further!r}" if further else "its disk"
+            option = f" --volume {further}" if further else ""
             text = (
-                f"its disk is not in the latest state: it holds state {state.sequence}, the last one known is {last},"
+                f"{disk} is not in the latest state: it holds state {state.sequence}, the last one known is {last},"
                 " so an old or foreign copy was attached; attach the right disk, or accept this one once by"
-                f" `jindiskctl key accept-rollback {record.name}`"
+                f" `jindiskctl key accept-rollback {record.name}{option}`"
             )
             self._update(connection, state.volume, pending=None, pending_any=False)
             finding = Finding("volume.stale", text)

@@ -13,7 +13,7 @@ from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, NotFound
 from jindiskd.kbs.freshness import VolumeGrant, VolumeState
 from jindiskd.keys.store import ReleaseRefused, Requester, Store
-from jindiskd.keys.volumes import LeaseHeld, SessionRefused, Volumes
+from jindiskd.keys.volumes import BuiltVolume, LeaseHeld, SessionRefused, Volumes
 from jindiskd.policy.rules import ReleaseRules
 
 IMAGE, VOLUME = "11111111-1111-4111-8111-111111111111", "33333333-3333-4333-8333-333333333333"
@@ -324,7 +324,7 @@ def test_rows_of_simulated_sessions_say_so(b: Bench) -> None:
     """Adopting and closing come from a guest whose report proved nothing: the rows say it as the release's does."""
     other, volume = "55555555-5555-4555-8555-555555555555", "66666666-6666-4666-8666-666666666666"
     b.store.add_image(other, "sim", Platform.SIMULATED_SNP, f"default/{other}/root", Secret(KEY))
-    b.volumes.activate(other, [bytes(48)], volume, FIRST)
+    b.volumes.activate(other, [bytes(48)], [BuiltVolume(volume=volume, anchor=FIRST)])
     session = b.volumes.release(volume, other, WHO).session
     tell = {"volume": volume, "session": session}
     b.volumes.adopt(VolumeState(**tell, sequence=FIRST.sequence, root=FIRST.root), WHO)
@@ -339,12 +339,12 @@ def test_a_key_and_its_volume_become_known_in_one_step(b: Bench) -> None:
     other = "55555555-5555-4555-8555-555555555555"
     b.store.add_image(other, "other", Platform.SNP, f"default/{other}/root", Secret(KEY))
     with pytest.raises(AlreadyExists):
-        b.volumes.activate(other, [bytes(48)], VOLUME, FIRST)
+        b.volumes.activate(other, [bytes(48)], [BuiltVolume(volume=VOLUME, anchor=FIRST)])
     assert b.store.image(other).state == "pending"
     assert b.volumes.of_image(other) == []
     fresh = "66666666-6666-4666-8666-666666666666"
     for _ in range(2):
-        b.volumes.activate(other, [bytes(48)], fresh, FIRST)
+        b.volumes.activate(other, [bytes(48)], [BuiltVolume(volume=fresh, anchor=FIRST)])
     (record,) = b.volumes.of_image(other)
     assert (record.volume, record.anchor) == (fresh, FIRST)
     assert b.store.image(other).state == "active"

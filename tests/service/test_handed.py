@@ -64,8 +64,8 @@ def prepared(folder: Path) -> HandedKeys:
 def test_the_handover_opens_for_the_owner_with_all_that_belongs_to_it(tmp_path: Path) -> None:
     """Key, digest, resource; in the file the key is not to be seen."""
     keys = prepared(tmp_path / "h")
-    keys.activate(IMAGE, [MANIFEST.launch_digest], MANIFEST.volume)
-    keys.activate(IMAGE, [MANIFEST.launch_digest], MANIFEST.volume)
+    keys.activate(MANIFEST)
+    keys.activate(MANIFEST)
     assert keys.states() == {IMAGE: "sealed"}
     opened = handover.open_(keys.export(IMAGE, None), OWNER)
     assert bytes(opened.keys[MANIFEST.resource].reveal()) == KEY
@@ -90,7 +90,7 @@ def test_after_a_crash_the_store_decides(tmp_path: Path) -> None:
     assert again.states() == {IMAGE: "pending"}
     with pytest.raises(NotFound):
         again.export(IMAGE, None)
-    again.activate(IMAGE, [], MANIFEST.volume)
+    again.activate(MANIFEST)
     assert list(again.pending()) == []
     assert again.export(IMAGE, None).name == "web"
     prepared(tmp_path / "g")
@@ -98,7 +98,7 @@ def test_after_a_crash_the_store_decides(tmp_path: Path) -> None:
     gone.forget(IMAGE)
     assert gone.states() == {}
     with pytest.raises(NotFound):
-        gone.activate(IMAGE, [], MANIFEST.volume)
+        gone.activate(MANIFEST)
 
 
 async def test_what_the_owner_decides_is_not_decided_here(tmp_path: Path) -> None:
