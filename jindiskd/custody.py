@@ -21,7 +21,7 @@ from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.ports import KeyView
 from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import ACTIVE
-from jindiskd.errors import Busy, InvalidArgument, NotSupported
+from jindiskd.errors import Busy, InvalidArgument, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import resource_of
 from jindiskd.keys import handover
@@ -158,11 +158,12 @@ class KeysBackend:
         """Allow release of its keys again."""
         await asyncio.to_thread(self._store.reinstate, image_id, Requester(peer=by))
 
-    async def accept_rollback(self, image_id: str, reason: str, by: str) -> None:
-        """Have its next start take whatever authentic state its volumes are in, once.
+    async def accept_rollback(self, image_id: str, reason: str, by: str, volume: str = "") -> None:
+        """Have its next start take whatever authentic state its volumes are in, once; or one volume, `root` or a name.
 
         Raises:
             Busy: a domain runs from it. NotSupported: it has no volume whose state is remembered.
+            NotFound: none of that name.
         """
         self._check_idle(image_id)
 
@@ -171,8 +172,13 @@ class KeysBackend:
             if not records:
                 raise NotSupported(
                     f"accepting another state for image {image_id}",
-                    "only JinDisk 2 roots have states that are remembered",
+                    "only JinDisk 2 volumes have states that are remembered",
                 )
+            if volume:
+                root = self._store.image(image_id).resource
+                records = [one for one in records if (one.resource or root).rpartition("/")[2] == volume]
+                if not records:
+                    raise NotFound("JinDisk 2 volume", volume)
             for record in records:
                 self._volumes.accept_rollback(record.volume, reason, Requester(peer=by))
 

@@ -212,7 +212,9 @@ class OwnersKeys:
         """At the owner's."""
         _owner(f"reinstating the key of image {image_id}", "jindiskctl broker key reinstate")
 
-    async def accept_rollback(self, image_id: str, reason: str, by: str) -> None:  # noqa: ARG002 (as above)
+    async def accept_rollback(
+        self, image_id: str, reason: str, by: str, volume: str = ""  # noqa: ARG002 (as above)
+    ) -> None:
         """At the owner's."""
         _owner(f"accepting another state for image {image_id}", "jindiskctl broker volume accept-rollback")
 

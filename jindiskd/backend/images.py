@@ -24,7 +24,7 @@ from jindiskd.domain.service import DomainService
 from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError, NotSupported
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of
-from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress, VolumeFormat
+from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress, VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import verify
 from jindiskd.jobs.job import Job
@@ -236,6 +236,15 @@ def _request(order: BuildOrder) -> BuildRequest:
         seed=order.seed.encode() if order.seed is not None else None,
         debug=order.debug,
         vouch_firmware=order.vouch_firmware,
+        volumes=tuple(
+            VolumeRequest(
+                name=name,
+                size_bytes=size_bytes,
+                format=VolumeFormat(_choice(VolumeFormat, "format of a volume", form or VolumeFormat.JINDISK)),
+                mount=mount,
+            )
+            for name, size_bytes, form, mount in order.volumes
+        ),
     )
 
 
@@ -254,4 +263,15 @@ def _view(manifest: Manifest, key_state: str) -> ImageView:
         distribution=manifest.distribution,
         kernel_release=manifest.kernel_release,
         vcpus=manifest.shape.vcpus,
+        volumes=[
+            {
+                "name": volume.name,
+                "format": volume.volume.format,
+                "uuid": volume.volume.uuid,
+                "mount": volume.mount,
+                "size-bytes": volume.size_bytes,
+                "file-bytes": volume.disk_size_bytes,
+            }
+            for volume in manifest.volumes
+        ],
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from jindiskd.bus.collection import Collection, Item, named
 from jindiskd.bus.contract import ROOT_PATH, path_label
 from jindiskd.bus.jobs import job_path, microseconds, start_bound
 from jindiskd.bus.keyfd import take_regular_file, take_stream
-from jindiskd.bus.objects import ObjectPath, Options
+from jindiskd.bus.objects import ObjectPath, Options, Row
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Images, ImageView
 from jindiskd.bus.server import Server
@@ -166,6 +166,11 @@ class ImageObject(Item[ImageView], spec="org.jindisk1.Image"):
     def size_bytes(self) -> int:
         """Size of its disk."""
         return self._view.size_bytes
+
+    @property
+    def volumes(self) -> Sequence[Row]:
+        """What its guests have besides the root."""
+        return self._view.volumes
 
     @property
     def launch_digest(self) -> str:

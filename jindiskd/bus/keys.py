@@ -71,9 +71,10 @@ class KeyObject(Item[KeyView], spec="org.jindisk1.Key"):
         await self._keys.reinstate(self._view.image_id, user(caller))
         await self._on_bus.refresh()
 
-    async def accept_rollback(self, caller: Caller, reason: str, options: Options) -> None:  # noqa: ARG002 (as above)
+    async def accept_rollback(self, caller: Caller, reason: str, options: Options) -> None:
         """Take whatever state its volumes are in, once."""
-        await self._keys.accept_rollback(self._view.image_id, bounded_reason(reason), user(caller))
+        volume = text(options, "volume")
+        await self._keys.accept_rollback(self._view.image_id, bounded_reason(reason), user(caller), volume)
 
     async def rotate(self, caller: Caller, handover: Descriptor, options: Options) -> None:  # noqa: ARG002 (as above)
         """Replace them by others."""

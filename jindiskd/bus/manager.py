@@ -221,7 +221,15 @@ def build_order(name: str, options: Options) -> BuildOrder:
         # An empty text is an answer here: the platform's own way, and the broker, whatever is configured.
         report_source=text(options, "report-source") if "report-source" in options else None,
         key_program=text(options, "key-program") if "key-program" in options else None,
+        volumes=volumes(options),
     )
+
+
+def volumes(options: Options) -> Sequence[tuple[str, int, str, str]]:
+    """The data volumes asked for; the dispatcher has checked the type."""
+    given = options.get("volumes", [])
+    assert isinstance(given, list)
+    return [(str(name), int(size), str(form), str(mount)) for name, size, form, mount in given]
 
 
 def launch_order(image: str, options: Options) -> LaunchOrder:

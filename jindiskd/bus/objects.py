@@ -37,6 +37,7 @@ PYTHON: Mapping[str, object] = {
     "a{sv}": Options,
     "aa{sv}": Sequence[Row],
     "a(sss)": Sequence[tuple[str, str, str]],
+    "a(stss)": Sequence[tuple[str, int, str, str]],
 }
 
 
@@ -131,7 +132,14 @@ class Object:
 
     def values(self) -> dict[str, Any]:
         """All properties, as on the bus."""
-        return {name: Variant(prop.type, getattr(self, snake(name))) for name, prop in self.contract.properties.items()}
+        return {name: self._value(name) for name in self.contract.properties}
+
+    def _value(self, name: str) -> Any:
+        """A property, as on the bus."""
+        kind, value = self.contract.properties[name].type, getattr(self, snake(name))
+        if kind == "aa{sv}":
+            value = [{key: as_variant(item) for key, item in row.items()} for row in value]
+        return Variant(kind, value)
 
     def changed(self, *names: str) -> None:
         """Tell of new values of properties (bus names); what happens in one turn of the loop is one signal."""
@@ -149,7 +157,7 @@ class Object:
             return
         known = self.contract.properties
         new = {
-            name: Variant(known[name].type, getattr(self, snake(name)))
+            name: self._value(name)
             for name in sorted(names)
             if known[name].emits == "true"
         }

@@ -31,6 +31,8 @@ class ImageView:
     distribution: str
     kernel_release: str
     vcpus: int
+    volumes: Sequence[Mapping[str, object]] = ()
+    """Its data volumes: "name", "format", "uuid", "mount", "size-bytes", "file-bytes"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ class BuildOrder:
     """Name of a plug-in; empty for the platform's own way."""
     key_program: str | None = None
     """Path on the host; empty for the broker."""
+    volumes: Sequence[tuple[str, int, str, str]] = ()
+    """Name, bytes, format (empty for JinDisk 2) and mount point (empty for none) of each data volume."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,8 +245,8 @@ class Keys(Protocol):
     async def reinstate(self, image_id: str, by: str) -> None:
         """Allow release of its keys again."""
 
-    async def accept_rollback(self, image_id: str, reason: str, by: str) -> None:
-        """Have its next start take whatever authentic state its volumes are in, once."""
+    async def accept_rollback(self, image_id: str, reason: str, by: str, volume: str) -> None:
+        """Have its next start take whatever authentic state its volumes, or the one named, are in, once."""
 
     async def rotate(self, image_id: str, handover: bytes, by: str) -> None:
         """Put what a handover holds in place of its keys."""

@@ -23,7 +23,7 @@ from jindiskd.cli.jobs import start_and_follow
 from jindiskd.cli.lazy import LazyGroup
 from jindiskd.cli.objects import MANAGER, Kind, Listing, Properties, show_one
 from jindiskd.cli.output import moment, platform, size
-from jindiskd.cli.parameters import Size
+from jindiskd.cli.parameters import Size, Volume
 from jindiskd.errors import InvalidArgument
 
 IMAGE = "org.jindisk1.Image"
@@ -80,6 +80,15 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="A program of the host that its guests ask for their key instead of the broker; for LUKS2.",
 )
 @click.option("--size", "size_", type=Size(), help="Size of its root file system, such as 20G.")
+@click.option(
+    "--volume",
+    "volumes",
+    multiple=True,
+    type=Volume(),
+    metavar="NAME:SIZE[:FORMAT][:MOUNT]",
+    help="A further encrypted disk of its guests, with a key of its own, such as data:20G:/srv/data; FORMAT is jindisk"
+    " or luks2. Without MOUNT it gets no file system, and is /dev/disk/by-jindisk/NAME. May be given several times.",
+)
 @click.option("--cmdline", help="Words to add to the kernel command line; enters the launch digest.")
 @click.option("--debug", is_flag=True, help="Permit words there that open the guest to whoever has its console.")
 @click.option("--seed", help="For tests: make the image from this public text; it then protects nothing.")
@@ -117,6 +126,8 @@ def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
             value = os.path.abspath(value)  # noqa: PTH100 (empty stays empty, and means the broker)
         if value or (value == "" and parameter in {"report_source", "key_program"}):
             options[name] = Variant(kind, os.fspath(value.absolute()) if isinstance(value, Path) else value)
+    if given["volumes"]:
+        options["volumes"] = Variant("a(stss)", [list(volume) for volume in given["volumes"]])
     return options
 
 
@@ -169,7 +180,9 @@ async def _build(
 def described(image: dict[str, Any]) -> str:
     """An image in half a sentence."""
     kind = "simulated image" if image["Simulated"] else "image"
-    return f"{kind} {image['Name']} ({image['Format']}, {size(image['SizeBytes'])}) for {platform(image)}"
+    count = len(image["Volumes"])
+    more = f", with {count} data volume{'s' if count > 1 else ''}" if count else ""
+    return f"{kind} {image['Name']} ({image['Format']}, {size(image['SizeBytes'])}{more}) for {platform(image)}"
 
 
 LISTING = Listing(
@@ -181,6 +194,7 @@ LISTING = Listing(
         "PLATFORM": platform,
         "FORMAT": itemgetter("Format"),
         "SIZE": lambda item: size(item["SizeBytes"]),
+        "VOLUMES": lambda item: " ".join(volume["name"] for volume in item["Volumes"]),
         "KEY": lambda item: item["State"] + (", seeded" if item["Seeded"] else ""),
         "DIGEST": lambda item: item["LaunchDigest"][:16],
         "CREATED": lambda item: moment(item["Created"]),
@@ -207,7 +221,7 @@ def show(app: App, name: str) -> None:
 
 
 def _fields(found: Properties) -> dict[str, str]:
-    return {
+    pairs = {
         "name": found["Name"],
         "id": found["ImageId"],
         "platform": platform(found),
@@ -221,6 +235,10 @@ def _fields(found: Properties) -> dict[str, str]:
         "kernel": found["KernelRelease"],
         "created": moment(found["Created"]),
     }
+    for volume in found["Volumes"]:
+        where = f", mounted at {volume['mount']}" if volume["mount"] else ", no file system"
+        pairs[f"volume {volume['name']}"] = f"{volume['format']}, {size(volume['size-bytes'])}{where}"
+    return pairs
 
 
 @image.command()

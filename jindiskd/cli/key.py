@@ -242,23 +242,26 @@ def _content(fd: int) -> bytes:
 @key.command(name="accept-rollback")
 @click.argument("image", shell_complete=keys)
 @click.option("--reason", default="", help="One line for the audit log.")
+@click.option("--volume", default="", metavar="NAME", help="This volume alone: root, or the name of a data volume.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common
 @pass_app
-def accept_rollback(app: App, image: str, reason: str, yes: bool) -> None:
-    """Let the next start of an IMAGE take an older state of its disk, once; for a disk restored from a backup."""
-    run(_accept_rollback(app, image, reason, yes))
+def accept_rollback(app: App, image: str, reason: str, volume: str, yes: bool) -> None:
+    """Let the next start of an IMAGE take an older state of its disks, once; for disks restored from a backup."""
+    run(_accept_rollback(app, image, reason, volume, yes))
 
 
-async def _accept_rollback(app: App, image: str, reason: str, yes: bool) -> None:
+async def _accept_rollback(app: App, image: str, reason: str, volume: str, yes: bool) -> None:
     async with connected() as client:
         path, found = await KEYS.find(client, image)
         name = found["Name"]
-        question = f"Let the next start of image {name} take whatever authentic state its disk is in?"
+        state = f"whatever authentic state its {f'volume {volume}' if volume else 'disk'} is in"
+        question = f"Let the next start of image {name} take {state}?"
         app.confirm(question, f"accepting another state of the disk of image {name}", yes=yes)
-        await client.call(path, KEY, "AcceptRollback", reason, {})
+        options = {"volume": Variant("s", volume)} if volume else {}
+        await client.call(path, KEY, "AcceptRollback", reason, options)
         item = await _described(client, path)
-    app.show({"key": item}, lambda: f"The next start of image {name} takes whatever authentic state its disk is in.")
+    app.show({"key": item}, lambda: f"The next start of image {name} takes {state}.")
 
 
 @key.group()

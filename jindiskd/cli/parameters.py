@@ -9,6 +9,29 @@ import click
 from jindiskd.cli.output import parse_size
 
 
+class Volume(click.ParamType):  # type: ignore[type-arg]  # as below
+    """A data volume, `NAME:SIZE[:FORMAT][:MOUNT]`, as the service takes it: name, bytes, format and mount point."""
+
+    name = "volume"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int, str, str]:
+        """What is left out is empty. The service says which values there may be."""
+        if isinstance(value, tuple):
+            return value
+        name, _, rest = str(value).partition(":")
+        size, _, rest = rest.partition(":")
+        form, _, mount = ("", "", rest) if rest.startswith("/") else rest.partition(":")
+        try:
+            size_bytes = parse_size(size)
+        except ValueError:
+            size_bytes = 0
+        if not name or not size_bytes:
+            self.fail(f"{value!r} is no volume: write NAME:SIZE, such as data:20G:/srv/data", param, ctx)
+        return name, size_bytes, form, mount
+
+
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
     """A size such as `20G`."""
 

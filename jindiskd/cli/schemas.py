@@ -25,7 +25,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
 BUS = {
     "s": {"type": "string"}, "o": {"type": "string"}, "b": {"type": "boolean"}, "d": {"type": "number"},
     "u": WORDS["count"], "t": WORDS["count"], "as": {"type": "array", "items": {"type": "string"}},
-    "ao": {"type": "array", "items": {"type": "string"}},
+    "ao": {"type": "array", "items": {"type": "string"}}, "aa{sv}": {"type": "array", "items": {"type": "object"}},
 }  # fmt: skip
 FINDING = {"id": "text", "text": "text", "remedy": "text"}
 VOLUME = {
