@@ -1,15 +1,33 @@
-"""JinDisk 2 roots of a Debian guest under a real libvirtd: what was flushed stays, and only the latest state boots."""
+"""JinDisk 2 volumes, a root and another, of a Debian guest under a real libvirtd: what was flushed stays, and only the
+latest state of each boots.
+"""
 
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .conftest import Host
+from .conftest import BASE, Host, cleared, started
 
 pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    """A service with a Debian image, `web`, which has a data volume."""
+    with cleared(started("volumes")) as made:
+        made.ctl("image", "build", "web", "--base", str(BASE), "--volume", "data:64M:/srv/data")
+        yield made
+
+
+def volume(host: Host, name: str) -> dict[str, Any]:
+    """What is known of a volume of the image."""
+    (found,) = (item for item in host.key("web")["volumes"] if item["resource"].endswith(f"/{name}"))
+    return dict(found)
 
 
 def virsh(*words: str) -> str:
@@ -30,28 +48,34 @@ def kinds(host: Host) -> list[str]:
 
 @pytest.fixture(scope="module")
 def old(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the disk as it was built."""
+    """A copy of the root's disk as it was built, with one of the data volume's beside it."""
     path = Path(tmp_path_factory.mktemp("old")) / "disk.img"
     copy(host.image("web") / "disk.img", path)
+    copy(host.image("web") / "volume-data.img", path.with_name("data.img"))
     return path
 
 
 def test_a_root_lives_through_resets_restarts_and_ends(host: Host, old: Path) -> None:
     """Booted, reset, its service killed, rebooted in order, shut down: each boot finds what the last one wrote."""
-    built = host.key("web")
-    assert (built["volumes"][0]["state"], built["volumes"][0]["sequence"]) == ("closed", 1)
+    for name in ("root", "data"):
+        assert (volume(host, name)["state"], volume(host, name)["sequence"]) == ("closed", 1)
     host.ctl("launch", "web")
     said = host.wait_console("web", "witness: done")
     assert "/ is /dev/nbd0" in said
     assert "witness: boots 0" in said
-    running = host.key("web")
-    assert running["volumes"][0]["state"] == "open"
-    assert kinds(host) == ["activated", "volume added", "released", "adopted"]
+    assert "witness: /srv/data is /dev/nbd1, boots 0" in said
+    assert "witness: /dev/disk/by-jindisk/data is /dev/nbd1, active" in said
+    running = {name: volume(host, name) for name in ("root", "data")}
+    assert [item["state"] for item in running.values()] == ["open", "open"]
+    start = ["released", "released", "adopted", "adopted"]
+    assert kinds(host) == ["activated", "volume added", "volume added", *start]
+    assert len({row["guest"] for row in host.rows("web") if row["kind"] == "released"}) == 1
     # A reset tells nobody: the interrupted session's latest state is the one that boots.
     virsh("reset", "web")
     said = host.wait_console("web", "witness: done", times=2)
     assert "witness: boots 1" in said
-    assert kinds(host)[4:] == ["released", "adopted"]
+    assert "witness: /srv/data is /dev/nbd1, boots 1" in said
+    assert kinds(host)[7:] == start
     # The service that the guest reports to is killed; the next one hears the end of the session from the same guest.
     assert host.daemon is not None
     host.daemon.kill()
@@ -60,27 +84,40 @@ def test_a_root_lives_through_resets_restarts_and_ends(host: Host, old: Path) ->
     virsh("reboot", "web")
     said = host.wait_console("web", "witness: done", times=3)
     assert "witness: boots 2" in said
-    assert kinds(host)[6:] == ["closed", "released", "adopted"]
+    assert "witness: /srv/data is /dev/nbd1, boots 2" in said
+    assert kinds(host)[11:] == ["closed", "closed", *start]
     host.ctl("domain", "stop", "web", check=False)  # may give up waiting on a busy machine
     host.wait_off("web")
-    ended = host.key("web")
-    assert ended["volumes"][0]["state"] == "closed"
-    assert ended["volumes"][0]["sequence"] > running["volumes"][0]["sequence"]
-    assert kinds(host)[9:] == ["closed"]
-    assert all(row["simulated"] for row in host.rows("web")[2:])
+    for name, before in running.items():
+        assert volume(host, name)["state"] == "closed"
+        assert volume(host, name)["sequence"] > before["sequence"]
+    assert kinds(host)[17:] == ["closed", "closed"]
+    assert all(row["simulated"] for row in host.rows("web")[3:])
 
 
 def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_path: Path) -> None:
     """The guest sees it and says it; the owner may take it once; what it replaced is an old copy from then on."""
     disk = host.image("web") / "disk.img"
-    if host.key("web")["volumes"][0]["sequence"] == 1:  # no test before this one
+    if volume(host, "root")["sequence"] == 1:  # no test before this one
         host.ctl("launch", "web")
         host.wait_console("web", "witness: done")
         host.ctl("domain", "stop", "web", check=False)
         host.wait_off("web")
+    data, data_now = host.image("web") / "volume-data.img", tmp_path / "data.img"
+    copy(data, data_now)
+    copy(old.with_name("data.img"), data)
+    done = host.ctl("launch", "web", check=False)
+    assert done.returncode == 7
+    for words in ("the disk of its volume 'data' is not in the latest state", "--volume data", "volume.stale"):
+        assert words in done.stderr
+    assert subprocess.run(["cmp", "-s", data, old.with_name("data.img")]).returncode == 0
+    # The root, which was opened before, is closed in order: with the right disk all is as if nothing had been.
+    host.until(lambda: volume(host, "root")["state"] == "closed", "the end of the root's session")
+    assert volume(host, "data")["state"] == "closed"
+    copy(data_now, data)
     latest = tmp_path / "latest.img"
     copy(disk, latest)
-    last = host.key("web")["volumes"][0]["sequence"]
+    last = volume(host, "root")["sequence"]
     copy(old, disk)
     done = host.ctl("launch", "web", check=False)
     assert done.returncode == 7
@@ -93,13 +130,16 @@ def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_pat
     (offset,) = (part["offset_bytes"] for part in partitions if part["name"] == "jindisk-rootfs")
     same = subprocess.run(["cmp", "-s", f"--ignore-initial={offset}", disk, old]).returncode == 0
     assert same, "a refused volume is not written to"
-    host.ctl("key", "accept-rollback", "web", "--reason", "restored", "--yes")
-    assert host.key("web")["volumes"][0]["rollback-accepted"]
+    host.ctl("key", "accept-rollback", "web", "--volume", "root", "--reason", "restored", "--yes")
+    assert volume(host, "root")["rollback-accepted"]
+    assert not volume(host, "data")["rollback-accepted"]
     host.ctl("launch", "web")
     said = host.wait_console("web", "witness: done")
     assert "witness: boots 0" in said
-    assert not host.key("web")["volumes"][0]["rollback-accepted"]
-    assert kinds(host)[-4:] == ["refused", "rollback accepted", "released", "adopted"]
+    assert "witness: /srv/data is /dev/nbd1, boots 0" not in said
+    assert not volume(host, "root")["rollback-accepted"]
+    expected = ["refused", "rollback accepted", "released", "released", "adopted", "adopted"]
+    assert kinds(host)[-6:] == expected
     busy = host.ctl("key", "accept-rollback", "web", "--yes", check=False)
     assert busy.returncode == 6
     host.ctl("domain", "stop", "web", "--force", "--yes")
@@ -109,3 +149,45 @@ def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_pat
     assert done.returncode == 7
     assert "volume.stale" in done.stderr
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.long
+def test_the_disk_of_another_image_is_refused(host: Host, tmp_path: Path) -> None:
+    """Another image's volume of the same name is none of this one's; with the right disk it starts as ever."""
+    host.ctl("image", "build", "other", "--base", str(BASE), "--volume", "data:64M:/srv/data")
+    host.ctl("key", "accept-rollback", "web", "--yes")  # whatever the tests before have left
+    disk, own = host.image("web") / "volume-data.img", tmp_path / "own.img"
+    copy(disk, own)
+    copy(host.image("other") / "volume-data.img", disk)
+    before = kinds(host)
+    done = host.ctl("launch", "web", check=False)
+    assert done.returncode == 1
+    assert "a data volume's disk is not the one that the image was built with" in done.stderr
+    assert kinds(host) == before, "no key is asked for"
+    copy(own, disk)
+    host.ctl("launch", "web")
+    assert "witness: /srv/data is /dev/nbd1" in host.wait_console("web", "witness: done")
+    host.ctl("domain", "stop", "web", check=False)
+    host.wait_off("web")
+
+
+@pytest.mark.long
+def test_luks2_and_raw_data_volumes(host: Host) -> None:
+    """Beside a LUKS2 root: one that the agent mounts, one on JinDisk 2 without a file system, over a reboot."""
+    volumes = ("--volume", "logs:64M:luks2:/srv/logs", "--volume", "raw:32M")
+    host.ctl("image", "build", "mixed", "--base", str(BASE), "--format", "luks2", *volumes)
+    host.ctl("launch", "mixed")
+    said = host.wait_console("mixed", "witness: done")
+    assert "witness: / is /dev/mapper/root" in said
+    assert "witness: /srv/logs is /dev/mapper/jindisk-logs, boots 0" in said
+    assert "witness: /dev/disk/by-jindisk/raw is /dev/nbd2, active" in said
+    virsh("reboot", "mixed")
+    said = host.wait_console("mixed", "witness: done", times=2)
+    assert "witness: boots 1" in said
+    assert "witness: /srv/logs is /dev/mapper/jindisk-logs, boots 1" in said
+    (raw,) = host.key("mixed")["volumes"]
+    assert raw["state"] == "open"
+    host.ctl("domain", "stop", "mixed", check=False)
+    host.wait_off("mixed")
+    (raw,) = host.key("mixed")["volumes"]
+    assert raw["state"] == "closed"

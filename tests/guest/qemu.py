@@ -80,6 +80,8 @@ class Machine:
     initrd: Path
     disk: Path | None = None
     more_disks: tuple[Path, ...] = ()
+    serials: tuple[tuple[str, Path], ...] = ()
+    """Further disks, each with a serial number."""
     cmdline: str = CMDLINE
     memory: str = "1G"
     cid: int = 3
@@ -126,6 +128,10 @@ class Machine:
             arguments += ["-drive", f"if=virtio,format=raw,file={self.disk}"]
         for disk in self.more_disks:
             arguments += ["-drive", f"if=virtio,format=raw,file={disk}"]
+        for number, (serial, disk) in enumerate(self.serials):
+            # As many as there are may be of one file: nobody else writes it.
+            arguments += ["-drive", f"if=none,id=serial{number},format=raw,file={disk},file.locking=off"]
+            arguments += ["-device", f"virtio-blk-pci,drive=serial{number},serial={serial}"]
         if self.vsock:
             assert device is not None
             link = self.directory / "vhost"

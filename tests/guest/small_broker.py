@@ -99,6 +99,7 @@ class Remembering:
 
     def __init__(self, broker: SmallBroker, key: Secret, anchor: Anchor, volume: str) -> None:
         self.broker, self.key, self.anchor, self.volume = broker, key, anchor, volume
+        self.resource = "default/image/root"
         self.pending: bytes | None = None
         self.told: list[str] = []
         broker.more = self.answer
@@ -111,7 +112,7 @@ class Remembering:
     def answer(self, verb: str, body: dict) -> tuple[int, bytes]:
         self.told.append(verb)
         if verb == "release":
-            assert body == {"resource": "default/image/root", "volume": self.volume}
+            assert body == {"resource": self.resource, "volume": self.volume}
             self.pending = bytes([len(self.told)]) * 32
             grant = freshness.VolumeGrant(
                 key=self.key, anchor=self.anchor, session=self.pending, lease_s=0
