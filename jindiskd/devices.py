@@ -38,7 +38,7 @@ STATES = "states"
 
 
 def image_volumes(images: ImageStore) -> list[ImageVolume]:
-    """The roots of the images in the store."""
+    """The roots and data volumes of the images in the store."""
     found = []
     for image in images.list():
         manifest = image.manifest
@@ -54,6 +54,18 @@ def image_volumes(images: ImageStore) -> list[ImageVolume]:
                 simulated=manifest.platform.simulated,
             )
         )
+        found += [
+            ImageVolume(
+                image=manifest.name,
+                image_id=manifest.image_id,
+                kind=KIND_OF_FORMAT.get(volume.volume.format, ""),
+                uuid=volume.volume.uuid.lower(),
+                header_sha256=volume.volume.header_sha256,
+                resource=volume.resource,
+                simulated=manifest.platform.simulated,
+            )
+            for volume in manifest.volumes
+        ]
     return found
 
 
@@ -65,9 +77,9 @@ class StoredVolumes:
         self._images, self._store, self._volumes = images, store, Volumes(store)
 
     def volumes(self) -> Sequence[ImageVolume]:
-        """The images' roots, and all other volumes that are remembered."""
-        roots = image_volumes(self._images)
-        by_image, known = {root.image_id: root for root in roots}, {root.uuid for root in roots}
+        """The images' own volumes, and all others that are remembered."""
+        own = image_volumes(self._images)
+        by_image, known = {volume.image_id: volume for volume in own}, {volume.uuid for volume in own}
         more = [
             ImageVolume(
                 image=by_image[record.image_id].image,
@@ -80,7 +92,7 @@ class StoredVolumes:
             for record in self._volumes.list()
             if record.volume not in known and record.image_id in by_image
         ]
-        return [*roots, *more]
+        return [*own, *more]
 
     def permit(self, volume: ImageVolume, *, read_only: bool, key: Secret | None, who: str) -> Permit:
         """The key of a volume, and the state that it must be in; the audit row is durable before this returns.

@@ -58,7 +58,9 @@ def examine(image: StoredImage, *, broker_spki_sha256: bytes, key_problem: str) 
         yield problem("image.seed", "it was built with a seed: whoever knows that knows its key", "build it without")
     if manifest.platform.simulated:
         yield note("image.platform", "its platform is simulated: what it proves is proven to nobody")
-    yield from _volume(manifest.volume.format, manifest.volume.cipher)
+    yield from _volume("its root", manifest.volume.format, manifest.volume.cipher)
+    for volume in manifest.volumes:
+        yield from _volume(f"its volume {volume.name}", volume.volume.format, volume.volume.cipher)
     for change in manifest.changes:
         yield note("image.change", f"the builder changed inside: {change}")
 
@@ -86,18 +88,18 @@ def _firmware(image: StoredImage) -> Iterator[Check]:
         yield ok("image.firmware", f"{shape.firmware} is the build this image was measured with")
 
 
-def _volume(kind: str, cipher: str) -> Iterator[Check]:
+def _volume(what: str, kind: str, cipher: str) -> Iterator[Check]:
     if kind == "luks2" and cipher == CIPHER:
         yield note(
             "image.volume",
-            f"its root is LUKS2 with {cipher}: an altered or older disk is not noticed",
+            f"{what} is LUKS2 with {cipher}: an altered or older disk is not noticed",
             "build with the format jindisk, which notices both",
         )
     elif kind == "jindisk1":
         yield problem(
             "image.volume",
-            "its root is JinDisk 1, which protects nothing against whoever holds the disk",
+            f"{what} is JinDisk 1, which protects nothing against whoever holds the disk",
             "build with the format jindisk",
         )
     else:
-        yield ok("image.volume", f"its root is {kind}")
+        yield ok("image.volume", f"{what} is {kind}")

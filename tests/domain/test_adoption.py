@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
-from jindiskd.domain import adoption, xml
+from jindiskd.domain import adoption, check, xml
 from jindiskd.domain.check import DomainRefused
 
-from .test_xml import NEWEST_SCHEMA, UUID, of_kind
+from .test_xml import NEWEST_SCHEMA, UUID, VOLUMES, of_kind
 
 KINDS = ["simulated-snp", "sev", "sev-es", "snp", "tdx"]
 
@@ -115,3 +115,54 @@ def test_two_vsock_devices_never(made: str) -> None:
     values = [arg.get("value") for arg in found.iter(f"{{{xml.QEMU_URI}}}arg")]
     assert values[:2] == ["-name", "guest=x"]
     assert len(values) == 6
+
+
+def test_the_disks_of_data_volumes_are_added(made: str) -> None:
+    """Behind the owner's own disks, each with its serial number; one that says to be such a disk is replaced."""
+    stray = """<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/stray.qcow2'/>
+      <target dev='vdb' bus='virtio'/></disk>"""
+    false = """<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/false.img'/>
+      <target dev='vdc' bus='virtio'/><serial>jd-data</serial></disk>"""
+    text = made.replace("<controller", f"{stray}{false}<controller", 1)
+    spec = of_kind("snp", name="web", volumes=VOLUMES)
+    adopted = adoption.adopt(text, spec)
+    disks = xml.parse(adopted).findall("devices/disk")
+    found = [(disk.findtext("serial"), disk.find("source").get("file")) for disk in disks]  # type: ignore[union-attr]  # ours have one
+    assert found[0] == (None, str(spec.disk))
+    assert set(found[1:]) == {(None, "/stray.qcow2"), *((disk.serial, str(disk.path)) for disk in VOLUMES)}
+    assert len({disk.find("target").get("dev") for disk in disks}) == 4  # type: ignore[union-attr]  # as above
+    assert all(disk.find("driver").get("iommu") == "on" for disk in disks)  # type: ignore[union-attr]  # as above
+    assert sorted(adoption.adopt(adopted, spec).split()) == sorted(adopted.split())
+    if NEWEST_SCHEMA.exists():
+        etree.RelaxNG(etree.parse(NEWEST_SCHEMA)).assertValid(etree.fromstring(adopted))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "element"),
+    [
+        ("<serial>jd-data</serial>", "", "disk"),
+        ("<serial>jd-data</serial>", "<serial>jd-logs</serial>", "disk"),
+        ("volume-data.img", "volume-logs.img", "source@file"),
+        ("volume-data.img", "disk.img", "source@file"),
+    ],
+)
+def test_a_domain_without_its_data_disks_is_not_started(old: str, new: str, element: str) -> None:
+    """A disk that is missing, doubled, or another's is found before the machine is started."""
+    text = xml.write(of_kind("snp", volumes=VOLUMES))
+    assert list(check.volume_faults(xml.parse(text), VOLUMES)) == []
+    changed = xml.parse(text.replace(old, new))
+    found = list(check.volume_faults(changed, VOLUMES))
+    assert found
+    assert found[0].element == element
+    assert "<disk>" in xml.differences(xml.parse(text), changed)
+
+
+def test_a_data_disk_the_guest_cannot_find_is_refused() -> None:
+    """It looks for virtio disks alone, and the file is raw."""
+    root = xml.parse(xml.write(of_kind("snp", volumes=VOLUMES)))
+    (disk,) = xml.with_serial(root, "jd-data")
+    for tag, attribute, value in (("target", "bus", "scsi"), ("driver", "type", "qcow2")):
+        element = disk.find(tag)
+        assert element is not None
+        element.set(attribute, value)
+    assert {fault.element for fault in check.volume_faults(root, VOLUMES)} == {"target@bus", "driver@type"}

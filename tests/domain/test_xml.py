@@ -17,7 +17,7 @@ from jindiskd.base.platform import Platform
 from jindiskd.domain import check, xml
 from jindiskd.domain.binding import Binding
 from jindiskd.domain.security import Sev, Snp, Tdx, default_security, element, host_data_of, with_host_data
-from jindiskd.domain.spec import BootInputs, DomainSpec, from_manifest
+from jindiskd.domain.spec import BootInputs, DataDisk, DomainSpec, from_manifest
 from jindiskd.domain.state import ACTIVE, NEXT, DomainState
 from jindiskd.errors import InvalidArgument, NotSupported
 
@@ -77,7 +77,13 @@ def of_kind(kind: str, **changes: Any) -> DomainSpec:
     )
 
 
+VOLUMES = tuple(
+    DataDisk(serial=f"jd-{name}", path=Path(f"/var/lib/jindiskd/images/web/volume-{name}.img"))
+    for name in ("data", "logs")
+)
 FULL = {
+    "simulated-snp-volumes": of_kind("simulated-snp", volumes=VOLUMES),
+    "snp-volumes": of_kind("snp", volumes=VOLUMES),
     "simulated-snp-kernel-vsock": of_kind("simulated-snp", vsock_socket=None),
     "sev-session": of_kind("sev", security=Sev(dh_cert=bytes(2084), session=bytes(128))),
     "snp-kernel-vsock": of_kind("snp", vsock_socket=None),
