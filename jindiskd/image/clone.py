@@ -14,7 +14,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,12 +24,13 @@ from jindiskd.base.secret import Secret
 from jindiskd.errors import NotSupported
 from jindiskd.guest import config as guest
 from jindiskd.guest.config import GuestConfig
-from jindiskd.image import disk
+from jindiskd.image import data_volumes, disk
 from jindiskd.image import manifest as manifests
 from jindiskd.image.cpio import Archive, MalformedArchive
+from jindiskd.image.data_volumes import Keys
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of, launch_digest
-from jindiskd.image.reading import read_root
+from jindiskd.image.reading import read_data, read_root
 from jindiskd.image.request import BuildTask, CloneTask, Progress, resource_of
 from jindiskd.image.sparse import block_ranges, unlinked_file
 from jindiskd.image.store import CMDLINE, INITRD, KERNEL, ImageDamaged, StoredImage, read_manifest, verify
@@ -38,13 +39,23 @@ from jindiskd.image.volume import Expectation, prepare_volume
 Report = Callable[[Progress], None]
 
 
-def clone(task: CloneTask, source_key: Secret, key: Secret, report: Report) -> Manifest:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CloneKeys:
+    """What a clone is made with: the keys of the source, and new ones."""
+
+    source: Secret
+    new: Secret
+    """Which the broker will release to the clone's guests."""
+    source_volumes: Keys
+    new_volumes: Keys
+
+
+def clone(task: CloneTask, keys: CloneKeys, report: Report) -> Manifest:
     """Clone the image that `task` names into its staging directory.
 
     Args:
         task: what the service decided.
-        source_key: of the source.
-        key: of the clone, which the broker will release to its guests.
+        keys: of the source and of the clone.
         report: called with progress.
 
     Raises:
@@ -53,7 +64,7 @@ def clone(task: CloneTask, source_key: Secret, key: Secret, report: Report) -> M
         NoSpace: the file system is full.
     """
     with files.space_for(Path(task.build.staging)), ExitStack() as stack:
-        return _clone(task, source_key, key, report, stack)
+        return _clone(task, keys, report, stack)
 
 
 def measured_config(source: StoredImage, released_to: tuple[bytes, ...]) -> tuple[Archive, GuestConfig]:
@@ -80,10 +91,12 @@ def measured_config(source: StoredImage, released_to: tuple[bytes, ...]) -> tupl
     config = document.load(GuestConfig, data, document="the guest's configuration")
     if (config.schema, config.image_id, config.root.resource) != (guest.SCHEMA, manifest.image_id, manifest.resource):
         raise ImageDamaged(manifest.name, "its initrd is that of another image")
+    if [one.resource for one in config.volumes] != [one.resource for one in manifest.volumes]:
+        raise ImageDamaged(manifest.name, "its manifest names other volumes than its initrd")
     return archive, config
 
 
-def _clone(task: CloneTask, source_key: Secret, key: Secret, report: Report, stack: ExitStack) -> Manifest:
+def _clone(task: CloneTask, keys: CloneKeys, report: Report, stack: ExitStack) -> Manifest:
     build, request = task.build, task.build.request
     staging, path = Path(build.staging), Path(task.source)
 
@@ -101,14 +114,27 @@ def _clone(task: CloneTask, source_key: Secret, key: Secret, report: Report, sta
     archive, config = measured_config(source, task.released_to)
     clear = owned(unlinked_file(staging))
     size = read_root(
-        source, config, clear, key=source_key, anchor=task.anchor, workers=build.workers, share=share("decrypt")
+        source, config, clear, key=keys.source, anchor=task.anchor, workers=build.workers, share=share("decrypt")
     )
+    contents = {}
+    for one in config.volumes:
+        contents[one.name] = owned(unlinked_file(staging))
+        read_data(
+            source,
+            one,
+            contents[one.name],
+            key=keys.source_volumes[one.name],
+            anchor=task.volume_anchors.get(one.name, b""),
+            workers=build.workers,
+            share=share("decrypt"),
+        )
     report(Progress(stage="boot", fraction=None))
     now = int(time.time())
-    volume = stack.enter_context(prepare_volume(build, key, size, now))
+    volume = stack.enter_context(prepare_volume(build, keys.new, size, now))
+    volumes = data_volumes.prepare(build, keys.new_volumes, now, stack, contents)
     for name in (KERNEL, CMDLINE):
         shutil.copyfile(path / name, staging / name)
-    new_config = _renamed(config, build, volume.expected)
+    new_config = _renamed(config, build, volume.expected, volumes)
     initrd = archive.replaced(guest.PATH, document.dump(new_config))
     files.replace_file(staging / INITRD, initrd.to_gzip())
     digest = launch_digest(request, staging, (staging / CMDLINE).read_text(encoding="ascii"))
@@ -117,6 +143,7 @@ def _clone(task: CloneTask, source_key: Secret, key: Secret, report: Report, sta
     sealed = disk.write_disk(
         staging, layout, lambda fd, offset: volume.fill(clear, fd, ranges, offset, share("encrypt"))
     )
+    written = tuple(one.write(staging, share("encrypt")) for one in volumes)
     report(Progress(stage="finish", fraction=None))
     manifest = dataclasses.replace(
         source.manifest,
@@ -134,13 +161,16 @@ def _clone(task: CloneTask, source_key: Secret, key: Secret, report: Report, sta
         resource=resource_of(build.image_id),
         seeded=False,
         clone_of=source.manifest.image_id,
+        volumes=written,
     )
     files.replace_file(staging / manifests.FILE, document.dump(manifest))
     return manifest
 
 
-def _renamed(config: GuestConfig, build: BuildTask, expected: Expectation) -> GuestConfig:
-    """The configuration for another image and root volume, whose key this broker has."""
+def _renamed(
+    config: GuestConfig, build: BuildTask, expected: Expectation, volumes: Sequence[data_volumes.Prepared]
+) -> GuestConfig:
+    """The configuration for another image and other volumes, whose keys this broker has."""
     root = dataclasses.replace(
         config.root,
         resource=resource_of(build.image_id),
@@ -149,4 +179,10 @@ def _renamed(config: GuestConfig, build: BuildTask, expected: Expectation) -> Gu
         jindisk1=expected if isinstance(expected, guest.Jindisk1Expectation) else None,
     )
     broker = dataclasses.replace(config.broker, spki_sha256=build.broker_spki_sha256)
-    return dataclasses.replace(config, image_id=build.image_id, root=root, broker=broker)
+    others = tuple(
+        dataclasses.replace(
+            old, resource=new.config.resource, luks2=new.config.luks2, jindisk=new.config.jindisk
+        )
+        for old, new in zip(config.volumes, volumes, strict=True)
+    )
+    return dataclasses.replace(config, image_id=build.image_id, root=root, broker=broker, volumes=others)

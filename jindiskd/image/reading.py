@@ -1,14 +1,15 @@
-"""Reading the encrypted root of an image in the store, with its key, into a clear file without a name."""
+"""Reading an encrypted volume of an image in the store, with its key, into a clear file without a name."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from uuid import UUID
 
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
-from jindiskd.guest.config import GuestConfig, Luks2Expectation
+from jindiskd.guest.config import DataVolume, GuestConfig, Luks2Expectation, RootVolume
 from jindiskd.image.sparse import block_ranges
 from jindiskd.image.store import ImageDamaged, StoredImage
 from jindiskd.jindisk.device import FileDevice
@@ -19,6 +20,7 @@ from jindiskd.jindisk.volume import open_volume
 from jindiskd.luks2 import check, xts
 from jindiskd.luks2.populate import populate, read_exactly
 
+Share = Callable[[int, int], None]
 ROOT_PARTITION = 2
 """The third, after boot and UEFI."""
 
@@ -31,7 +33,7 @@ def read_root(
     key: Secret,
     anchor: bytes,
     workers: int,
-    share: Callable[[int, int], None],
+    share: Share,
 ) -> int:
     """Write the content of an image's root volume to a new file; holes stay holes. Returns its length in bytes.
 
@@ -52,16 +54,55 @@ def read_root(
     if len(source.manifest.partitions) <= ROOT_PARTITION:
         raise ImageDamaged(source.manifest.name, "its manifest names no root partition")
     root = source.manifest.partitions[ROOT_PARTITION]
-    fd = os.open(source.disk, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    place = (source.disk, root.offset_bytes, root.size_bytes)
+    return _read(place, config.root, target_fd, "the root", key=key, anchor=anchor, workers=workers, share=share)
+
+
+def read_data(
+    source: StoredImage,
+    volume: DataVolume,
+    target_fd: int,
+    *,
+    key: Secret,
+    anchor: bytes,
+    workers: int,
+    share: Share,
+) -> int:
+    """Write the content of a data volume, as the measured configuration names it, to a new file; as `read_root`.
+
+    Raises:
+        ImageDamaged: the image has no such volume. Others as `read_root`.
+    """
+    known = [one for one in source.manifest.volumes if one.name == volume.name]
+    if not known:
+        raise ImageDamaged(source.manifest.name, f"its manifest names no volume {volume.name!r}")
+    place = (source.volume_disk(known[0]), 0, known[0].disk_size_bytes)
+    what = f"the volume {volume.name!r}"
+    return _read(place, volume, target_fd, what, key=key, anchor=anchor, workers=workers, share=share)
+
+
+def _read(
+    place: tuple[Path, int, int],
+    volume: RootVolume | DataVolume,
+    target_fd: int,
+    what: str,
+    *,
+    key: Secret,
+    anchor: bytes,
+    workers: int,
+    share: Share,
+) -> int:
+    path, offset_bytes, size_bytes = place
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if config.root.luks2 is not None:
-            return _read_luks2(fd, root.offset_bytes, config.root.luks2, target_fd, key, workers, share)
-        device = FileDevice(fd, name="the root", offset_bytes=root.offset_bytes, size_bytes=root.size_bytes)
-        if config.root.jindisk is not None:
-            uuid, state = UUID(config.root.jindisk.uuid), Anchor.unpack(anchor)
-            volume = open_volume(device, key=key, uuid=uuid, anchor=state, name="the root")
-            bulk_export(volume, target_fd, progress=share, workers=workers)
-            return volume.size_bytes
+        if volume.luks2 is not None:
+            return _read_luks2(fd, offset_bytes, volume.luks2, target_fd, key, workers, share)
+        device = FileDevice(fd, name=what, offset_bytes=offset_bytes, size_bytes=size_bytes)
+        if volume.jindisk is not None:
+            uuid, state = UUID(volume.jindisk.uuid), Anchor.unpack(anchor)
+            opened = open_volume(device, key=key, uuid=uuid, anchor=state, name=what)
+            bulk_export(opened, target_fd, progress=share, workers=workers)
+            return opened.size_bytes
         old = open_volume1(device, key=key)
         bulk_export1(old, target_fd, progress=share, workers=workers)
         return old.size_bytes
@@ -76,7 +117,7 @@ def _read_luks2(
     target_fd: int,
     key: Secret,
     workers: int,
-    share: Callable[[int, int], None],
+    share: Share,
 ) -> int:
     """Decrypt what was ever written; what is a hole in the disk is one in the target, and never was anything."""
     header = read_exactly(fd, expectation.header_bytes, offset)

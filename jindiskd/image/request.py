@@ -261,6 +261,8 @@ class CloneTask:
     """The directory of the source in the store, which does not change meanwhile."""
     anchor: bytes
     """JinDisk 2: the last known state of the source's root, 73 bytes; else empty."""
+    volume_anchors: dict[str, bytes]
+    """The same of its data volumes, by name."""
     released_to: tuple[bytes, ...]
     """The launch digests that the source's key is released to, as the key store has them."""
 

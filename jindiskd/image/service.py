@@ -19,7 +19,7 @@ import structlog
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.errors import AlreadyExists, JindiskError, NotSupported
+from jindiskd.errors import AlreadyExists, JindiskError, NotFound
 from jindiskd.image import boot_update, randomness
 from jindiskd.image.data_volumes import joined
 from jindiskd.image.manifest import Manifest
@@ -261,20 +261,29 @@ class ImageService:
     ) -> Manifest:
         image_id = randomness.new_uuid(randomness.system)
         manifest = source.manifest
-        if manifest.volumes:
-            text = "build a second one from the base, or give each domain of the system an image of its own"
-            raise NotSupported(f"cloning image {manifest.name!r}, which has data volumes,", text)
         stored: list[str] = []
         taken = await _finished(lambda: self._keys.for_clone(manifest.image_id, by))
         staging = await asyncio.to_thread(self._store.stage)
 
         def store_key() -> None:
-            self._keys.add_pending(image_id, new_name, manifest.platform, key, taken.handover.rules)
+            rules = taken.handover.rules
+            self._keys.add_pending(image_id, new_name, manifest.platform, key, rules, volume_keys=volume_keys)
             stored.append(image_id)
 
         try:
             request = clone_request(manifest, new_name)
-            with Secret(bytearray(request.stream("root key")(request.format.key_bytes))) as key:
+            names = [volume.name for volume in request.volumes]
+            old_volume_keys = {}
+            for volume in manifest.volumes:
+                if volume.resource not in taken.keys:
+                    raise NotFound("key", volume.resource)
+                old_volume_keys[volume.name] = taken.keys[volume.resource]
+            with (
+                Secret(bytearray(request.stream("root key")(request.format.key_bytes))) as key,
+                _volume_keys(request) as volume_keys,
+                joined(volume_keys, names) as all_volume_keys,
+                joined(old_volume_keys, names) as all_old_volume_keys,
+            ):
                 await _finished(store_key)
                 anchor = taken.anchors.get(manifest.volume.uuid)
                 task = CloneTask(
@@ -288,9 +297,16 @@ class ImageService:
                     ),
                     source=os.fspath(source.path),
                     anchor=anchor.pack() if anchor is not None else b"",
+                    volume_anchors={
+                        volume.name: taken.anchors[volume.volume.uuid].pack()
+                        for volume in manifest.volumes
+                        if volume.volume.uuid in taken.anchors
+                    },
                     released_to=taken.handover.launch_digests,
                 )
                 keys = {"key": key, "source-key": taken.keys[manifest.resource]}
+                if names:
+                    keys |= {"volume-keys": all_volume_keys, "source-volume-keys": all_old_volume_keys}
                 await run_worker(task, keys, {}, progress)
             made = await _finished(lambda: self._finish(staging, new_name))
         except BaseException:

@@ -35,7 +35,7 @@ from jindiskd.base.log import setup
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_FAILED, Internal, JindiskError
 from jindiskd.image.builder import build
-from jindiskd.image.clone import clone
+from jindiskd.image.clone import CloneKeys, clone
 from jindiskd.image.data_volumes import Keys, parted
 from jindiskd.image.request import KEY_BYTES, BuildRequest, BuildTask, CloneTask, ExportTask, ImportTask, Progress
 from jindiskd.image.transfer import export, import_
@@ -125,9 +125,18 @@ def work(line: bytes, arguments: argparse.Namespace) -> str:
         ):
             return build(task, arguments.base, key, report, volume_keys).name
     cloning = document.load(CloneTask, line, document="clone task")
-    key_bytes = cloning.build.request.format.key_bytes
-    with read_key(arguments.key, key_bytes) as key, read_key(arguments.source_key, key_bytes) as source_key:
-        return clone(cloning, source_key, key, report).name
+    request = cloning.build.request
+    key_bytes = request.format.key_bytes
+    with (
+        read_key(arguments.key, key_bytes) as key,
+        read_key(arguments.source_key, key_bytes) as source_key,
+        read_volume_keys(arguments.volume_keys, request) as volume_keys,
+        read_volume_keys(arguments.source_volume_keys, request) as source_volume_keys,
+    ):
+        keys = CloneKeys(
+            source=source_key, new=key, source_volumes=source_volume_keys, new_volumes=volume_keys
+        )
+        return clone(cloning, keys, report).name
 
 
 def main() -> int:

@@ -295,7 +295,7 @@ def request_for(firmware) -> Callable[..., BuildRequest]:
 def build_in(request_for):
     """Build a base into a given empty directory; returns the manifest and the directory."""
 
-    def make(staging: Path, base: Path, progress=lambda _p: None, volume_keys=None, **changes):
+    def make(staging: Path, base: Path, progress=lambda _p: None, **changes):
         task = BuildTask(
             request=request_for(**changes),
             image_id=IMAGE_ID,
@@ -305,7 +305,7 @@ def build_in(request_for):
             workers=2,
         )
         with base.open("rb") as stream:
-            return build(task, stream.fileno(), Secret(KEY), progress, volume_keys), staging
+            return build(task, stream.fileno(), Secret(KEY), progress), staging
 
     return make
 

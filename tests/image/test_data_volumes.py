@@ -2,6 +2,7 @@
 empty file system; what cannot be is refused before anything is done."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,12 +15,12 @@ from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.custody import KeyPort
-from jindiskd.errors import InvalidArgument, JindiskError, NotSupported
+from jindiskd.errors import InvalidArgument, JindiskError, NotFound, NotSupported
 from jindiskd.guest import config as guest
 from jindiskd.image import manifest as manifests
-from jindiskd.image import vetting
+from jindiskd.image import data_volumes, vetting
 from jindiskd.image.cpio import Archive
-from jindiskd.image.request import InitrdKind, VolumeFormat, VolumeRequest
+from jindiskd.image.request import BuildTask, InitrdKind, VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageDamaged, ImageStore, StoredImage, read_manifest, verify
 from jindiskd.image.transfer import parts_of
@@ -125,14 +126,70 @@ def test_each_opens_with_its_own_key_alone(made, tmp_path, kit) -> None:
             assert not plain.read_bytes().strip(b"\0")
 
 
-def test_the_same_seed_gives_the_same_disks(builder, disk_image) -> None:
+def clear(image: StoredImage, keys: Store, volume: manifests.DataVolume, target) -> bytes:
+    """What a JinDisk 2 data volume holds, opened with its key in its last known state."""
+    record = Volumes(keys).get(volume.volume.uuid)
+    with OpenFile(image.path / volume.file, writable=False) as device, target.open("wb+") as out:
+        key = keys.release_to(image.manifest.image_id, WHO, resource=volume.resource)
+        bulk_export(open_volume(device, key=key, uuid=UUID(record.volume), anchor=record.anchor), out.fileno())
+    return bytes(target.read_bytes())
+
+
+def test_a_clone_has_volumes_of_its_own(made, tmp_path) -> None:
+    """With the content of the source's, under other keys and identities; its guests are told of these alone."""
+    image, keys = made
+    service = ImageService(ImageStore(image.path.parent), KeyPort(keys), broker_spki_sha256=bytes(32))
+    asyncio.run(service.clone("web", "copy", "user 7", lambda _progress: None))
+    copy = ImageStore(image.path.parent).get("copy")
+    verify(copy)
+    for old, new, told in zip(image.manifest.volumes, copy.manifest.volumes, config_of(copy).volumes, strict=True):
+        assert (new.name, new.mount, new.size_bytes) == (old.name, old.mount, old.size_bytes)
+        assert new.resource == told.resource == f"default/{copy.manifest.image_id}/{new.name}"
+        assert new.volume.uuid != old.volume.uuid
+        assert new.volume.uuid == (told.luks2 or told.jindisk).uuid
+        first = keys.release_to(image.manifest.image_id, WHO, resource=old.resource)
+        assert first != keys.release_to(copy.manifest.image_id, WHO, resource=new.resource)
+    data = copy.manifest.volumes[0]
+    assert clear(copy, keys, data, tmp_path / "new") == clear(image, keys, image.manifest.volumes[0], tmp_path / "old")
+    asyncio.run(service.remove("copy"))
+    assert Volumes(keys).of_image(copy.manifest.image_id) == []
+    with pytest.raises(NotFound):
+        keys.release_to(copy.manifest.image_id, WHO, resource=data.resource)
+
+
+def test_a_stream_has_all_disks(made, firmware, tmp_path) -> None:
+    """And an image that is taken from one has the same, byte for byte."""
+    image, keys = made
+    service = ImageService(ImageStore(image.path.parent), KeyPort(keys), broker_spki_sha256=bytes(32))
+    other = Store.open(f"sqlite:///{tmp_path}/keys.db", Secret(bytes(32)))
+    taking = ImageService(ImageStore(tmp_path / "images"), KeyPort(other), broker_spki_sha256=bytes(32))
+    path = tmp_path / "stream"
+    with path.open("wb+") as stream:
+        asyncio.run(service.export("web", stream.fileno(), lambda _progress: None))
+        stream.seek(0)
+        places = {"name": "", "firmware": [str(firmware)], "firmware_dirs": []}
+        taken = asyncio.run(taking.import_(stream.fileno(), **places, progress=lambda _progress: None))
+    assert taken.volumes == image.manifest.volumes
+    for volume in taken.volumes:
+        assert (tmp_path / "images/web" / volume.file).read_bytes() == (image.path / volume.file).read_bytes()
+    other.close()
+
+
+def test_the_same_seed_gives_the_same_disks(request_for, tmp_path) -> None:
     """Volumes of one build differ in all that is random, those of another with the same seed in nothing."""
     pair = (dataclasses.replace(DATA, name="a", mount="/a"), dataclasses.replace(DATA, name="b", mount="/b"))
     keys = {"a": Secret(bytes(32)), "b": Secret(bytes(32))}
     disks = []
-    for _ in range(2):
-        manifest, staging = builder(disk_image, volume_keys=keys, volumes=pair)
-        disks.append([(staging / volume.file).read_bytes() for volume in manifest.volumes])
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        task = BuildTask(
+            request=request_for(volumes=pair), image_id="i", created="c", broker_spki_sha256=b"",
+            staging=str(folder),
+        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            for prepared in data_volumes.prepare(task, keys, 1_700_000_000, stack):
+                prepared.write(folder, lambda _done, _total: None)
+        disks.append([(folder / manifests.volume_file(name)).read_bytes() for name in ("a", "b")])
     assert disks[0] == disks[1]
     assert disks[0][0] != disks[0][1]
 
