@@ -17,8 +17,8 @@ from jindiskd.base.secret import Secret
 from jindiskd.custody import KeyPort
 from jindiskd.errors import InvalidArgument, JindiskError, NotFound, NotSupported
 from jindiskd.guest import config as guest
-from jindiskd.image import manifest as manifests
 from jindiskd.image import data_volumes, vetting
+from jindiskd.image import manifest as manifests
 from jindiskd.image.cpio import Archive
 from jindiskd.image.request import BuildTask, InitrdKind, VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
