@@ -81,7 +81,7 @@ class Machine:
     disk: Path | None = None
     more_disks: tuple[Path, ...] = ()
     serials: tuple[tuple[str, Path], ...] = ()
-    """Further disks, each with a serial number."""
+    """Disks with serial numbers, or without; they come before the others."""
     cmdline: str = CMDLINE
     memory: str = "1G"
     cid: int = 3
@@ -131,7 +131,8 @@ class Machine:
         for number, (serial, disk) in enumerate(self.serials):
             # As many as there are may be of one file: nobody else writes it.
             arguments += ["-drive", f"if=none,id=serial{number},format=raw,file={disk},file.locking=off"]
-            arguments += ["-device", f"virtio-blk-pci,drive=serial{number},serial={serial}"]
+            told = f",serial={serial}" if serial else ""
+            arguments += ["-device", f"virtio-blk-pci,drive=serial{number}{told}"]
         if self.vsock:
             assert device is not None
             link = self.directory / "vhost"

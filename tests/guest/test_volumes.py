@@ -84,7 +84,7 @@ class Boot:
         )  # fmt: skip
         archive = self.tmp_path / "initrd"
         build_initrd(config=config, modules_dir=self.modules, output=archive)
-        self.machine = self.make(initrd=archive, disk=self.root, serials=disks)
+        self.machine = self.make(initrd=archive, serials=(("", self.root), *disks))
         self.machine.record_progress()
         self.machine.serve(19012, self.broker.serve)
         self.machine.serve(19013, firmware)
