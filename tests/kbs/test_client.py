@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from jindiskd.base.secret import Secret
 from jindiskd.kbs import client as kbs_client
 from jindiskd.kbs import jwe
 from jindiskd.kbs.client import (
+    Ask,
     BrokerMisbehaved,
     BrokerNotTrusted,
     BrokerRefused,
@@ -368,3 +371,46 @@ def test_proxy_variables_are_not_looked_at(broker: Scripted, monkeypatch: pytest
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "SSL_CERT_FILE"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert broker.fetch() == KEY
+
+
+ASKS = [Ask.resource(f"default/image/{name}") for name in ("root", "data", "logs")]
+
+
+def test_several_keys_take_one_attestation(broker: Scripted) -> None:
+    """In the order asked for."""
+    broker.answers["resource"] = [
+        lambda _body, key=key: (200, jwe.seal(key, broker.recipient).encode()) for key in (b"1", b"2", b"3")
+    ]
+    got = broker.client().obtain("snp", ASKS, evidence)
+    assert [bytes(secret.reveal()) for secret in got] == [b"1", b"2", b"3"]
+    assert broker.asked == ["auth", "attest", "resource", "resource", "resource"]
+
+
+def test_what_came_before_a_fault_is_not_asked_for_again(broker: Scripted) -> None:
+    """The next attempt attests anew, with another key, and asks for what is missing."""
+    broker.answers["resource"] = [
+        lambda _body: (200, jwe.seal(b"1", broker.recipient).encode()),
+        None,
+        lambda _body: (200, jwe.seal(b"2", broker.recipient).encode()),
+        lambda _body: (200, jwe.seal(b"3", broker.recipient).encode()),
+    ]
+    got = broker.client(60).obtain("snp", ASKS, evidence)
+    assert [bytes(secret.reveal()) for secret in got] == [b"1", b"2", b"3"]
+    assert broker.asked == ["auth", "attest", "resource", "resource", "auth", "attest", "resource", "resource"]
+
+
+def test_no_key_is_left_where_one_is_refused(broker: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest with a part of its keys has none."""
+    opened = []
+
+    def open_(sealed: bytes, key: ec.EllipticCurvePrivateKey) -> Secret:
+        opened.append(jwe.open_(sealed, key))
+        return opened[-1]
+
+    monkeypatch.setattr(kbs_client, "jwe", SimpleNamespace(open_=open_))
+    broker.answers["resource"] = [
+        lambda _body: (200, jwe.seal(b"1", broker.recipient).encode()), refusal("PolicyDeny"),
+    ]  # fmt: skip
+    with pytest.raises(BrokerRefused):
+        broker.client().obtain("snp", ASKS, evidence)
+    assert [len(secret) for secret in opened] == [0]
