@@ -339,14 +339,15 @@ def outlived():
 
 def refused():
     """`virsh start` of a guest whose command line somebody changed, in one sentence that says what to do."""
-    line = STATE / "images/demo/cmdline"
-    before = line.read_bytes()
+    before = run("virsh", "-c", "qemu:///system", "dumpxml", "--inactive", "demo")
+    assert before.count("</cmdline>") == 1
+    altered = before.replace("</cmdline>", " single</cmdline>")
     try:
-        line.write_bytes(before + b" single")
+        run("virsh", "-c", "qemu:///system", "define", "/dev/stdin", stdin=altered)
         said = run("virsh", "-c", "qemu:///system", "start", "demo", status=1)
     finally:
-        line.write_bytes(before)
-    assert "jindisk: domain 'demo' is not started: its kernel command line" in said, said
+        run("virsh", "-c", "qemu:///system", "define", "/dev/stdin", stdin=before)
+    assert "jindisk: domain 'demo' is not started: its kernel command line is not what image 'demo' was" in said, said
     return said.strip()
 
 
