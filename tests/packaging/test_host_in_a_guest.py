@@ -198,7 +198,8 @@ def container(packages: list[Path], tmp_path: Path) -> Iterator[HostContainer]:
 
 @pytest.fixture(scope="module")
 def host(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGuest]:
-    """The machine, never booted; the packages lie in /packages.
+    """The machine, never booted, with the packages installed: under emulation that takes minutes, and the container has
+    them installed under a running systemd.
 
     With `JINDISK_HOST_GUEST=DIR` it is kept there, and used again as the last run left it.
     """
@@ -211,6 +212,10 @@ def host(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iter
     root = directory / "root"
     furnish(root, packages)
     bring(root, directory)
+    inside = [f"/packages/{path.name}" for path in packages if not path.name.startswith("jindisk-initramfs_")]
+    subprocess.run(
+        [ROOT / "scripts/in-root", root, "dpkg", "-i", *inside], check=True, timeout=900, capture_output=True
+    )
     emulator = root / "usr/bin/qemu-system-x86_64"
     emulator.rename(emulator.with_suffix(".real"))
     emulator.write_text(QEMU)
@@ -271,5 +276,5 @@ def test_from_the_packages_to_an_encrypted_guest_by_the_manual(container: HostCo
 
 def test_the_kernels_vsock(host: HostGuest) -> None:
     """The same on a host whose kernel does: a guest in the guest."""
-    checks = ("installed", "newcomer", "vsock", "attested", "outlived", "refused", "sockets")
+    checks = ("newcomer", "vsock", "attested", "outlived", "refused", "sockets")
     passed(host.boot(*checks), *checks)
