@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from distribution import copy_system
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = "systemd-sysv,dbus,polkitd,udev"
@@ -22,7 +23,7 @@ class System:
         self.release, self.root = release, directory / "root"
         self.out = directory / "out"
         self.out.mkdir()
-        subprocess.run([ROOT / "scripts/debian-root", release, self.root, SERVICES], check=True, timeout=900)
+        copy_system(release, SERVICES, self.root)
         self.run("apt-get", "-q", "update")
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:

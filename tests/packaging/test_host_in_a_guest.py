@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "guest"))
 
 import qemu_kernel
 import testroot
+from distribution import copy_system
 
 from .conftest import MASKED, ROOT
 
@@ -145,17 +146,6 @@ def nested_root(directory: Path) -> Path:
     return directory / "root.tar"
 
 
-def base_system() -> Path:
-    """A Debian system with what our packages need. It is kept from run to run, and never booted or changed."""
-    root = ROOT / "build/host-guest/root"
-    if not (root / ".complete").exists():
-        shutil.rmtree(root, ignore_errors=True)
-        root.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([ROOT / "scripts/debian-root", RELEASE, root, SYSTEM], check=True, timeout=1800)
-        (root / ".complete").touch()
-    return root
-
-
 @pytest.fixture(scope="module")
 def release() -> str:
     if os.geteuid() != 0:
@@ -165,7 +155,7 @@ def release() -> str:
 
 def furnish(root: Path, packages: list[Path]) -> None:
     """A copy of the base system with our packages in /packages, not installed, and the driver."""
-    subprocess.run(["cp", "-a", "--reflink=auto", base_system(), root], check=True, timeout=600)
+    copy_system(RELEASE, SYSTEM, root)
     (root / "packages").mkdir()
     for package in packages:
         shutil.copy(package, root / "packages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -21,6 +22,24 @@ def in_root(root: Path, *words: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, f"{words}: {done.stdout[-3000:]}"
     return done.stdout
+
+
+def base_system(release: str, wanted: str) -> Path:
+    """A root of a Debian release with packages (comma-separated) of its own: kept from run to run, so to be copied,
+    and never booted or changed."""
+    root = ROOT / "build/systems" / f"{release}-{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
+    if not root.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        making = root.with_name(root.name + ".making")
+        shutil.rmtree(making, ignore_errors=True)
+        subprocess.run([ROOT / "scripts/debian-root", release, making, wanted], check=True, timeout=1800)
+        making.rename(root)
+    return root
+
+
+def copy_system(release: str, wanted: str, root: Path) -> None:
+    """Such a system in a directory that is not there yet."""
+    subprocess.run(["cp", "-a", "--reflink=auto", base_system(release, wanted), root], check=True, timeout=600)
 
 
 def packages(release: str) -> Path:
@@ -43,7 +62,7 @@ def make_system(release: str, maker: str, directory: Path) -> Path:
     Installing the package has the system make its initramfs anew, as on any machine.
     """
     root = directory / "root"
-    subprocess.run([ROOT / "scripts/debian-root", release, root, f"{PACKAGES},{maker}"], check=True, timeout=900)
+    copy_system(release, f"{PACKAGES},{maker}", root)
     (package,) = packages(release).glob("jindisk-initramfs_*.deb")
     shutil.copy(package, root / "package.deb")
     print(in_root(root, "dpkg", "-i", "/package.deb"))
