@@ -60,6 +60,10 @@ class BrokerConfig:
         default=None,
         metadata={"help": "the simulated platform's certificate, ark.pem, if its reports are accepted"},
     )
+    simulated_sev: Path | None = field(
+        default=None,
+        metadata={"help": "the simulated SEV platform's certificates, a JSON file, if its launches are accepted"},
+    )
     verifiers: tuple[str, ...] = field(
         default=(), metadata={"help": "plug-ins that judge evidence as well; what they accept is believed"}
     )

@@ -7,6 +7,7 @@ What lies in the state directory::
 
     kek          32 bytes, mode 0600: the key-encryption key, unless it comes from a credential or a TPM
     keys.db      the key store and audit log (SQLite, mode 0600), unless configured elsewhere
+    sev/         AMD's certificates of the hosts' processors, for SEV and SEV-ES (`broker.sev`)
     broker.pem   the key that guests pin, mode 0600: every image of this owner pins it; brokers that share a database
                  share it
 """
@@ -38,6 +39,7 @@ from jindiskd.attest.snp_roots import SnpRoots
 from jindiskd.attest.vendors import Vendors
 from jindiskd.attest.verifier import Verifier
 from jindiskd.base import log as logs
+from jindiskd.base.document import MalformedDocument
 from jindiskd.base.endpoint import Endpoint, parse_endpoint
 from jindiskd.broker.admin import Admin
 from jindiskd.broker.identity import TlsIdentity
@@ -46,6 +48,7 @@ from jindiskd.broker.metrics import Metrics
 from jindiskd.broker.metrics_page import MetricsPage
 from jindiskd.broker.peer import BrokerLimits, Peer
 from jindiskd.broker.service import Broker
+from jindiskd.broker.sev import SevJudge
 from jindiskd.broker.shared import DatabaseSessions
 from jindiskd.broker_config import DEFAULT_FILE, Config
 from jindiskd.cli.serving import broker_command
@@ -56,9 +59,11 @@ from jindiskd.keys.kek import KekPlace
 from jindiskd.keys.opening import open_store, rotate_kek, seal_kek
 from jindiskd.keys.store import Store
 from jindiskd.program import credentials_directory, keep_memory_private, run_program, signals, until_first
+from jindiskd.sim.sev_platform import SevPlatformRoot
 
 log = structlog.get_logger(__name__)
 IDENTITY = "broker.pem"
+SEV_CERTIFICATES = "sev"
 
 
 def kek_place(config: Config) -> KekPlace:
@@ -94,6 +99,27 @@ def verifiers_of(config: Config) -> list[Verifier]:
             raise InvalidArgument("broker.simulated_root", str(path), f"it cannot be read: {exc.strerror}") from exc
         found.append(SnpVerifier(roots=SnpRoots.simulated_from(ark)))
     return found
+
+
+def launch_judge(config: Config, store: Store) -> SevJudge:
+    """What judges SEV and SEV-ES launches, of the simulated platform where that is allowed and known.
+
+    Raises:
+        InvalidArgument: the file of the simulated platform cannot be used.
+    """
+    path = config.broker.simulated_sev
+    simulated = None
+    if config.broker.allow_simulated and path is not None:
+        try:
+            simulated = SevPlatformRoot.load(path)
+        except (OSError, MalformedDocument) as exc:
+            remedy = f"name the file with the public part of the simulated platform ({exc})"
+            raise InvalidArgument("broker.simulated_sev", str(path), remedy) from exc
+    return SevJudge(
+        store,
+        certificates=config.service.state_dir / SEV_CERTIFICATES,
+        simulated=None if simulated is None else lambda: simulated,
+    )
 
 
 class Service:
@@ -133,6 +159,7 @@ class Service:
                 limits=limits,
                 sessions=DatabaseSessions(store.database, limits) if store.database.shared else None,
                 metrics=metrics,
+                sev=launch_judge(config, store),
             )
         )
         admin = await asyncio.to_thread(self._admin, store, identity, metrics)

@@ -21,7 +21,9 @@ from jindiskd.broker.identity import TlsIdentity
 from jindiskd.broker.listener import listen_unix
 from jindiskd.broker.relay import Relay, RelayLimits
 from jindiskd.broker.service import Broker, BrokerEvent, BrokerLimits, Peer
-from jindiskd.broker.sev import SevOwner
+from jindiskd.broker.sev import SevSide
+from jindiskd.broker.sev_owner import SevOwner
+from jindiskd.broker.sev_remote import RemoteOwner
 from jindiskd.bus.ports import Keys
 from jindiskd.config import Config
 from jindiskd.custody import KeyPort, KeysBackend
@@ -54,7 +56,8 @@ class StateFiles:
         handover/          instead of the three: keys sealed for the owner's broker, where the deployment is a relay
         simulated-root/    the root of the simulated platform, where that is allowed
         simulated-sev.json the simulated SEV platform, once it was needed
-        sev/               AMD's certificates of this host's processor, for SEV and SEV-ES (`broker.sev`)
+        sev/               AMD's certificates of this host's processor, for SEV and SEV-ES (`broker.sev`); with a relay
+                           the owner's broker has them
         console/           what guests write on their consoles
         collateral/        certificates and revocation lists of the processors' makers
         images/            the image store, unless configured elsewhere
@@ -101,11 +104,11 @@ class Side:
     """Whether the broker that guests reach can have the key of an image id; blocks."""
     spki_sha256: bytes
     """Of the broker: what new images pin."""
+    sev: SevSide
+    """The owner's side of SEV and SEV-ES launches."""
     relay: Relay | None = None
     store: Store | None = None
     """The key store, where it is here."""
-    sev: SevOwner | None = None
-    """The owner's side of SEV launches; with a relay it is elsewhere, and cannot be asked."""
     domains: list[DomainService] = field(default_factory=list)
     """The domains once they are made, which the broker tells what it decided."""
 
@@ -154,7 +157,7 @@ async def embedded(config: Config, stack: contextlib.AsyncExitStack) -> Side:
     sev = SevOwner(
         store,
         certificates=state.root / "sev",
-        simulated=(lambda: SevPlatformKeys.load_or_create(simulated)) if config.broker.allow_simulated else None,
+        simulated=(lambda: SevPlatformKeys.load_or_create(simulated).root) if config.broker.allow_simulated else None,
         on_event=lambda event: tell_domains(side.domains[0], event),
     )
     side = Side(
@@ -202,6 +205,7 @@ async def relayed(config: Config) -> Side:
         key_problem=lambda _image_id: "",
         key_here=lambda _image_id: True,  # the owner's broker knows
         spki_sha256=card.spki_sha256,
+        sev=RemoteOwner(relay, card.spki_sha256),
         relay=relay,
     )
 

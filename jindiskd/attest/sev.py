@@ -16,6 +16,7 @@ import enum
 import hashlib
 import hmac
 import secrets
+import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,11 @@ DISK_KEY_GUID = "736869e5-84f0-4973-92ec-06879ce3da0b"
 SECRET_TABLE_GUID = "1e74f542-71dd-4d66-963e-ef4287ff173b"  # noqa: S105 (an identifier of a table)
 MAX_SECRET_BYTES = 16 << 10
 MEASUREMENT_BYTES = 48
+SESSION_BYTES, HEADER_BYTES = 128, 52
 NONCE_BYTES = KEY_BYTES = 16
 LAUNCH_MEASURE, LAUNCH_SECRET = b"\x04", b"\x01"
+_PACKED = struct.Struct("<4sI16s16s")
+_MAGIC = b"JDS1"
 
 
 class SevPolicy(enum.IntFlag):
@@ -195,48 +199,56 @@ def appraise_launch(
     return findings, matching
 
 
-class SevSession:
-    """The owner's side of one launch. Make one for every launch, and close it: it holds two keys.
+class SevKeys:
+    """The two keys of one launch, and what they were made for. Close it.
 
     Args:
-        platform: the host's, verified.
-        policy: the guest's policy, which the session binds.
-        random: source of all keys and nonces: `random(n)` gives n bytes.
-
-    Raises:
-        EvidenceRefused: the policy allows what `appraise_policy` objects to.
+        integrity: TIK, 16 bytes.
+        encryption: TEK, 16 bytes.
+        policy: the guest's, which the session binds.
+        generation: of the platform.
+        random: source of initialization vectors: `random(n)` gives n bytes.
     """
 
     def __init__(
         self,
-        platform: SevPlatform,
         *,
+        integrity: Secret,
+        encryption: Secret,
         policy: int,
-        allow_send: bool = False,
+        generation: str,
         random: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
-        """Make the keys and both documents for libvirt."""
+        """Take the keys over."""
         self.encrypted_state = bool(policy & SevPolicy.ES)
-        findings = appraise_policy(policy, encrypted_state=self.encrypted_state, allow_send=allow_send)
-        if findings:
-            raise EvidenceRefused(findings)
-        if not isinstance(platform.pdh.curve, ec.SECP384R1):
-            raise MalformedEvidence("SEV certificate", "the platform's PDH is not on curve P-384")
-        self.platform, self.policy, self._random = platform, policy, random
-        self._integrity = Secret(random(KEY_BYTES))
-        self._encryption = Secret(random(KEY_BYTES))
-        ephemeral = ec.generate_private_key(ec.SECP384R1())
-        self.dh_certificate = encode_pdh(ephemeral.public_key(), api=platform.api)
-        """libvirt's `dhCert`, 2084 bytes, before base64."""
-        self.session = session_blob(
-            ephemeral.exchange(ec.ECDH(), platform.pdh),
-            nonce=random(NONCE_BYTES),
-            iv=random(NONCE_BYTES),
-            encryption_key=bytes(self._encryption.reveal()),
-            integrity_key=bytes(self._integrity.reveal()),
-            policy=policy,
-        )
-        """libvirt's `session`, 128 bytes, before base64."""
+        self.policy, self.generation = policy, generation
+        self._integrity, self._encryption, self._random = integrity, encryption, random
+
+    def pack(self) -> Secret:
+        """All of it, to be kept wrapped between the two steps of a launch: `JDS1`, u32 policy, TIK, TEK, generation."""
+        head = bytearray(_PACKED.pack(_MAGIC, self.policy, bytes(KEY_BYTES), bytes(KEY_BYTES)))
+        head[8:24], head[24:40] = self._integrity.reveal(), self._encryption.reveal()
+        head += self.generation.encode()
+        return Secret(head)
+
+    @classmethod
+    def unpack(cls, packed: Secret) -> SevKeys:
+        """Read what `pack` wrote, and wipe it.
+
+        Raises:
+            MalformedEvidence: it is not that.
+        """
+        with packed:
+            data = packed.reveal()
+            if len(data) < _PACKED.size or data[:4] != _MAGIC or not data[40:].isascii():
+                raise MalformedEvidence("a SEV session that was kept", "it has another form")
+            # Sliced as bytearray, which the secrets take over and wipe.
+            return cls(
+                integrity=Secret(data[8:24]),
+                encryption=Secret(data[24:40]),
+                policy=int.from_bytes(data[4:8], "little"),
+                generation=bytes(data[40:]).decode(),
+            )
 
     def verify(
         self,
@@ -266,7 +278,7 @@ class SevSession:
             report=report,
             launch_digest=matching,
             encrypted_state=self.encrypted_state,
-            generation=self.platform.generation,
+            generation=self.generation,
         )
 
     def seal_disk_key(self, verified: VerifiedSevLaunch, key: Secret) -> SealedSecret:
@@ -293,6 +305,54 @@ class SevSession:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+class SevSession(SevKeys):
+    """The owner's side of one launch. Make one for every launch, and close it: it holds two keys.
+
+    Args:
+        platform: the host's, verified.
+        policy: the guest's policy, which the session binds.
+        allow_send: whether the policy may let the host send the guest elsewhere.
+        random: source of all keys and nonces: `random(n)` gives n bytes.
+
+    Raises:
+        EvidenceRefused: the policy allows what `appraise_policy` objects to.
+    """
+
+    def __init__(
+        self,
+        platform: SevPlatform,
+        *,
+        policy: int,
+        allow_send: bool = False,
+        random: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        """Make the keys and both documents for libvirt."""
+        findings = appraise_policy(policy, encrypted_state=bool(policy & SevPolicy.ES), allow_send=allow_send)
+        if findings:
+            raise EvidenceRefused(findings)
+        if not isinstance(platform.pdh.curve, ec.SECP384R1):
+            raise MalformedEvidence("SEV certificate", "the platform's PDH is not on curve P-384")
+        super().__init__(
+            integrity=Secret(random(KEY_BYTES)),
+            encryption=Secret(random(KEY_BYTES)),
+            policy=policy,
+            generation=platform.generation,
+            random=random,
+        )
+        ephemeral = ec.generate_private_key(ec.SECP384R1())
+        self.dh_certificate = encode_pdh(ephemeral.public_key(), api=platform.api)
+        """libvirt's `dhCert`, 2084 bytes, before base64."""
+        self.session = session_blob(
+            ephemeral.exchange(ec.ECDH(), platform.pdh),
+            nonce=random(NONCE_BYTES),
+            iv=random(NONCE_BYTES),
+            encryption_key=bytes(self._encryption.reveal()),
+            integrity_key=bytes(self._integrity.reveal()),
+            policy=policy,
+        )
+        """libvirt's `session`, 128 bytes, before base64."""
 
 
 def launch_digest_of(firmware: bytes, hashes_table: bytes = b"", processor_states: Sequence[bytes] = ()) -> bytes:

@@ -40,6 +40,10 @@ class BrokerLimits:
     sessions_per_peer: int = 32
     """A session counts until its life is over, however it ended: this also bounds refusals and their audit rows."""
     sessions: int = 256
+    launch_lifetime_s: float = 600.0
+    """Of a launch that is measured before it runs: its machine is made meanwhile, with all its memory pinned."""
+    launches_per_peer: int = 64
+    """At once; they live longer than other sessions."""
     asks_per_session: int = 8
     """How often an attested session may ask for a resource."""
     refusals: int = 8

@@ -127,19 +127,28 @@ class Relay:
                 streams = await asyncio.open_connection(self.broker.host, self.broker.port, limit=CHUNK_BYTES)
         except (OSError, TimeoutError) as exc:
             why = f"no answer within {self.limits.connect_s:g} s" if isinstance(exc, TimeoutError) else _reason(exc)
-            self._retry_at = self.clock() + self._pause_s
-            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-            reason = f"the broker at {self.broker} cannot be reached: {why}"
-            if self.total.state is not RelayState.UNREACHABLE:
-                log.warning("the owner's broker cannot be reached", broker=str(self.broker), problem=why)
-            self.total.state, self.total.reason = RelayState.UNREACHABLE, reason
-            self.changed()
-            raise OSError(reason) from exc
+            raise OSError(self.missed(why)) from exc
+        self.reached()
+        return streams
+
+    def missed(self, why: str) -> str:
+        """Note that the broker did not answer, and why; returns what is told of that."""
+        self._retry_at = self.clock() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        reason = f"the broker at {self.broker} cannot be reached: {why}"
+        if self.total.state is not RelayState.UNREACHABLE:
+            log.warning("the owner's broker cannot be reached", broker=str(self.broker), problem=why)
+        self.total.state, self.total.reason = RelayState.UNREACHABLE, reason
+        self.changed()
+        return reason
+
+    def reached(self) -> None:
+        """Note that the broker answered."""
         if self.total.state is RelayState.UNREACHABLE:
             log.info("the owner's broker is reached again", broker=str(self.broker))
         self._retry_at, self._pause_s = 0.0, FIRST_PAUSE_S
-        self.total.state, self.total.reason = RelayState.OPEN, ""
-        return streams
+        self.total.state, self.total.reason = RelayState.OPEN if self.total.open else RelayState.IDLE, ""
+        self.changed()
 
     def count(self, view: RelayView, by: int) -> None:
         """A connection of a guest was opened or closed."""

@@ -30,6 +30,9 @@ from jindiskd.broker.pace import Pace
 from jindiskd.broker.peer import BrokerEvent, BrokerLimits, Peer
 from jindiskd.broker.refusals import Refusals
 from jindiskd.broker.sessions import MemorySessions, Session, SessionKeeper, Stage, TooManySessions, session_id
+from jindiskd.broker.sev import SevJudge
+from jindiskd.broker.sev_messages import APPROVE, BEGIN
+from jindiskd.broker.sev_steps import SevSteps
 from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
 from jindiskd.errors import InvalidArgument, JindiskError
 from jindiskd.kbs.freshness import parse_release
@@ -72,6 +75,7 @@ class Broker:
         monotonic: clock of the sessions, seconds.
         sessions: where sessions are kept; in memory if not given.
         metrics: counters to use.
+        sev: judges launches that are measured before they run, for hosts that ask for it; None to answer none.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Broker:
         monotonic: Callable[[], float] = time.monotonic,
         sessions: SessionKeeper | None = None,
         metrics: Metrics | None = None,
+        sev: SevJudge | None = None,
     ) -> None:
         """Open nothing."""
         self.limits = limits or BrokerLimits()
@@ -102,6 +107,17 @@ class Broker:
         self._volumes = Volumes(store)
         self._deciding = Deciding(store, self._volumes, allow_simulated=allow_simulated, now=now)
         self._freshness = Freshness(self._volumes, monotonic)
+        self._launches = None if sev is None else SevSteps(
+            sev,
+            sessions=self._sessions,
+            keep=self._keep,
+            refused=self._refused,
+            judges=self._judges,
+            limits=self.limits,
+            metrics=self.metrics,
+            on_event=on_event,
+            now=lambda: now().timestamp(),
+        )
         self.metrics.gauge("jindisk_broker_sessions", self._sessions.count)
 
     def handler(self, peer: Peer) -> Handler:
@@ -132,6 +148,8 @@ class Broker:
                 return step, await self._release(request, peer)
             if step == "stale":
                 return step, await self._stale(request, peer)
+            if step in {BEGIN, APPROVE}:
+                return step, await self._launch(step, request, peer)
             return step, answer(await self._freshness.tell(step, await body_of(request), peer))
         except Refusal as exc:
             return step, error(exc.kind, exc.detail, exc.status)
@@ -186,6 +204,8 @@ class Broker:
 
     async def _attest(self, request: web.BaseRequest, peer: Peer) -> web.Response:
         session = await self._session(request, peer, bearer=False)
+        if session.launch is not None:
+            raise Refusal("TokenNotFound", "the session is of a launch")
         # Whatever comes of it, the nonce was used: of two at the same time, one is judged. And before the body is
         # read, since a session then holds one body at most, and sessions are counted.
         if not await self._keep(self._sessions.spend, session):
@@ -260,6 +280,16 @@ class Broker:
         self._on_event(BrokerEvent(peer=peer, kind="released", image_id=image_id, simulated=simulated))
         return web.Response(text=sealed, content_type="application/json")
 
+    async def _launch(self, step: str, request: web.BaseRequest, peer: Peer) -> web.Response:
+        """A step of a launch that is measured before it runs."""
+        if self._launches is None:
+            raise Refusal("PluginNotFound", "no such path", 404)
+        self._turn_away(peer)
+        if step == BEGIN:
+            return await self._launches.begin(await body_of(request), peer)
+        session = await self._session(request, peer, bearer=False)
+        return await self._launches.approve(await body_of(request), session, peer)
+
     async def _refused(
         self, peer: Peer, who: Requester, image_id: str, findings: Sequence[Finding], evidence: Kept | None
     ) -> None:
@@ -322,6 +352,8 @@ _STEPS = {
     ("POST", "jindisk/report"): "report",
     ("POST", "jindisk/close"): "close",
     ("POST", "jindisk/stale"): "stale",
+    ("POST", f"jindisk/{BEGIN}"): BEGIN,
+    ("POST", f"jindisk/{APPROVE}"): APPROVE,
 }
 
 

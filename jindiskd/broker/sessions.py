@@ -2,6 +2,9 @@
 
 A session's name is the guest's cookie and a secret; its id is a digest of that, stands in tokens and audit rows, and is
 none. `MemorySessions` serves one broker, `broker.shared.DatabaseSessions` several.
+
+A launch that is measured before it runs (SEV, SEV-ES) is a session too: begun with what is kept of it, used up by
+its one judgement, and renewed only where that could not be made yet.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import base64
 import enum
 import hashlib
+import heapq
 import secrets
 import threading
 import uuid
@@ -20,6 +24,7 @@ from typing import Protocol
 from jindiskd.attest.kept import Verified
 from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import BrokerLimits
+from jindiskd.broker.sev import HeldLaunch
 from jindiskd.errors import EXIT_BUSY, JindiskError
 from jindiskd.kbs.messages import VERSION
 
@@ -58,6 +63,8 @@ class Session:
     asked: int = 0
     tee_pubkey: dict[str, str] = field(default_factory=dict)
     verified: Verified | None = None
+    launch: HeldLaunch | None = None
+    """What is kept of a launch that is measured before it runs; such a session attests nothing else."""
 
 
 def session_id(name: str) -> str:
@@ -65,12 +72,20 @@ def session_id(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def draw(peer: str, expires: float, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
+def draw(
+    peer: str, expires: float, tee: Tee = Tee.SNP, version: str = VERSION, launch: HeldLaunch | None = None
+) -> tuple[str, Session]:
     """A name and a session of that name, with a fresh nonce."""
     name = uuid.uuid4().hex
     nonce = base64.b64encode(secrets.token_bytes(32)).decode()
     made = Session(
-        session_id=session_id(name), peer=peer, nonce=nonce, expires=expires, tee=tee, version=version
+        session_id=session_id(name),
+        peer=peer,
+        nonce=nonce,
+        expires=expires,
+        tee=tee,
+        version=version,
+        launch=launch,
     )
     return name, made
 
@@ -81,8 +96,13 @@ class SessionKeeper(Protocol):
     blocking: bool
     """Whether calls block, and belong in a thread."""
 
-    def new(self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
+    def new(
+        self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION, launch: HeldLaunch | None = None
+    ) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
+
+    def renew(self, session: Session) -> None:
+        """Let a launch that was spent be asked for again, for as long as a new one."""
 
     def find(self, session_id: str, peer: str) -> Session | None:
         """The living session of that id, if this peer began it."""
@@ -112,21 +132,36 @@ class MemorySessions:
         """`clock` is a monotonic clock in seconds."""
         self._limits, self._clock = limits, clock
         self._open: dict[str, Session] = {}
+        self._ends: list[tuple[float, str]] = []
+        """A heap of when sessions end; one that was renewed is in it again."""
         self._of_peer: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def new(self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
+    def new(
+        self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION, launch: HeldLaunch | None = None
+    ) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
         with self._lock:
             self._expire()
             if self._of_peer[peer] >= self._limits.sessions_per_peer:
                 raise TooManySessions(peer)
+            if launch is not None and self._launches(peer) >= self._limits.launches_per_peer:
+                raise TooManySessions(peer)
             if len(self._open) >= self._limits.sessions and not self._make_room(peer):
                 raise TooManySessions(peer)
-            name, session = draw(peer, self._clock() + self._limits.session_lifetime_s, tee, version)
-            self._open[session.session_id] = session
+            life_s = self._limits.session_lifetime_s if launch is None else self._limits.launch_lifetime_s
+            name, session = draw(peer, self._clock() + life_s, tee, version, launch)
+            self._put(session)
             self._of_peer[peer] += 1
             return name, session
+
+    def renew(self, session: Session) -> None:
+        """Let a launch that was spent be asked for again, for as long as a new one."""
+        with self._lock:
+            now = self._open.get(session.session_id)
+            if now is not None and now.stage is Stage.SPENT:
+                expires = self._clock() + self._limits.launch_lifetime_s
+                self._put(replace(now, stage=Stage.CHALLENGED, expires=expires))
 
     def find(self, session_id: str, peer: str) -> Session | None:
         """The living session of that id, if this peer began it."""
@@ -159,7 +194,7 @@ class MemorySessions:
 
     def end(self, session: Session) -> None:
         """Nothing more comes of this session; it counts against the limits until its life is over."""
-        self._replace(session, stage=Stage.ENDED, verified=None)
+        self._replace(session, stage=Stage.ENDED, verified=None, launch=None)
 
     def count(self) -> int:
         """Living sessions."""
@@ -172,6 +207,13 @@ class MemorySessions:
             now = self._open.get(session.session_id)
             if now is not None:
                 self._open[session.session_id] = replace(now, **changes)  # type: ignore[arg-type]  # fields of ours
+
+    def _launches(self, peer: str) -> int:
+        return sum(found.launch is not None and found.peer == peer for found in self._open.values())
+
+    def _put(self, session: Session) -> None:
+        self._open[session.session_id] = session
+        heapq.heappush(self._ends, (session.expires, session.session_id))
 
     def _make_room(self, peer: str) -> bool:
         """End a session of the peer that has most, if `peer` has none: a few guests together must not lock out one."""
@@ -192,10 +234,9 @@ class MemorySessions:
             del self._of_peer[session.peer]
 
     def _expire(self) -> None:
-        # All live equally long, and a dictionary keeps their order: the oldest come first.
         now = self._clock()
-        while self._open:
-            oldest = next(iter(self._open.values()))
-            if oldest.expires > now:
-                return
-            self._remove(oldest)
+        while self._ends and self._ends[0][0] <= now:
+            _, name = heapq.heappop(self._ends)
+            session = self._open.get(name)
+            if session is not None and session.expires <= now:
+                self._remove(session)

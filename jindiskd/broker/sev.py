@@ -1,7 +1,9 @@
-"""The broker's side of SEV and SEV-ES launches: a session each, the measurement judged, the key sealed to the launch.
+"""The owner's judgement of SEV and SEV-ES launches: a session each, a measurement judged, a key sealed to the launch.
 
 There is no report from inside. The owner's session is in the definition before the machine is made; between its making
 and its first instruction the host shows a measurement, and gets a secret that only this launch's processor can open.
+`SevJudge` takes both steps, wherever the host is: `broker.sev_owner` asks it within the service, `broker.sev_steps` for
+hosts that come over the network. Between the steps a launch is kept as a `HeldLaunch`.
 
 What AMD's key server says of a processor is kept in a directory:
 
@@ -10,35 +12,47 @@ What AMD's key server says of a processor is kept in a directory:
 
 For the simulated platform the one file of `sim.sev_platform` stands in their place.
 
-Findings beside those of `attest.sev`: `platform.kind`, `platform.simulation`, `key.state`.
+Findings beside those of `attest.sev`: `platform.kind`, `platform.simulation`, `key.state`, `resource.unknown`,
+`peer.image`, and those of limits and dates.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
-
-import structlog
+from typing import Protocol
 
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
-from jindiskd.attest.sev import LaunchReport, SealedSecret, SevPolicy, SevSession
+from jindiskd.attest.sev import LaunchReport, SealedSecret, SevKeys, SevPolicy, SevSession
 from jindiskd.attest.sev_certs import ARK_SHA256, CERTIFICATE_BYTES, CHAIN_BYTES, SevPlatform, verify_platform
 from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import Peer
-from jindiskd.broker.service import BrokerEvent
-from jindiskd.errors import NotFound
-from jindiskd.keys.store import ImageRecord, KeyState, ReleaseRefused, Requester, Store
+from jindiskd.errors import EXIT_BUSY, JindiskError, NotFound
+from jindiskd.keys import wrap
+from jindiskd.keys.store import ApprovalWaiting, ImageRecord, KeyState, RecordChanged, ReleaseRefused, Requester, Store
 from jindiskd.policy.release import window
-from jindiskd.sim.sev_platform import SevPlatformKeys
+from jindiskd.policy.rules import version_of
+from jindiskd.sim.sev_platform import SevPlatformRoot
 
-log = structlog.get_logger(__name__)
 MAX_CERTIFICATE_BYTES = 4096
 MAX_CPU_ID_BYTES = 64
+MAX_POLICY = (1 << 32) - 1
+PURPOSE = "SEV session"
+ATTEMPTS = 3
+"""How often a decision is made anew because the record changed under it."""
+
+
+class ReleaseWaits(JindiskError, code="ReleaseWaits", exit_code=EXIT_BUSY):
+    """A launch measured as it should, and its key is not released yet: ask again."""
+
+    def __init__(self) -> None:
+        """Who is asked knows more than who asks."""
+        super().__init__("it measured as it should, and its release waits for the owner's approval")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +74,7 @@ class HostPlatform:
         def part(name: str, low: int, high: int) -> bytes:
             try:
                 data = base64.b64decode(str(info[name]), validate=True)
-            except (LookupError, binascii.Error) as exc:
+            except (LookupError, ValueError, binascii.Error) as exc:
                 raise MalformedEvidence("SEV platform", f"its {name} is missing or not base64") from exc
             if not low <= len(data) <= high:
                 raise MalformedEvidence("SEV platform", f"its {name} has {len(data)} bytes")
@@ -72,48 +86,199 @@ class HostPlatform:
             cpu_id=part("cpu0-id", 8, MAX_CPU_ID_BYTES),
         )
 
+    def told(self) -> dict[str, str]:
+        """What `read` reads."""
+        parts = {"pdh": self.pdh, "cert-chain": self.chain, "cpu0-id": self.cpu_id}
+        return {name: base64.b64encode(data).decode() for name, data in parts.items()}
 
-class SevOwner:
-    """Begins sessions and judges them, for the images of one key store."""
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        certificates: Path,
-        simulated: Callable[[], SevPlatformKeys] | None,
-        on_event: Callable[[BrokerEvent], None] = lambda _event: None,
-    ) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLaunch:
+    """A launch between its two steps. Its keys are wrapped, and bound to all the rest of it."""
+
+    image_id: str
+    guest: str
+    """SHA-256 of the session, hexadecimal: one launch of one guest."""
+    chip: str
+    """`cpu0-id`, hexadecimal."""
+    simulated: bool
+    began: int
+    """Seconds since the epoch."""
+    wrapped: bytes = field(repr=False)
+
+    @property
+    def owner(self) -> str:
+        """What its keys are bound to."""
+        return f"{self.image_id} {self.guest} {self.chip} {self.simulated} {self.began}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunLaunch:
+    """What the host puts into the domain's definition, and what is kept."""
+
+    dh_certificate: bytes
+    """2084 bytes."""
+    session: bytes
+    """128 bytes."""
+    held: HeldLaunch
+
+
+class SevTurn(Protocol):
+    """One launch, as whoever makes the machine sees it. Close it."""
+
+    dh_certificate: bytes
+    session: bytes
+
+    async def approve(self, report: LaunchReport) -> SealedSecret:
+        """Have the measurement of the paused machine judged.
+
+        Raises:
+            ReleaseWaits: not yet; ask again with the same measurement.
+            EvidenceRefused, MalformedEvidence, JindiskError: no key leaves, and this launch gets none any more.
         """
-        Args:
-            store: keys, records and the audit log.
-            certificates: the directory above.
-            simulated: gives the simulated platform, where simulation is allowed; called in a thread.
-            on_event: told of each decision, in the event loop.
-        """
-        self._store, self._certificates, self._simulated, self._on_event = store, certificates, simulated, on_event
+
+    def close(self) -> None:
+        """Forget it."""
+
+
+class SevSide(Protocol):
+    """The owner's side of launches, here or elsewhere."""
 
     async def begin(self, peer: Peer, policy: int, host: HostPlatform) -> SevTurn:
+        """Have a session made for one launch on this platform.
+
+        Raises:
+            EvidenceRefused: the platform is not genuine, the policy allows too much, or the key is withheld.
+            MalformedEvidence: what the host shows is in no form that can be judged.
+            NotFound, JindiskError: it cannot be judged now.
+        """
+
+
+class SevJudge:
+    """Begins launches and judges them, for the images of one key store. Blocks.
+
+    Args:
+        store: keys, records and the audit log.
+        certificates: the directory above.
+        simulated: gives the simulated platform, where simulation is allowed.
+    """
+
+    def __init__(
+        self, store: Store, *, certificates: Path, simulated: Callable[[], SevPlatformRoot] | None
+    ) -> None:
+        self._store, self._certificates, self._simulated = store, certificates, simulated
+
+    def begin(self, peer: Peer, image_id: str, policy: int, host: HostPlatform) -> BegunLaunch:
         """Follow the host's platform to its root, and make a session for one launch there.
 
         Raises:
             EvidenceRefused: the platform is not genuine, the policy allows too much, or the key is withheld.
             MalformedEvidence: what the host shows is in no form that can be judged.
-            NotFound: no such key, or a certificate is missing.
+            NotFound: a certificate is missing.
         """
-        image_id = peer.image_id or ""
+        record = self._record(image_id)
+        findings = self._against(record, policy)
+        if peer.image_id is not None and peer.image_id != image_id:
+            findings.append(Finding("peer.image", "a launch of another image than the peer's own was begun"))
+        if findings:
+            raise EvidenceRefused(findings)
+        platform = self._platform(host, simulated=record.platform.simulated)
+        database = self._store.database
+        with SevSession(platform, policy=policy, allow_send=record.rules.sev_allow_send) as session:
+            held = HeldLaunch(
+                image_id=record.image_id,
+                guest=hashlib.sha256(session.session).hexdigest(),
+                chip=host.cpu_id.hex(),
+                simulated=record.platform.simulated,
+                began=int(database.now().timestamp()),
+                wrapped=b"",
+            )
+            with session.pack() as packed:
+                wrapped = wrap.wrap(database.kek, packed, purpose=PURPOSE, owner=held.owner)
+            return BegunLaunch(
+                dh_certificate=session.dh_certificate,
+                session=session.session,
+                held=replace(held, wrapped=wrapped),
+            )
+
+    def approve(self, held: HeldLaunch, report: LaunchReport, who: Requester) -> SealedSecret:
+        """Judge the measurement of the paused machine; the audit row is durable before the sealed key leaves.
+
+        Whoever calls sees to it that a launch is judged once, and again only after `ReleaseWaits`.
+
+        Args:
+            held: of `begin`.
+            report: what the host says of the launch.
+            who: as `requester` gives it.
+
+        Raises:
+            ReleaseWaits: nothing speaks against it, but not yet.
+            EvidenceRefused: with every reason.
+            MalformedEvidence: no measurement. KeyUnreadable: a stored key does not open.
+        """
+        with self._keys(held) as keys:
+            for _attempt in range(ATTEMPTS):
+                try:
+                    return self._release(keys, held, report, who)
+                except RecordChanged:
+                    continue
+                except ReleaseRefused as exc:
+                    raise EvidenceRefused([Finding(exc.finding, str(exc))]) from exc
+                except ApprovalWaiting as exc:
+                    raise ReleaseWaits from exc
+        raise ReleaseWaits
+
+    def _release(self, keys: SevKeys, held: HeldLaunch, report: LaunchReport, who: Requester) -> SealedSecret:
+        record = self._record(held.image_id)
+        findings = self._against(record, keys.policy)
         try:
-            record = await asyncio.to_thread(self._store.image, image_id)
-            findings = _against(record, policy, simulation=self._simulated is not None)
-            if findings:
-                raise EvidenceRefused(findings)
-            platform = await asyncio.to_thread(self._platform, host, simulated=record.platform.simulated)
-            session = await asyncio.to_thread(SevSession, platform, policy=policy)
+            verified = keys.verify(
+                report,
+                launch_digests={digest.hex()[:16]: digest for digest in record.launch_digests},
+                minimum_api=version_of(record.rules.sev_minimum_api),
+            )
         except EvidenceRefused as exc:
-            await self._refused(peer, Requester(peer=peer.description, chip=host.cpu_id.hex()), exc)
-            raise
-        self._on_event(BrokerEvent(peer=peer, kind="challenged", image_id=image_id))
-        return SevTurn(self, record, peer, session, host)
+            raise EvidenceRefused([*findings, *exc.findings]) from exc
+        if findings:
+            raise EvidenceRefused(findings)
+        who = replace(who, measurement=verified.launch_digest)
+        with self._store.release_to(record.image_id, who, revision=record.revision) as key:
+            return keys.seal_disk_key(verified, key)
+
+    def requester(self, peer: Peer, image_id: str, chip: str, held: HeldLaunch | None = None) -> Requester:
+        """Who asks, for audit rows and limits."""
+        if held is not None:
+            return Requester(peer=peer.description, simulated=held.simulated, guest=held.guest, chip=held.chip)
+        try:
+            simulated = self._store.image(image_id).platform.simulated
+        except NotFound:
+            simulated = False
+        return Requester(peer=peer.description, simulated=simulated, chip=chip)
+
+    def _record(self, image_id: str) -> ImageRecord:
+        try:
+            return self._store.image(image_id)
+        except NotFound as exc:
+            raise EvidenceRefused([Finding("resource.unknown", str(exc))]) from exc
+
+    def _keys(self, held: HeldLaunch) -> SevKeys:
+        packed = wrap.unwrap(self._store.database.kek, held.wrapped, purpose=PURPOSE, owner=held.owner)
+        return SevKeys.unpack(packed)
+
+    def _against(self, record: ImageRecord, policy: int) -> list[Finding]:
+        """What speaks against a launch, whatever it measures as."""
+        platform, findings = record.platform, []
+        if not platform.measured_before:
+            findings.append(Finding("platform.kind", f"the image is for {platform}, not for SEV or SEV-ES"))
+        elif platform.tee is Tee.SEV_ES and not policy & SevPolicy.ES:
+            findings.append(Finding("platform.kind", f"the image is for {platform}, the policy 0x{policy:x} is not"))
+        if platform.simulated and (self._simulated is None or record.rules.allow_simulated is False):
+            text = "the image is for a simulated platform, which is not accepted"
+            findings.append(Finding("platform.simulation", text))
+        if record.state is not KeyState.ACTIVE:
+            findings.append(Finding("key.state", f"the image's key is {record.state}"))
+        now: datetime = self._store.database.now()
+        return findings + window(record.rules, now)
 
     def _platform(self, host: HostPlatform, *, simulated: bool) -> SevPlatform:
         if simulated:
@@ -138,81 +303,3 @@ class SevOwner:
                 return stream.read(MAX_CERTIFICATE_BYTES)
         except FileNotFoundError as exc:
             raise NotFound("certificate, which AMD's key server has for this processor,", str(path)) from exc
-
-    async def _refused(self, peer: Peer, who: Requester, exc: EvidenceRefused) -> None:
-        findings = tuple(exc.findings)
-        told = [(finding.id, finding.text) for finding in findings]
-        await asyncio.to_thread(self._store.record_refusal, peer.image_id or "", who, told)
-        log.warning("refused", peer=peer.description, image_id=peer.image_id, findings=[name for name, _ in told])
-        self._on_event(
-            BrokerEvent(
-                peer=peer, kind="refused", image_id=peer.image_id or "", simulated=who.simulated, findings=findings
-            )
-        )
-
-
-class SevTurn:
-    """One launch. Close it: it holds the session's keys."""
-
-    def __init__(
-        self, owner: SevOwner, record: ImageRecord, peer: Peer, session: SevSession, host: HostPlatform
-    ) -> None:
-        """Use `SevOwner.begin`."""
-        self._owner, self._record, self._peer, self._session, self._host = owner, record, peer, session, host
-        self.dh_certificate, self.session = session.dh_certificate, session.session
-
-    async def approve(self, report: LaunchReport) -> SealedSecret:
-        """Judge the measurement of the paused machine; the audit row is durable before the sealed key leaves.
-
-        Raises:
-            EvidenceRefused: with every reason; the refusal is in the audit log.
-            MalformedEvidence: no measurement.
-            ReleaseRefused, ApprovalWaiting, KeyUnreadable: the store does not give the key.
-        """
-        owner, record = self._owner, self._record
-        digests = {digest.hex()[:16]: digest for digest in record.launch_digests}
-        simulated = record.platform.simulated
-        who = Requester(peer=self._peer.description, chip=self._host.cpu_id.hex(), simulated=simulated)
-        try:
-            verified = self._session.verify(report, launch_digests=digests)
-        except EvidenceRefused as exc:
-            await owner._refused(self._peer, who, exc)  # noqa: SLF001 (one thing in two classes)
-            raise
-        who = Requester(peer=who.peer, chip=who.chip, simulated=simulated, measurement=verified.launch_digest)
-        owner._on_event(  # noqa: SLF001 (as above)
-            BrokerEvent(peer=self._peer, kind="attested", image_id=record.image_id, simulated=simulated)
-        )
-
-        def seal() -> SealedSecret:
-            with owner._store.release_to(record.image_id, who, revision=record.revision) as key:  # noqa: SLF001
-                return self._session.seal_disk_key(verified, key)
-
-        try:
-            sealed = await asyncio.to_thread(seal)
-        except ReleaseRefused as exc:
-            refusal = EvidenceRefused([Finding(exc.finding, str(exc))])
-            await owner._refused(self._peer, who, refusal)  # noqa: SLF001 (as above)
-            raise refusal from exc
-        log.info("released", peer=self._peer.description, image_id=record.image_id, simulated=simulated)
-        owner._on_event(  # noqa: SLF001 (as above)
-            BrokerEvent(peer=self._peer, kind="released", image_id=record.image_id, simulated=simulated)
-        )
-        return sealed
-
-    def close(self) -> None:
-        """Forget the session's keys."""
-        self._session.close()
-
-
-def _against(record: ImageRecord, policy: int, *, simulation: bool) -> list[Finding]:
-    """What speaks against a launch before anything of the host is looked at."""
-    findings = []
-    if not record.platform.measured_before:
-        findings.append(Finding("platform.kind", f"the image is for {record.platform}, not for SEV or SEV-ES"))
-    elif record.platform.tee is Tee.SEV_ES and not policy & SevPolicy.ES:
-        findings.append(Finding("platform.kind", f"the image is for {record.platform}, the policy 0x{policy:x} is not"))
-    if record.platform.simulated and not simulation:
-        findings.append(Finding("platform.simulation", "the image is for a simulated platform, which is not accepted"))
-    if record.state is not KeyState.ACTIVE:
-        findings.append(Finding("key.state", f"the image's key is {record.state}"))
-    return findings + window(record.rules, datetime.now(UTC))

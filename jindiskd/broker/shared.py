@@ -12,9 +12,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from jindiskd.attest.kept import Kept, Verified, keep, restore
+from jindiskd.base import document
 from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import BrokerLimits
 from jindiskd.broker.sessions import Session, Stage, TooManySessions, draw
+from jindiskd.broker.sev import HeldLaunch
 from jindiskd.kbs.messages import VERSION
 from jindiskd.keys.database import Database, sessions_table
 
@@ -31,10 +33,13 @@ class DatabaseSessions:
     def _now(self) -> float:
         return self._database.now().timestamp()
 
-    def new(self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION) -> tuple[str, Session]:
+    def new(
+        self, peer: str, tee: Tee = Tee.SNP, version: str = VERSION, launch: HeldLaunch | None = None
+    ) -> tuple[str, Session]:
         """Begin a session; returns its name too. Raises `TooManySessions`."""
         table, now = sessions_table, self._now()
-        name, session = draw(peer, now + self._limits.session_lifetime_s, tee, version)
+        life_s = self._limits.session_lifetime_s if launch is None else self._limits.launch_lifetime_s
+        name, session = draw(peer, now + life_s, tee, version, launch)
         counts = sa.select(
             sa.func.count(), sa.func.coalesce(sa.func.sum(sa.case((table.c.peer == peer, 1), else_=0)), 0)
         )
@@ -42,6 +47,8 @@ class DatabaseSessions:
             connection.execute(table.delete().where(table.c.expires <= now))
             total, mine = connection.execute(counts).one()
             if total >= self._limits.sessions or mine >= self._limits.sessions_per_peer:
+                raise TooManySessions(peer)
+            if launch is not None and self._launches(connection, peer) >= self._limits.launches_per_peer:
                 raise TooManySessions(peer)
             connection.execute(
                 table.insert().values(
@@ -52,11 +59,23 @@ class DatabaseSessions:
                     expires=session.expires,
                     asked=0,
                     tee_pubkey={},
-                    facts={"tee": tee.value, "version": version},
+                    facts={"tee": tee.value, "version": version, "launch": document.to_plain(launch)},
                     report=b"",
                 )
             )
         return name, session
+
+    @staticmethod
+    def _launches(connection: sa.Connection, peer: str) -> int:
+        table = sessions_table
+        kinds = [Tee.SEV.value, Tee.SEV_ES.value]
+        query = sa.select(sa.func.count()).where(table.c.peer == peer, table.c.facts["tee"].as_string().in_(kinds))
+        return int(connection.scalar(query) or 0)
+
+    def renew(self, session: Session) -> None:
+        """Let a launch that was spent be asked for again, for as long as a new one."""
+        values = {"stage": Stage.CHALLENGED.value, "expires": self._now() + self._limits.launch_lifetime_s}
+        self._update(session, values, sessions_table.c.stage == Stage.SPENT.value)
 
     def find(self, session_id: str, peer: str) -> Session | None:
         """The living session of that id, if this peer began it."""
@@ -108,6 +127,7 @@ def _session(row: Mapping[Any, Any]) -> Session:
     tee = Tee(row["facts"]["tee"])
     if row["stage"] == Stage.VERIFIED.value:
         verified = restore(Kept(tee=tee, blob=bytes(row["report"]), facts=row["facts"]["verified"]))
+    launch = row["facts"].get("launch")
     return Session(
         session_id=row["session_id"],
         peer=row["peer"],
@@ -119,4 +139,5 @@ def _session(row: Mapping[Any, Any]) -> Session:
         asked=row["asked"],
         tee_pubkey=row["tee_pubkey"],
         verified=verified,
+        launch=HeldLaunch(**{**launch, "wrapped": bytes.fromhex(launch["wrapped"])}) if launch else None,
     )

@@ -11,9 +11,10 @@ from uuid import uuid4
 import structlog
 
 from jindiskd.attest.model import EvidenceRefused
+from jindiskd.attest.sev import LaunchReport, SealedSecret
 from jindiskd.base.platform import Platform
 from jindiskd.broker.peer import Peer
-from jindiskd.broker.sev import HostPlatform, SevOwner, SevTurn
+from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevSide, SevTurn
 from jindiskd.domain import capabilities, check, machine, xml
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
@@ -36,10 +37,8 @@ KEY_ELSEWHERE = (
     "its key is not in this service's key store, but at the broker that the image pins: have guests passed on to that "
     "broker ([broker] deployment = 'relay')"
 )
-NO_SEV_OWNER = (
-    "it is judged before it runs, by its owner's side, which the owner's broker does not offer to others: build for "
-    "SEV-SNP, whose guests attest from inside"
-)
+WAITING_PAUSE_S = 3.0
+"""How often it is asked whether the owner has approved a launch."""
 
 
 class Launcher:
@@ -55,7 +54,7 @@ class Launcher:
         open_broker: OpenBroker,
         settings: DomainSettings,
         judge: Judge,
-        sev: SevOwner | None,
+        sev: SevSide | None,
         switch: Switch,
         heard: Callable[[Guest, str], None],
         key_here: Callable[[str], bool],
@@ -103,7 +102,8 @@ class Launcher:
             guest.follower = None
             await asyncio.shield(self._abandon(guest, exc))
             if isinstance(exc, TimeoutError):
-                raise TimedOut(f"the startup of domain {name!r} (it came as far as {reached})", seconds) from exc
+                far = guest.waits or f"it came as far as {reached}"
+                raise TimedOut(f"the startup of domain {name!r} ({far})", seconds) from exc
             raise
         guest.follower = None
         return guest.view
@@ -151,8 +151,7 @@ class Launcher:
         view = guest.view
         if not view.platform.measured_before:
             return None
-        if self._sev is None:
-            raise NotSupported(f"launching a guest of platform {view.platform} behind a relay", NO_SEV_OWNER)
+        assert self._sev is not None  # the service has one wherever its broker is
         policy = default_security(view.platform)
         assert isinstance(policy, Sev)
         host = HostPlatform.read(await machine.sev_platform(self._connection))
@@ -168,13 +167,25 @@ class Launcher:
         view = guest.view
         report = await machine.sev_measurement(self._connection, view.name, view.uuid)
         try:
-            sealed = await turn.approve(report)
+            sealed = await self._sealed(guest, turn, report)
         except EvidenceRefused as exc:
             reason = "; ".join(finding.text for finding in exc.findings)
             if guest.view.state is DomainState.STARTING:  # unless the broker's event was faster
                 self._guests.set(guest, DomainState.REFUSED, reason)
             raise LaunchRefused(view.name, reason) from exc
         await machine.inject(self._connection, view.name, view.uuid, sealed)
+
+    @staticmethod
+    async def _sealed(guest: Guest, turn: SevTurn, report: LaunchReport) -> SealedSecret:
+        """The sealed secret, once its owner has approved the launch where that is wanted."""
+        while True:
+            try:
+                return await turn.approve(report)
+            except ReleaseWaits as exc:
+                if not guest.waits:
+                    log.info("the launch waits", domain=guest.view.name, reason=str(exc))
+                guest.waits = str(exc)
+            await asyncio.sleep(WAITING_PAUSE_S)
 
     def _made(
         self, view: DomainView, directory: Path, manifest: Manifest, memory_mib: int, host_data: bytes

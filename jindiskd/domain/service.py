@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from jindiskd.base.platform import Platform
-from jindiskd.broker.sev import SevOwner
+from jindiskd.broker.sev import SevSide
 from jindiskd.domain import connection as events
 from jindiskd.domain import machine, xml
 from jindiskd.domain.adopter import Adopter
@@ -58,7 +58,7 @@ class DomainService:
         open_broker: OpenBroker,
         settings: DomainSettings,
         key_problem: KeyProblem = lambda _image_id: "",
-        sev: SevOwner | None = None,
+        sev: SevSide | None = None,
         key_here: Callable[[str], bool] = lambda _image_id: True,
         sockets: Sequence[socket.socket] = (),
     ) -> None:

@@ -60,6 +60,7 @@ class BrokerUnreachable(JindiskError, code="BrokerUnreachable"):
     def __init__(self, problem: str) -> None:
         """`problem` says what failed last."""
         super().__init__(f"the key broker could not be reached in time: {problem}")
+        self.problem = problem
 
 
 class BrokerRefused(JindiskError, code="BrokerRefused", exit_code=EXIT_REFUSED):
@@ -214,7 +215,7 @@ class KbsClient:
         """
         got: list[Secret] = []
 
-        def attempt(channel: _Channel) -> None:
+        def attempt(channel: Channel) -> None:
             key = ec.generate_private_key(ec.SECP256R1())
             cookie = self._attest(channel, tee, key, evidence)
             for ask in asks[len(got) :]:
@@ -256,13 +257,13 @@ class KbsClient:
     def _tell(self, verb: str, state: VolumeState) -> None:
         body = state.dump()
 
-        def attempt(channel: _Channel) -> None:
+        def attempt(channel: Channel) -> None:
             self._answer(channel, "POST", f"{PREFIX}/jindisk/{verb}", body, None)
 
         # Each message may be sent again: the broker answers a repetition as it answered the first.
         self._until_deadline(attempt)
 
-    def _until_deadline(self, attempt: Callable[[_Channel], T]) -> T:
+    def _until_deadline(self, attempt: Callable[[Channel], T]) -> T:
         wait, refusals = FIRST_WAIT_S, 0
         problem: JindiskError = BrokerUnreachable("the time is over")
         while True:
@@ -292,7 +293,7 @@ class KbsClient:
 
     def _attest(
         self,
-        channel: _Channel,
+        channel: Channel,
         tee: str,
         key: ec.EllipticCurvePrivateKey,
         evidence: Callable[[bytes], Mapping[str, Any]],
@@ -319,7 +320,7 @@ class KbsClient:
         self._answer(channel, "POST", f"{PREFIX}/attest", json.dumps(attestation).encode(), cookie)
         return cookie
 
-    def _channel(self) -> _Channel:
+    def _channel(self) -> Channel:
         """A TLS connection to the pinned broker."""
         left = self._deadline - time.monotonic()
         if left <= 0:
@@ -340,10 +341,10 @@ class KbsClient:
         if not trusted:
             stream.close()
             raise BrokerNotTrusted
-        return _Channel(stream, self._deadline)
+        return Channel(stream, self._deadline)
 
     def _answer(
-        self, channel: _Channel, method: str, path: str, body: bytes, cookie: str | None
+        self, channel: Channel, method: str, path: str, body: bytes, cookie: str | None
     ) -> tuple[bytes, str | None]:
         status, answer, session = channel.request(method, path, body, cookie)
         if status == 200:
@@ -366,14 +367,14 @@ class KbsClient:
         )
 
 
-class _Channel:
+class Channel:
     """One HTTP/1.1 connection: a dozen lines of the protocol suffice, and pull in no library."""
 
     def __init__(self, stream: ssl.SSLSocket, deadline: float) -> None:
         self.stream, self._deadline = stream, deadline
         self._left = b""
 
-    def __enter__(self) -> _Channel:  # noqa: PYI034 (private and final)
+    def __enter__(self) -> Channel:  # noqa: PYI034 (private and final)
         return self
 
     def __exit__(self, *_exc: object) -> None:

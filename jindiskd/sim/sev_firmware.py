@@ -13,8 +13,10 @@ from collections.abc import Callable
 
 from jindiskd.attest.model import MalformedEvidence
 from jindiskd.attest.sev import (
+    HEADER_BYTES,
     LAUNCH_SECRET,
     MEASUREMENT_BYTES,
+    SESSION_BYTES,
     LaunchReport,
     counter_mode,
     expected_measurement,
@@ -24,7 +26,6 @@ from jindiskd.errors import JindiskError
 from jindiskd.sim.sev_platform import API, BUILD, SevPlatformKeys
 
 INVALID_STATE, INVALID_LENGTH, BAD_MEASUREMENT, INVALID_PARAMETER = 1, 4, 11, 22
-SESSION_BYTES, HEADER_BYTES = 128, 52
 
 
 class SevRefused(JindiskError, code="SevRefused"):

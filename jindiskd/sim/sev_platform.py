@@ -31,6 +31,25 @@ KEY_BITS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SevPlatformRoot:
+    """The public part of a simulated platform: what a broker elsewhere needs to accept it, and no other."""
+
+    cek: bytes
+    ask: bytes
+    ark: bytes
+
+    @property
+    def ark_sha256(self) -> Mapping[str, str]:
+        """The root, as `verify_platform` wants it."""
+        return {hashlib.sha256(self.ark).hexdigest(): GENERATION}
+
+    @classmethod
+    def load(cls, path: Path) -> SevPlatformRoot:
+        """Read the file; raises `MalformedDocument`, OSError."""
+        return document.load(cls, path.read_bytes(), document=path.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SevPlatformKeys:
     """A simulated platform. Certificates as `attest.sev_certs` reads them."""
 
@@ -46,9 +65,14 @@ class SevPlatformKeys:
     """The PDH's private number, 48 bytes, big-endian."""
 
     @property
+    def root(self) -> SevPlatformRoot:
+        """What may be shown to everybody."""
+        return SevPlatformRoot(cek=self.cek, ask=self.ask, ark=self.ark)
+
+    @property
     def ark_sha256(self) -> Mapping[str, str]:
         """What a verifier needs to accept this platform, and no other."""
-        return {hashlib.sha256(self.ark).hexdigest(): GENERATION}
+        return self.root.ark_sha256
 
     def shared_secret(self, dh_certificate: bytes) -> bytes:
         """The secret (48 bytes) shared with the owner of a `dhCert`; raises `MalformedEvidence` for another form."""

@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from jindiskd.sim.pki import SimulatedRoot
+from jindiskd.sim.sev_platform import SevPlatformKeys
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def keys() -> SevPlatformKeys:
+    return SevPlatformKeys.generate()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from jindiskd.attest.sev import LaunchReport
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.broker.peer import BrokerEvent, Peer
-from jindiskd.broker.sev import HostPlatform, SevOwner
+from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevTurn
+from jindiskd.broker.sev_owner import SevOwner
 from jindiskd.errors import NotFound
 from jindiskd.guest.secret import DISK_KEY, entries
 from jindiskd.keys.store import Store
@@ -28,11 +29,6 @@ DIGEST = b"\x5a" * 32
 PEER = Peer(description="domain d", domain_uuid="d", image_id=IMAGE)
 
 
-@pytest.fixture(scope="module")
-def keys() -> SevPlatformKeys:
-    return SevPlatformKeys.generate()
-
-
 class Owner:
     """A store with one image, and its owner's side."""
 
@@ -44,7 +40,7 @@ class Owner:
         self.side = SevOwner(
             self.store,
             certificates=path / "sev",
-            simulated=(lambda: keys) if simulation else None,
+            simulated=(lambda: keys.root) if simulation else None,
             on_event=self.events.append,
         )
 
@@ -85,23 +81,66 @@ async def test_a_good_launch_gets_the_sealed_key(
     again.close()
 
 
-async def test_another_measurement_gets_nothing(tmp_path: Path, keys: SevPlatformKeys) -> None:
-    """A changed kernel; a changed policy; a measurement of another launch; one that is none."""
+@pytest.mark.parametrize(
+    ("policy", "cut", "findings"),
+    [(0xB, 48, ["sev.measurement"]), (0xF, 48, ["sev.measurement", "sev.policy.mismatch"]), (0xB, 47, None)],
+    ids=["kernel", "policy", "short"],
+)
+async def test_another_measurement_gets_nothing(
+    tmp_path: Path, keys: SevPlatformKeys, policy: int, cut: int, findings: list[str] | None
+) -> None:
+    """A changed kernel; a changed policy; one that is none. The right one comes too late then."""
     owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
     turn = await owner.side.begin(PEER, 0xB, shown(keys))
     launch = SevLaunch(keys, policy=0xB, dh_certificate=turn.dh_certificate, session=turn.session)
-    wrong = launch.measure(bytes(32))
-    with pytest.raises(EvidenceRefused):
-        await turn.approve(report(0xB, wrong))
-    assert owner.last() == ("refused", ["sev.measurement"])
-    with pytest.raises(EvidenceRefused):
-        await turn.approve(report(0xF, wrong))
-    assert owner.last() == ("refused", ["sev.measurement", "sev.policy.mismatch"])
-    with pytest.raises(MalformedEvidence):
-        await turn.approve(report(0xB, wrong[:-1]))
+    with pytest.raises(MalformedEvidence if findings is None else EvidenceRefused):
+        await turn.approve(report(policy, launch.measure(bytes(32))[:cut]))
+    if findings is not None:
+        assert owner.last() == ("refused", findings)
+    other = SevLaunch(keys, policy=0xB, dh_certificate=turn.dh_certificate, session=turn.session)
+    with pytest.raises(EvidenceRefused, match="judged already"):
+        await turn.approve(report(0xB, other.measure(DIGEST)))
     turn.close()
     assert all(row["kind"] != "released" for row in owner.store.audit_rows())
-    assert [event.kind for event in owner.events] == ["challenged", "refused", "refused"]
+
+
+async def test_the_rules_for_the_platform_count(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """The least firmware, and simulation that this image does not accept."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    owner.store.set_rules(IMAGE, replace(ReleaseRules(), sev_minimum_api="1.56"))
+    turn = await owner.side.begin(PEER, 0xB, shown(keys))
+    launch = SevLaunch(keys, policy=0xB, dh_certificate=turn.dh_certificate, session=turn.session)
+    with pytest.raises(EvidenceRefused, match=r"below 1\.56"):
+        await turn.approve(report(0xB, launch.measure(DIGEST)))
+    assert owner.last() == ("refused", ["sev.api.too_old"])
+    owner.store.set_rules(IMAGE, replace(ReleaseRules(), allow_simulated=False))
+    with pytest.raises(EvidenceRefused):
+        await owner.side.begin(PEER, 0xB, shown(keys))
+    assert owner.last() == ("refused", ["platform.simulation"])
+    owner.store.set_rules(IMAGE, replace(ReleaseRules(), sev_allow_send=True))
+    (await owner.side.begin(PEER, 0x3, shown(keys))).close()
+
+
+async def test_a_launch_waits_for_approval(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """The same measurement again, once a person has granted it; the grant is for this launch alone."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    owner.store.set_rules(IMAGE, replace(ReleaseRules(), approval=True))
+
+    async def begun() -> tuple[SevTurn, LaunchReport]:
+        turn = await owner.side.begin(PEER, 0xB, shown(keys))
+        launch = SevLaunch(keys, policy=0xB, dh_certificate=turn.dh_certificate, session=turn.session)
+        return turn, report(0xB, launch.measure(DIGEST))
+
+    turn, told = await begun()
+    for _ in range(2):
+        with pytest.raises(ReleaseWaits):
+            await turn.approve(told)
+    (waiting,) = owner.store.approvals.list()
+    owner.store.approvals.grant(waiting.number)
+    assert (await turn.approve(told)).payload
+    other, its = await begun()
+    with pytest.raises(ReleaseWaits):
+        await other.approve(its)
 
 
 async def test_a_key_that_is_withheld_between_the_two_steps(tmp_path: Path, keys: SevPlatformKeys) -> None:

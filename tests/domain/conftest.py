@@ -17,7 +17,7 @@ from smallroot import idle_kernel
 
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
-from jindiskd.broker.sev import SevOwner
+from jindiskd.broker.sev_owner import SevOwner
 from jindiskd.domain import vsock
 from jindiskd.domain.service import DomainService, DomainSettings
 from jindiskd.domain.state import DomainView

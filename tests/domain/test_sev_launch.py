@@ -19,7 +19,7 @@ from jindiskd.attest.measure import LaunchInputs, launch_digest
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.broker.sev import SevOwner
+from jindiskd.broker.sev_owner import SevOwner
 from jindiskd.domain.security import default_security
 from jindiskd.domain.state import LaunchRefused
 from jindiskd.guest.secret import TABLE
@@ -58,7 +58,7 @@ class SevBench:
         self.bench = bench
         self.directory = bench.images.root / "demo"
         self.store = Store.open(f"sqlite:///{bench.directory}/keys.db", Secret.random(32))
-        bench.sev = SevOwner(self.store, certificates=bench.directory / "sev", simulated=lambda: keys)
+        bench.sev = SevOwner(self.store, certificates=bench.directory / "sev", simulated=lambda: keys.root)
 
     def image(self, platform: Platform) -> Manifest:
         """Make `demo` an image of this platform, with its key in the store."""

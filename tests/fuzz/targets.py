@@ -18,6 +18,7 @@ from jindiskd.attest.kept import Kept, restore
 from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.offline import snp_report_of
 from jindiskd.attest.offline_sev import parse_launch
+from jindiskd.attest.sev import LaunchReport, SevKeys
 from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, to_der
@@ -28,7 +29,10 @@ from jindiskd.attest.tdx import parse_collateral
 from jindiskd.attest.tdx_quote import parse_quote
 from jindiskd.attest.tdx_registers import authenticode
 from jindiskd.base.platform import Tee
+from jindiskd.base.secret import Secret
 from jindiskd.broker.judge import judge
+from jindiskd.broker.sev import HostPlatform
+from jindiskd.broker.sev_messages import BeginRequest, dump_approve, parse_approve, parse_begin, parse_sealed
 from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
 from jindiskd.device.probe import probe
 from jindiskd.errors import InvalidArgument, JindiskError
@@ -162,6 +166,11 @@ def _evidence() -> bytes:
 EVIDENCE = (MalformedEvidence,)
 MESSAGE = (MalformedMessage,)
 JWK = b'{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6"}'
+LAUNCH = LaunchReport(measurement=bytes(48), api_major=1, api_minor=55, build=21, policy=11)
+SESSION = b"JDS1" + bytes(36) + b"Milan"
+BEGIN = BeginRequest(
+    image_id=UUID, policy=11, host=HostPlatform(pdh=bytes(2084), chain=bytes(3 * 2084), cpu_id=bytes(64))
+).dump()
 TARGETS: Mapping[str, Target] = {
     "report": Target(_report, EVIDENCE, ("snp/*/report.bin", "snp-test-pki/*/*.bin")),
     "response": Target(snp_report_of, EVIDENCE, ("snp/msg-report-rsp.bin",), (b"{}",)),
@@ -180,6 +189,10 @@ TARGETS: Mapping[str, Target] = {
     "id-auth": Target(lambda data: check(data[:96], data[96:]), EVIDENCE, ("id-block/id-auth.bin",)),
     "sev-certificate": Target(_sev, (), ("sev/certs/*/*.cert",)),
     "sev-launch": Target(parse_launch, EVIDENCE, (), (b'{"sev-measurement":"AAAA","sev-api-major":1}',)),
+    "sev-begin": Target(parse_begin, MESSAGE, (), (BEGIN,)),
+    "sev-approve": Target(parse_approve, MESSAGE, (), (dump_approve(LAUNCH),)),
+    "sev-session": Target(lambda data: SevKeys.unpack(Secret(data)).close(), EVIDENCE, (), (SESSION,)),
+    "sev-sealed": Target(parse_sealed, MESSAGE, (), (b'{"header":"AAAA","secret":"AAAA"}',)),
     "kept": Target(_restore, EVIDENCE, ("snp/*/report.bin", "tdx/*/quote.bin")),
     "request": Target(parse_request, MESSAGE, (), (b'{"version":"0.4.0","tee":"snp","extra-params":""}',)),
     "attestation": Target(parse_attestation, MESSAGE, (), (_evidence(),)),

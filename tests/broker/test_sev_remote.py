@@ -1,0 +1,446 @@
+"""SEV launches judged by a broker elsewhere: what the host between can do, and what it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokerbench import REQUEST
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jindiskd.attest.model import EvidenceRefused
+from jindiskd.attest.sev import LaunchReport
+from jindiskd.attest.snp import SnpVerifier
+from jindiskd.base.endpoint import Endpoint
+from jindiskd.base.platform import Platform
+from jindiskd.base.secret import Secret
+from jindiskd.broker.identity import TlsIdentity
+from jindiskd.broker.listener import listen_tcp
+from jindiskd.broker.peer import BrokerEvent, BrokerLimits, Peer
+from jindiskd.broker.relay import Relay, RelayState
+from jindiskd.broker.service import Broker
+from jindiskd.broker.sessions import SessionKeeper
+from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevJudge, SevTurn
+from jindiskd.broker.sev_messages import (
+    BeginRequest,
+    dump_approve,
+    parse_approve,
+    parse_begin,
+    parse_begun,
+    parse_sealed,
+)
+from jindiskd.broker.sev_remote import LaunchForgotten, RemoteOwner, SevClient
+from jindiskd.broker.sev_steps import LONGEST_WAIT_S
+from jindiskd.broker.shared import DatabaseSessions
+from jindiskd.errors import NotSupported
+from jindiskd.guest.secret import DISK_KEY, entries
+from jindiskd.kbs.client import BrokerMisbehaved, BrokerNotTrusted, BrokerRefused, BrokerUnreachable
+from jindiskd.kbs.messages import MalformedMessage
+from jindiskd.keys.store import Store
+from jindiskd.policy.rules import ReleaseRules
+from jindiskd.sim.pki import SimulatedRoot
+from jindiskd.sim.sev_firmware import SevLaunch, SevRefused
+from jindiskd.sim.sev_platform import API, BUILD, CPU_ID, SevPlatformKeys
+
+IMAGE, OTHER = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
+KEYS = {IMAGE: bytes(range(32)), OTHER: bytes(range(32, 64))}
+DIGESTS = {IMAGE: b"\x5a" * 32, OTHER: b"\xa5" * 32}
+POLICY = 0xB
+PEER = Peer(description="domain d", domain_uuid="d", image_id=IMAGE)
+
+
+class Place:
+    """An owner's broker on TCP, and a host that reaches it."""
+
+    def __init__(self, path: Path, keys: SevPlatformKeys, root: SimulatedRoot, **more: Any) -> None:
+        self.keys, self.now = keys, [time.time()]
+        self.store = Store.open(f"sqlite:///{path}/keys.db", Secret.random(32))
+        for image, name in ((IMAGE, "web"), (OTHER, "db")):
+            self.store.add_image(image, name, Platform.SIMULATED_SEV, f"default/{image}/root", Secret(KEYS[image]))
+            self.store.activate(image, [DIGESTS[image]])
+        self.identity = TlsIdentity.load_or_create(path / "broker.pem")
+        self.events: list[BrokerEvent] = []
+        self._arguments = {
+            "store": self.store,
+            "verifiers": [SnpVerifier(roots=root.roots)],
+            "allow_simulated": True,
+            "on_event": self.events.append,
+            "sev": SevJudge(self.store, certificates=path / "sev", simulated=lambda: keys.root),
+            **more,
+        }
+        self.broker = self.another()
+        self.port = 0
+
+    def another(self, **more: Any) -> Broker:
+        """A broker of the same owner."""
+        return Broker(**{**self._arguments, **more})
+
+    @contextlib.asynccontextmanager
+    async def listening(self, broker: Broker | None = None, port: int = 0) -> AsyncIterator[RemoteOwner]:
+        listener = await listen_tcp(broker or self.broker, self.identity, "127.0.0.1", port)
+        self.port = listener.addresses[0][1]
+        try:
+            yield self.owner()
+        finally:
+            await listener.close()
+
+    def owner(self, pin: bytes | None = None) -> RemoteOwner:
+        return RemoteOwner(Relay(Endpoint(host="127.0.0.1", port=self.port)), pin or self.identity.spki_sha256)
+
+    @property
+    def host(self) -> HostPlatform:
+        return HostPlatform(pdh=self.keys.pdh, chain=self.keys.chain, cpu_id=CPU_ID)
+
+    def start(self, turn: SevTurn, policy: int = POLICY) -> SevLaunch:
+        """The host's processor, with the owner's session."""
+        return SevLaunch(self.keys, policy=policy, dh_certificate=turn.dh_certificate, session=turn.session)
+
+    async def measured(self, owner: RemoteOwner, image: str = IMAGE) -> tuple[SevTurn, SevLaunch, LaunchReport]:
+        """A launch that is paused, and measures as it should."""
+        turn = await owner.begin(replace(PEER, image_id=image), POLICY, self.host)
+        launch = self.start(turn)
+        return turn, launch, report(launch.measure(DIGESTS[image]))
+
+    async def raw(self, verb: str, body: bytes, cookie: str | None = None, source: str = "127.0.0.1") -> bytes:
+        """What a host of its own making asks."""
+
+        def connect() -> socket.socket:
+            return socket.create_connection(("127.0.0.1", self.port), timeout=60, source_address=(source, 0))
+
+        client = SevClient(connect, spki_sha256=self.identity.spki_sha256, deadline=time.monotonic() + 60)
+        return (await asyncio.to_thread(client.ask, verb, body, cookie))[0]
+
+    async def http(self, method: str, path: str, body: bytes, cookie: str | None = None) -> tuple[int, str | None]:
+        """One request of a guest; status and new session."""
+
+        def exchange() -> tuple[int, str | None]:
+            connect = lambda: socket.create_connection(("127.0.0.1", self.port), timeout=60)  # noqa: E731 (once)
+            client = SevClient(connect, spki_sha256=self.identity.spki_sha256, deadline=time.monotonic() + 60)
+            with client._channel() as channel:
+                status, _answer, session = channel.request(method, path, body, cookie)
+            return status, session
+
+        return await asyncio.to_thread(exchange)
+
+    def kinds(self) -> list[str]:
+        return [row["kind"] for row in self.store.audit_rows() if row["kind"] in {"released", "refused", "waiting"}]
+
+    def findings(self) -> list[str]:
+        row = self.store.audit_rows()[-1]
+        assert row["kind"] == "refused"
+        return [found["id"] for found in row["detail"]["findings"]]
+
+
+def report(measurement: bytes, **changes: int) -> LaunchReport:
+    told = LaunchReport(measurement=measurement, api_major=API[0], api_minor=API[1], build=BUILD, policy=POLICY)
+    return replace(told, **changes)
+
+
+def cookie_of(turn: SevTurn) -> str:
+    found = turn._cookie  # type: ignore[attr-defined]  # what a hostile host has in its hands
+    assert isinstance(found, str)
+    return found
+
+
+@pytest.fixture(scope="module")
+def other() -> SevPlatformKeys:
+    return SevPlatformKeys.generate()
+
+
+@pytest.fixture
+async def place(tmp_path: Path, keys: SevPlatformKeys, root: SimulatedRoot) -> AsyncIterator[Place]:
+    made = Place(tmp_path, keys, root)
+    yield made
+    made.store.close()
+
+
+async def test_a_launch_is_judged_through_the_host(place: Place) -> None:
+    """The secret opens in that launch alone; the audit row is as any release's, and nothing on the way is the key."""
+    async with place.listening() as owner:
+        turn, launch, told = await place.measured(owner)
+        sealed = await turn.approve(told)
+        assert bytes(entries(launch.open_secret(sealed.header, sealed.payload))[DISK_KEY]) == KEYS[IMAGE]
+        assert KEYS[IMAGE] not in turn.session + turn.dh_certificate + sealed.header + sealed.payload
+        _turn, other, _told = await place.measured(owner)
+        with pytest.raises(SevRefused):
+            other.open_secret(sealed.header, sealed.payload)
+        assert owner._relay.total.state is RelayState.IDLE
+    row = place.store.audit_rows()[-1]
+    assert (row["kind"], row["simulated"], row["measurement"]) == ("released", True, DIGESTS[IMAGE].hex())
+    assert row["peer"] == "tcp 127.0.0.1"
+    assert row["detail"]["chip"] == CPU_ID.hex()
+    assert len(row["detail"]["guest"]) == 64
+    assert row["detail"]["token"]
+    assert [event.kind for event in place.events][:3] == ["challenged", "attested", "released"]
+
+
+async def test_a_measurement_counts_once(place: Place) -> None:
+    """The same one again, at the same session or at another, also at the same time."""
+    async with place.listening() as owner:
+        turn, _launch, told = await place.measured(owner)
+        found = await asyncio.gather(*(turn.approve(told) for _ in range(8)), return_exceptions=True)
+        assert sorted(type(one).__name__ for one in found) == ["LaunchForgotten"] * 7 + ["SealedSecret"]
+        assert place.kinds() == ["released"]
+        again = await owner.begin(PEER, POLICY, place.host)
+        with pytest.raises(EvidenceRefused):
+            await again.approve(told)
+        assert place.findings() == ["sev.measurement"]
+        with pytest.raises(LaunchForgotten):
+            await again.approve(told)
+
+
+async def test_a_refused_launch_is_not_judged_again(place: Place) -> None:
+    """A measurement that was wrong cannot be mended; the row has the launch and the reason, the host neither."""
+    async with place.listening() as owner:
+        turn = await owner.begin(PEER, POLICY, place.host)
+        launch = place.start(turn)
+        with pytest.raises(EvidenceRefused) as caught:
+            await turn.approve(report(launch.measure(bytes(32))))
+        assert "measure" not in str(caught.value)
+        assert place.findings() == ["sev.measurement"]
+        with pytest.raises(LaunchForgotten):
+            await turn.approve(report(place.start(turn).measure(DIGESTS[IMAGE])))
+    assert place.kinds() == ["refused"]
+
+
+async def test_other_launches_do_not_help(place: Place) -> None:
+    """Another domain's session, another image's launch, and one whose machine has another policy."""
+    async with place.listening() as owner:
+        _mine, _launch, told = await place.measured(owner)
+        theirs, _launch, _theirs = await place.measured(owner, OTHER)
+        with pytest.raises(EvidenceRefused):
+            await theirs.approve(told)
+        assert place.findings() == ["sev.measurement"]
+        wrong = await owner.begin(PEER, POLICY, place.host)
+        with pytest.raises(EvidenceRefused):  # the digest of the other image, in a session for this one
+            await wrong.approve(report(place.start(wrong).measure(DIGESTS[OTHER])))
+        lax = await owner.begin(PEER, POLICY, place.host)
+        with pytest.raises(SevRefused):  # the processor itself does not take another policy than the session's
+            place.start(lax, policy=0x3)
+        with pytest.raises(EvidenceRefused):
+            await lax.approve(report(place.start(lax).measure(DIGESTS[IMAGE]), policy=0x3))
+        assert place.findings() == ["sev.measurement", "sev.policy.mismatch"]
+    assert "released" not in place.kinds()
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda keys, other: {"pdh": other.pdh}, "sev.chain.pdh"),
+        (lambda keys, other: {"pdh": other.pdh, "chain": other.chain}, "sev.chain.cek"),
+        (lambda keys, other: {"chain": keys.chain[:2084] + other.chain[2084:]}, "sev.chain.cek"),
+    ],
+    ids=["the key alone", "a whole platform", "half a chain"],
+)
+async def test_a_platform_of_the_hosts_own(
+    place: Place,
+    other: SevPlatformKeys,
+    change: Callable[[SevPlatformKeys, SevPlatformKeys], dict[str, bytes]],
+    finding: str,
+) -> None:
+    """No session is made for a key that does not lead to the root: the host could read what it protects."""
+    async with place.listening() as owner:
+        with pytest.raises(EvidenceRefused):
+            await owner.begin(PEER, POLICY, replace(place.host, **change(place.keys, other)))
+        assert finding in place.findings()
+        assert place.broker._sessions.count() == 0
+
+
+@pytest.mark.parametrize(("policy", "finding"), [(0xA, "debug"), (0x9, "sharing"), (0x3, "send")])
+async def test_a_policy_that_allows_too_much(place: Place, policy: int, finding: str) -> None:
+    """No session is made for it."""
+    async with place.listening() as owner:
+        with pytest.raises(EvidenceRefused):
+            await owner.begin(PEER, policy, place.host)
+    assert place.findings() == [f"sev.policy.{finding}"]
+
+
+async def test_what_is_refused_for_its_image(place: Place, tmp_path: Path) -> None:
+    """An image that is not here, of another platform, or without certificates; a key that was revoked meanwhile."""
+    snp, real = "33333333-3333-4333-8333-333333333333", "44444444-4444-4444-8444-444444444444"
+    for image, platform in ((snp, Platform.SIMULATED_SNP), (real, Platform.SEV)):
+        place.store.add_image(image, image, platform, f"default/{image}/root", Secret(KEYS[IMAGE]))
+        place.store.activate(image, [DIGESTS[IMAGE]])
+    cases = (("no-such", "resource.unknown"), (snp, "platform.kind"), (real, "sev.chain.missing"))
+    async with place.listening() as owner:
+        for image, finding in cases:
+            with pytest.raises(EvidenceRefused):
+                await owner.begin(replace(PEER, image_id=image), POLICY, place.host)
+            assert place.findings() == [finding]
+        turn, _launch, told = await place.measured(owner)
+        place.store.revoke(IMAGE)
+        with pytest.raises(EvidenceRefused):
+            await turn.approve(told)
+        assert place.findings() == ["key.state"]
+
+
+async def test_sessions_of_guests_and_of_launches_are_not_each_others(place: Place) -> None:
+    """A guest's cookie judges no launch, a launch's attests nothing and gets nothing; another address has neither."""
+    async with place.listening() as owner:
+        turn, _launch, told = await place.measured(owner)
+        body, cookie = dump_approve(told), cookie_of(turn)
+        assert (await place.http("POST", "/kbs/v0/attest", b"{}", cookie))[0] == 401
+        assert (await place.http("GET", f"/kbs/v0/resource/default/{IMAGE}/root", b"", cookie))[0] == 401
+        _status, guests = await place.http("POST", "/kbs/v0/auth", REQUEST)
+        assert guests is not None
+        for name, source in ((guests, "127.0.0.1"), ("0" * 32, "127.0.0.1"), (cookie, "127.0.0.2")):
+            with pytest.raises(BrokerRefused) as caught:
+                await place.raw("sev-approve", body, name, source)
+            assert caught.value.kind == "TokenNotFound"
+        with pytest.raises(BrokerRefused):
+            await place.raw("sev-approve", body, None)
+        assert (await turn.approve(told)).payload
+    assert place.kinds() == ["released"]
+
+
+async def test_approval_limits_and_time(place: Place) -> None:
+    """As for other releases: it waits for a person, for a while, and counts."""
+    place.store.set_rules(IMAGE, replace(ReleaseRules(), approval=True, releases_per_hour=1))
+    async with place.listening() as owner:
+        turn, _launch, told = await place.measured(owner)
+        for _ in range(2):
+            with pytest.raises(ReleaseWaits):
+                await turn.approve(told)
+        (waiting,) = place.store.approvals.list()
+        assert waiting.measurement == DIGESTS[IMAGE].hex()
+        place.store.approvals.grant(waiting.number)
+        assert (await turn.approve(told)).payload
+        second, _launch, told = await place.measured(owner)
+        with pytest.raises(EvidenceRefused):
+            await second.approve(told)
+        assert place.findings() == ["limit.image"]
+        place.store.set_rules(IMAGE, replace(ReleaseRules(), approval=True))
+        third, _launch, told = await place.measured(owner)
+        assert place.broker._launches is not None
+        place.broker._launches._now = lambda: time.time() + LONGEST_WAIT_S + 1
+        with pytest.raises(ReleaseWaits):
+            await third.approve(told)
+        with pytest.raises(LaunchForgotten):
+            await third.approve(told)
+
+
+async def test_too_many_launches_of_a_host(tmp_path: Path, keys: SevPlatformKeys, root: SimulatedRoot) -> None:
+    """It is told to come again, and the owner's guests are not locked out."""
+    made = Place(tmp_path, keys, root, limits=BrokerLimits(launches_per_peer=2, launch_lifetime_s=3600))
+    async with made.listening() as owner:
+        for _ in range(2):
+            await owner.begin(PEER, POLICY, made.host)
+        with pytest.raises(BrokerRefused, match="PluginInternalError"):
+            await owner.begin(PEER, POLICY, made.host)
+        assert [row["kind"] for row in made.store.audit_rows()][-1] == "activated"
+        assert (await made.http("POST", "/kbs/v0/auth", REQUEST))[0] == 200
+    made.store.close()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one", "several"])
+async def test_a_broker_that_ends_between_the_steps(
+    tmp_path: Path, keys: SevPlatformKeys, root: SimulatedRoot, shared: bool
+) -> None:
+    """Alone it forgets the launch, which is begun anew; of several brokers the next one knows it, once."""
+    made = Place(tmp_path, keys, root)
+
+    def sessions() -> dict[str, SessionKeeper]:
+        return {"sessions": DatabaseSessions(made.store.database, BrokerLimits())} if shared else {}
+
+    async with made.listening(made.another(**sessions())) as owner:
+        turn, launch, told = await made.measured(owner)
+        port = made.port
+    with pytest.raises(BrokerUnreachable, match=f"127.0.0.1:{port}"):
+        await asyncio.wait_for(_within(owner, lambda: turn.approve(told)), 60)
+    assert owner._relay.total.state is RelayState.UNREACHABLE
+    async with made.listening(made.another(**sessions()), port):
+        if shared:
+            sealed = await turn.approve(told)
+            assert bytes(entries(launch.open_secret(sealed.header, sealed.payload))[DISK_KEY]) == KEYS[IMAGE]
+        with pytest.raises(LaunchForgotten):
+            await turn.approve(told)
+        turn, _launch, told = await made.measured(owner)
+        assert (await turn.approve(told)).payload
+    made.store.close()
+
+
+async def _within(owner: RemoteOwner, call: Callable[[], Any]) -> Any:
+    """Make a step give up soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jindiskd.broker.sev_remote.STEP_S", 1.0)
+        return await call()
+
+
+async def test_whoever_answers_in_the_brokers_place(place: Place, tmp_path: Path) -> None:
+    """Another key is not spoken to; a broker that judges no launches says so; nonsense is none of an answer."""
+    async with place.listening():
+        with pytest.raises(BrokerNotTrusted):
+            await place.owner(bytes(32)).begin(PEER, POLICY, place.host)
+    async with place.listening(place.another(sev=None)) as owner:
+        with pytest.raises(NotSupported, match="jindisk-broker"):
+            await owner.begin(PEER, POLICY, place.host)
+    for parse, body in ((parse_begun, b'{"dh-cert":"AAAA","session":"AAAA"}'), (parse_sealed, b'{"header":""}')):
+        with pytest.raises(MalformedMessage):
+            parse(body)
+    async with place.listening() as owner:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jindiskd.broker.sev_steps.dump_begun", lambda *_: {"dh-cert": "AAAA", "session": ""})
+            with pytest.raises(BrokerMisbehaved):
+                await owner.begin(PEER, POLICY, place.host)
+
+
+def good(keys: SevPlatformKeys) -> dict[str, dict[str, Any]]:
+    host = HostPlatform(pdh=keys.pdh, chain=keys.chain, cpu_id=CPU_ID)
+    return {
+        "sev-begin": json.loads(BeginRequest(image_id=IMAGE, policy=POLICY, host=host).dump()),
+        "sev-approve": json.loads(dump_approve(report(bytes(48)))),
+    }
+
+
+def test_both_messages_read_as_they_were_written(keys: SevPlatformKeys) -> None:
+    """And nothing but exactly that is read: members, types, lengths, ranges."""
+    told = good(keys)
+    assert parse_begin(json.dumps(told["sev-begin"]).encode()).host.pdh == keys.pdh
+    assert parse_approve(json.dumps(told["sev-approve"]).encode()) == report(bytes(48))
+    for verb, parse in (("sev-begin", parse_begin), ("sev-approve", parse_approve)):
+        for name in told[verb]:
+            for value in (None, "", [], {}, -1, 1 << 40, True, "\0", "=", "A!" * 9, 1.5):
+                with pytest.raises(MalformedMessage):
+                    parse(json.dumps({**told[verb], name: value}).encode())
+            with pytest.raises(MalformedMessage):
+                parse(json.dumps({n: v for n, v in told[verb].items() if n != name}).encode())
+        with pytest.raises(MalformedMessage):
+            parse(json.dumps({**told[verb], "more": 1}).encode())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_cut_long_and_altered_messages(keys: SevPlatformKeys, data: st.DataObject) -> None:
+    """Whatever a host sends is read or refused, and nothing else."""
+    verb, parse = data.draw(st.sampled_from([("sev-begin", parse_begin), ("sev-approve", parse_approve)]))
+    body = bytearray(json.dumps(good(keys)[verb]).encode())
+    place = data.draw(st.integers(0, len(body)))
+    body[place:place] = data.draw(st.binary(max_size=64))
+    del body[data.draw(st.integers(0, len(body))) :]
+    with contextlib.suppress(MalformedMessage):
+        parse(bytes(body))
+
+
+async def test_bad_messages_cost_an_answer(place: Place, keys: SevPlatformKeys) -> None:
+    """Over the wire: too long, cut, none at all. A launch whose measurement could not be read is not judged again."""
+    async with place.listening() as owner:
+        for body in (b"", b"{}", b"{" * 1000, b" " * (17 << 10), json.dumps(good(keys)["sev-begin"]).encode()[:-9]):
+            with pytest.raises(BrokerRefused) as caught:
+                await place.raw("sev-begin", body)
+            assert caught.value.kind == "SerdeError"
+        turn, _launch, told = await place.measured(owner)
+        with pytest.raises(BrokerRefused) as caught:
+            await place.raw("sev-approve", b"{}", cookie_of(turn))
+        assert caught.value.kind == "SerdeError"
+        with pytest.raises(LaunchForgotten):
+            await turn.approve(told)
+    assert place.kinds() == []
