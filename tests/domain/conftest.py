@@ -17,7 +17,7 @@ from smallroot import idle_kernel
 
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
-from jindiskd.broker.sev_owner import SevOwner
+from jindiskd.broker.sev import SevSide
 from jindiskd.domain import vsock
 from jindiskd.domain.service import DomainService, DomainSettings
 from jindiskd.domain.state import DomainView
@@ -129,7 +129,7 @@ class Bench:
             launch_timeout_s=120,
         )
         self.services: list[DomainService] = []
-        self.sev: SevOwner | None = None
+        self.sev: SevSide | None = None
         self.writers: list[asyncio.StreamWriter] = []
 
     def add_image(self, name: str) -> Manifest:

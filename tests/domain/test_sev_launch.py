@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import subprocess
-import threading
+import sys
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import libvirt
 import pytest
-import sevhost
 import sevmounts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "broker"))
+from brokerprocess import BrokerProcess
 
 from jindiskd.attest.firmware import inspect_firmware
 from jindiskd.attest.measure import LaunchInputs, launch_digest
 from jindiskd.base import document
+from jindiskd.base.endpoint import Endpoint
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
+from jindiskd.broker.relay import Relay
 from jindiskd.broker.sev_owner import SevOwner
+from jindiskd.broker.sev_remote import RemoteOwner
 from jindiskd.domain.security import default_security
 from jindiskd.domain.state import LaunchRefused
 from jindiskd.guest.secret import TABLE
 from jindiskd.image.manifest import Manifest
+from jindiskd.kbs.client import BrokerUnreachable
 from jindiskd.keys.store import Store
+from jindiskd.sim.pki import SimulatedRoot
 from jindiskd.sim.sev_platform import SevPlatformKeys
 
 from .conftest import ROOT, Bench, make_manifest
@@ -37,25 +46,15 @@ FIRMWARE = ROOT / "build/tools/usr/share/ovmf/OVMF.amdsev.fd"
 def keys(host: None) -> Iterator[SevPlatformKeys]:
     """The platform of this host, as long as the tests of this file run."""
     made = SevPlatformKeys.generate()
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    socket = Path("/run/sev-processor-domain.sock")
-    processor = sevhost.SevHost(made, socket)
-    asyncio.run_coroutine_threadsafe(processor.start(), loop).result(60)
-    with sevmounts.sev_host(Path("/run/sev-mounts-domain"), socket):
+    with sevmounts.sev_machine("domain", made):
         yield made
-    asyncio.run_coroutine_threadsafe(processor.stop(), loop).result(60)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(60)
-    loop.close()
 
 
 class SevBench:
     """A bench with an image for SEV, and its owner's side."""
 
     def __init__(self, bench: Bench, keys: SevPlatformKeys) -> None:
-        self.bench = bench
+        self.bench, self.keys = bench, keys
         self.directory = bench.images.root / "demo"
         self.store = Store.open(f"sqlite:///{bench.directory}/keys.db", Secret.random(32))
         bench.sev = SevOwner(self.store, certificates=bench.directory / "sev", simulated=lambda: keys.root)
@@ -77,6 +76,11 @@ class SevBench:
         self.store.add_image(manifest.image_id, "demo", platform, "default/x/root", Secret(b"k" * 32))
         self.store.activate(manifest.image_id, [launch_digest(platform.tee, inputs)])
         return manifest
+
+
+@pytest.fixture(scope="module")
+def root() -> SimulatedRoot:
+    return SimulatedRoot.generate(now=datetime.now(UTC))
 
 
 @pytest.fixture
@@ -136,3 +140,85 @@ async def test_another_kernel_never_runs(sev: SevBench) -> None:
     assert sev.store.audit_rows()[-1]["kind"] == "refused"
     assert all(row["kind"] != "released" for row in sev.store.audit_rows())
     await sev.bench.until(lambda: sev.bench.strays() == [])
+
+
+class OwnersBroker:
+    """A broker of the owner's as a process of its own, which has the key of `demo`."""
+
+    def __init__(self, sev: SevBench, root: SimulatedRoot, platform: Platform) -> None:
+        manifest = sev.image(platform)
+        public = sev.bench.directory / "simulated-sev-public.json"
+        public.write_bytes(document.dump(sev.keys.root))
+        settings = {"allow_simulated": True, "simulated_sev": str(public)}
+        self.process = BrokerProcess(sev.bench.directory / "owner", root, broker=settings)
+        self.process.start()
+        digest = sev.store.image(manifest.image_id).launch_digests
+        self.process.ctl(
+            "image",
+            "import",
+            str(
+                self.process.hand_over(
+                    image_id=manifest.image_id, name="demo", platform=platform, launch_digests=digest
+                )
+            ),
+        )
+        sev.store.forget(manifest.image_id)
+        self.owner = self.reached(sev)
+
+    def reached(self, sev: SevBench) -> RemoteOwner:
+        """As the host reaches it: by address and card."""
+        relay = Relay(Endpoint(host="127.0.0.1", port=self.process.ports["guests"]))
+        sev.bench.sev = RemoteOwner(relay, self.process.card.spki_sha256)
+        return sev.bench.sev
+
+    def rows(self) -> list[dict[str, object]]:
+        return list(self.process.json("audit", "list")["rows"])
+
+
+async def test_a_launch_that_the_owners_broker_judges(
+    sev: SevBench, root: SimulatedRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process, over TLS: refused for another kernel, held for approval, released, and gone in the middle."""
+    owner = await asyncio.to_thread(OwnersBroker, sev, root, Platform.SIMULATED_SEV_ES)
+    try:
+        service = await sev.bench.service()
+        kernel = (sev.directory / "vmlinuz").read_bytes()
+        (sev.directory / "vmlinuz").write_bytes(kernel + b"\0")
+        with pytest.raises(LaunchRefused, match="its audit log has the reasons"):
+            await service.launch("demo")
+        (sev.directory / "vmlinuz").write_bytes(kernel)
+        assert service.get("demo").state == "refused"
+        assert owner.rows()[-1]["detail"]["findings"][0]["id"] == "sev.measurement"  # type: ignore[index]  # JSON
+        await asyncio.to_thread(owner.process.ctl, "image", "limits", "demo", "--approval")
+        task = asyncio.create_task(service.launch("demo"))
+
+        def waits() -> bool:
+            return task.done() or bool(owner.process.json("approval", "list")["approvals"])
+
+        async with asyncio.timeout(120):
+            while not await asyncio.to_thread(waits):  # noqa: ASYNC110 (a condition of another process)
+                await asyncio.sleep(0.2)
+        if task.done():
+            await task
+        assert service.get("demo").state == "starting"
+        number = owner.process.json("approval", "list")["approvals"][0]["number"]
+        await asyncio.to_thread(owner.process.ctl, "approval", "grant", str(number))
+        await sev.bench.until(lambda: task.done() or any(view.state == "released" for view in service.list()))
+        if task.done():
+            await task
+        area = inspect_firmware(FIRMWARE).secret_address
+        assert area is not None
+        assert guest_memory(area, 16) == TABLE.bytes_le
+        await sev.bench.say(service.get("demo").uuid, "boot\nunlocked\nrunning\n")
+        assert (await task).state == "running"
+        released = owner.rows()[-1]
+        assert (released["kind"], released["simulated"]) == ("released", True)
+        await service.stop_domain("demo", force=True)
+        owner.process.stop(signal.SIGKILL)
+        monkeypatch.setattr("jindiskd.broker.sev_remote.STEP_S", 2.0)
+        with pytest.raises(BrokerUnreachable, match=r"at 127\.0\.0\.1:"):
+            await service.launch("demo")
+        assert service.get("demo").state == "failed"
+        await sev.bench.until(lambda: sev.bench.strays() == [])
+    finally:
+        owner.process.close()

@@ -6,16 +6,13 @@ side, libvirt, the firmware, the guest's kernel and agent are the real ones.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sevhost
 import sevmounts
 
 from jindiskd.sim.sev_platform import SevPlatformKeys
@@ -25,7 +22,6 @@ from .conftest import BASE, TOOLS, Host
 pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.long]
 STATE = Path("/var/lib/jindiskd-sev")
 LOG = Path("/var/log/libvirt/qemu/sev.log")
-PROCESSOR = Path("/run/sev-processor.sock")
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +37,14 @@ def host() -> Iterator[Host]:
     text = file.read_text().replace("launch_timeout_s = 150", "launch_timeout_s = 900")
     text = text.replace('"simulated-snp"', '"simulated-sev"\nformat = "luks2"')
     file.write_text(text.replace("tools/OVMF.fd", "tools/OVMF.amdsev.fd"))
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    processor = sevhost.SevHost(SevPlatformKeys.load_or_create(STATE / "simulated-sev.json"), PROCESSOR)
-    asyncio.run_coroutine_threadsafe(processor.start(), loop).result(60)
-    with sevmounts.sev_host(Path("/run/sev-mounts"), PROCESSOR):
+    with sevmounts.sev_machine("e2e", SevPlatformKeys.load_or_create(STATE / "simulated-sev.json")):
         made.start()
         try:
             made.ctl("image", "build", "sev", "--base", str(BASE))
             yield made
         finally:
-            for domain in made.json("domain", "list")["domains"]:
-                made.ctl("domain", "stop", domain["Name"], "--force", "--yes", check=False)
-                made.ctl("domain", "undefine", domain["Name"], "--yes", check=False)
+            made.clear()
             made.stop()
-    asyncio.run_coroutine_threadsafe(processor.stop(), loop).result(60)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(60)
-    loop.close()
 
 
 def virsh(*words: str) -> str:

@@ -5,15 +5,19 @@ Inside scripts/testenv alone: the mounts are of its namespace, and nobody else s
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import sevhost
+
+from jindiskd.sim.sev_platform import SevPlatformKeys
 
 EMULATOR = Path("/usr/bin/qemu-system-x86_64")
 DEVICE = Path("/dev/sev")
@@ -70,3 +74,22 @@ def sev_host(scratch: Path, processor: Path) -> Iterator[None]:
                 subprocess.run(["umount", "-l", "/dev"], check=True)
         subprocess.run(["umount", "-l", scratch], check=False)
         shutil.rmtree(CAPABILITIES, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def sev_machine(name: str, keys: SevPlatformKeys) -> Iterator[None]:
+    """The same with a processor of this platform, in a thread of this process. `name` is one that nobody else uses."""
+    socket = Path(f"/run/sev-processor-{name}.sock")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    processor = sevhost.SevHost(keys, socket)
+    try:
+        asyncio.run_coroutine_threadsafe(processor.start(), loop).result(60)
+        with sev_host(Path(f"/run/sev-mounts-{name}"), socket):
+            yield
+    finally:
+        asyncio.run_coroutine_threadsafe(processor.stop(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(60)
+        loop.close()
