@@ -19,6 +19,9 @@ UTC_TIME, GENERALIZED_TIME = 0x17, 0x18
 SEQUENCE, SET = 0x30, 0x31
 STRINGS = frozenset({UTF8_STRING, PRINTABLE_STRING, TELETEX_STRING, IA5_STRING})
 MAX_CHILDREN = 4096
+MAX_OID_BYTES = 64
+CRITICAL = b"\x01\x01\xff"
+"""BOOLEAN true."""
 
 
 def context(number: int) -> int:
@@ -56,7 +59,16 @@ def read(data: bytes, offset: int = 0) -> tuple[Element, int]:
     end = start + length
     if end > len(data):
         raise MalformedEvidence("DER structure", f"the element at offset {offset} is longer than what holds it")
-    return Element(tag, bytes(data[start:end]), bytes(data[offset:end])), end
+    return tuple.__new__(Element, (tag, data[start:end], data[offset:end])), end
+
+
+def ends_at(data: bytes) -> int:
+    """The offset just after the first element of `data`; raises as `read`. Copies nothing of the usual long ones."""
+    if len(data) > 4 and data[1] == 0x82 and data[2] and data[0] & 0x1F != 0x1F:
+        end = 4 + (data[2] << 8 | data[3])
+        if end <= len(data):
+            return end
+    return read(data)[1]
 
 
 def whole(data: bytes, tag: int, what: str) -> Element:
@@ -85,6 +97,34 @@ def children(element: Element) -> list[Element]:
         if len(found) > MAX_CHILDREN:
             raise MalformedEvidence("DER structure", f"it has more than {MAX_CHILDREN} parts")
     return found
+
+
+def short_extension(data: bytes, at: int) -> tuple[str, bool, bytes, int] | None:
+    """At offset `at` an extension of a certificate (RFC 5280 section 4.1) whose parts are all short: its dotted name,
+    whether it is critical, its value, and the offset just after it.
+
+    None where something else stands there, for `read` to judge: nearly all extensions of AMD's certificates have this
+    form, and are read here without an object for each part.
+    """
+    size = len(data)
+    if at + 6 > size or data[at] != SEQUENCE or data[at + 2] != OID:
+        return None
+    length, value = data[at + 1], at + 4 + data[at + 3]
+    end = at + 2 + length
+    if length >= 0x80 or end > size or value + 2 > end:
+        return None
+    name = data[at + 4 : value]
+    critical = data[value : value + 3] == CRITICAL
+    if critical:
+        value += 3
+        if value + 2 > end:
+            return None
+    # The value's length is short, since it reaches the end of what is itself shorter than 0x80.
+    if data[value] != OCTET_STRING or value + 2 + data[value + 1] != end:
+        return None
+    if not name or name[-1] & 0x80 or len(name) > MAX_OID_BYTES:
+        return None
+    return _dotted(name), critical, data[value + 2 : end], end
 
 
 def sequence(element: Element, what: str, *forms: tuple[int, ...]) -> list[Element]:
@@ -132,7 +172,7 @@ class Fields:
 def oid(element: Element) -> str:
     """An OBJECT IDENTIFIER in dotted form."""
     content = element.content
-    if element.tag != OID or not content or content[-1] & 0x80 or len(content) > 64:
+    if element.tag != OID or not content or content[-1] & 0x80 or len(content) > MAX_OID_BYTES:
         raise MalformedEvidence("DER structure", "an object identifier is not valid")
     return _dotted(content)
 

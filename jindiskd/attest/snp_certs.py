@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -65,11 +65,8 @@ class Certificate:
     extensions: Mapping[str, tuple[bool, bytes]]
     """By dotted identifier: whether critical, and the bytes inside."""
     signature: bytes
-    sha256: str = field(init=False)
+    sha256: str
     """Digest of the whole certificate in hexadecimal: what is pinned, cached and logged."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sha256", hashlib.sha256(self.der).hexdigest())
 
     @property
     def is_authority(self) -> bool:
@@ -106,7 +103,9 @@ def to_der(blob: bytes, what: str = "certificate") -> list[bytes]:
     if len(blob) > MAX_CERTIFICATE_BYTES:
         raise MalformedEvidence(what, f"it is longer than {MAX_CERTIFICATE_BYTES} bytes")
     if blob[:1] == bytes([der.SEQUENCE]):
-        _element, end = der.read(blob)
+        end = der.ends_at(blob)
+        if end == len(blob):
+            return [blob]
         if blob[end:].strip(b"\0"):
             raise MalformedEvidence(what, "something follows the DER structure")
         return [blob[:end]]
@@ -144,9 +143,9 @@ def read_files(paths: Iterable[Path]) -> list[bytes]:
 
 
 @lru_cache(maxsize=128)
-def _common_name(name: der.Element) -> str:
+def _common_name(raw: bytes) -> str:
     names = []
-    for relative in der.children(name):
+    for relative in der.children(der.whole(raw, der.SEQUENCE, "name")):
         for attribute in der.children(relative):
             kind, value = der.Fields(attribute, "name").take(der.OID), der.children(attribute)[-1]
             if der.oid(kind) == OID_COMMON_NAME:
@@ -157,9 +156,9 @@ def _common_name(name: der.Element) -> str:
 
 
 @lru_cache(maxsize=32)
-def _check_algorithm(algorithm: der.Element, what: str) -> None:
+def _check_algorithm(raw: bytes, what: str) -> None:
     """Require RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes (RFC 4055 section 3.1)."""
-    parts = der.Fields(algorithm, what)
+    parts = der.Fields(der.whole(raw, der.SEQUENCE, what), what)
     if der.oid(parts.take(der.OID)) != OID_RSASSA_PSS:
         raise MalformedEvidence(what, "it is not signed with RSASSA-PSS")
     parameters = der.Fields(parts.take(der.SEQUENCE), what)
@@ -194,17 +193,35 @@ def _extensions(holder: der.Element | None) -> dict[str, tuple[bool, bytes]]:
     found: dict[str, tuple[bool, bytes]] = {}
     if holder is None:
         return found
-    for entry in der.children(der.whole(holder.content, der.SEQUENCE, "extensions")):
-        parts = der.sequence(entry, "extension", *EXTENSION_FORMS)
-        name = der.oid(parts[0])
+    data = der.whole(holder.content, der.SEQUENCE, "extensions").content
+    at, size, count = 0, len(data), 0
+    while at < size:
+        plain = der.short_extension(data, at)
+        if plain is not None:
+            name, critical, value, at = plain
+            extension = (critical, value)
+        else:
+            entry, at = der.read(data, at)
+            if entry.tag != der.SEQUENCE:
+                raise MalformedEvidence("certificate", "an extension is not a SEQUENCE")
+            parts = der.sequence(entry, "extension", *EXTENSION_FORMS)
+            name = der.oid(parts[0])
+            extension = (len(parts) == 3 and der.boolean(parts[1]), parts[-1].content)
         if name in found:
             raise MalformedEvidence("certificate", f"it has the extension {name} twice")
-        found[name] = (len(parts) == 3 and der.boolean(parts[1]), parts[-1].content)
+        found[name] = extension
+        count += 1
+        if count > der.MAX_CHILDREN:
+            raise MalformedEvidence("certificate", f"it has more than {der.MAX_CHILDREN} extensions")
     return found
 
 
-def parse_certificate(blob: bytes) -> Certificate:
+def parse_certificate(blob: bytes, sha256: bytes | None = None) -> Certificate:
     """Read an X.509 version 3 certificate (DER) signed with RSASSA-PSS as AMD does it.
+
+    Args:
+        blob: the certificate.
+        sha256: its digest, where the caller has just taken it.
 
     Raises:
         MalformedEvidence: anything else, or bytes after its end.
@@ -216,21 +233,22 @@ def parse_certificate(blob: bytes) -> Certificate:
         raise MalformedEvidence(what, "it is not of X.509 version 3")
     if inner.raw != algorithm.raw:
         raise MalformedEvidence(what, "its two signature algorithms differ")
-    _check_algorithm(algorithm, what)
+    _check_algorithm(algorithm.raw, what)
     not_before, not_after = der.sequence(validity, what, *VALIDITY_FORMS)
     return Certificate(
-        der=bytes(blob),
+        der=blob,
         tbs=tbs.raw,
         serial=der.integer(serial),
         issuer=issuer.raw,
         subject=subject.raw,
-        issuer_cn=_common_name(issuer),
-        subject_cn=_common_name(subject),
+        issuer_cn=_common_name(issuer.raw),
+        subject_cn=_common_name(subject.raw),
         not_before=der.time(not_before),
         not_after=der.time(not_after),
         spki=spki.raw,
         extensions=_extensions(more[0] if more else None),
         signature=der.bit_string(signature),
+        sha256=(sha256 or hashlib.sha256(blob).digest()).hex(),
     )
 
 
@@ -250,7 +268,7 @@ def parse_crl(blob: bytes) -> RevocationList:
     parts.optional(der.INTEGER)
     if parts.take(der.SEQUENCE).raw != algorithm.raw:
         raise MalformedEvidence(what, "its two signature algorithms differ")
-    _check_algorithm(algorithm, what)
+    _check_algorithm(algorithm.raw, what)
     issuer = parts.take(der.SEQUENCE)
     this_update = parts.optional(der.UTC_TIME, der.GENERALIZED_TIME)
     next_update = parts.optional(der.UTC_TIME, der.GENERALIZED_TIME)

@@ -75,11 +75,12 @@ class SnpChains:
             findings: what is wrong is added to it.
         """
         items = given[: MAX_CERTIFICATES + 1]
-        name = signer, tuple([hashlib.blake2b(item, digest_size=32).digest() for item in items])
+        digests = tuple([hashlib.sha256(item).digest() for item in items])
+        name = signer, digests
         chain = self._chains.get(name)
         if chain is None:
             faults: list[Finding] = []
-            chain = self._build(items, signer, faults)
+            chain = self._build(items, digests, signer, faults)
             if faults:
                 findings.extend(faults)
             else:
@@ -92,8 +93,10 @@ class SnpChains:
 
     # What depends on the certificates alone
 
-    def _build(self, given: Sequence[bytes], signer: Signer, findings: list[Finding]) -> Chain:
-        pool = self._read(given, findings)
+    def _build(
+        self, given: Sequence[bytes], digests: Sequence[bytes], signer: Signer, findings: list[Finding]
+    ) -> Chain:
+        pool = self._read(given, digests, findings)
         signing = self._choose(pool, signer)
         if signing is None:
             text = f"no {signer.upper()} certificate came with the report, and none was configured"
@@ -115,13 +118,16 @@ class SnpChains:
                 self._authorities[authority.der] = authority
         return Chain(signing, endorsement, key, intermediate, root, product)
 
-    def _read(self, given: Sequence[bytes], findings: list[Finding]) -> list[Certificate]:
+    def _read(self, given: Sequence[bytes], digests: Sequence[bytes], findings: list[Finding]) -> list[Certificate]:
+        """The certificates in what was given; `digests` are of that, so of a certificate that is given as it is."""
         pool: list[Certificate] = []
         try:
-            blobs = [blob for item in given for blob in to_der(item)]
+            blobs: list[tuple[bytes, bytes | None]] = []
+            for item, digest in zip(given, digests, strict=True):
+                blobs += [(blob, digest if blob is item else None) for blob in to_der(item)]
             if len(blobs) > MAX_CERTIFICATES:
                 raise MalformedEvidence("certificate list", f"it has more than {MAX_CERTIFICATES} certificates")
-            pool = [self._authorities.get(blob) or parse_certificate(blob) for blob in blobs]
+            pool = [self._authorities.get(blob) or parse_certificate(blob, digest) for blob, digest in blobs]
         except MalformedEvidence as exc:
             findings.append(Finding("snp.certificate.malformed", str(exc)))
         return pool + self._intermediates
