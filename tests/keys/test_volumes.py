@@ -348,3 +348,28 @@ def test_a_key_and_its_volume_become_known_in_one_step(b: Bench) -> None:
     (record,) = b.volumes.of_image(other)
     assert (record.volume, record.anchor) == (fresh, FIRST)
     assert b.store.image(other).state == "active"
+
+
+def test_volumes_of_one_image_are_kept_apart(b: Bench) -> None:
+    """Each has a key, a state and a session of its own; one that is stale, or accepted, says nothing of the other."""
+    other, resource = "66666666-6666-4666-8666-666666666666", f"default/{IMAGE}/data"
+    with b.store.database.write() as connection:
+        b.store.insert_key(connection, IMAGE, resource, Secret(b"d" * 32))
+    b.volumes.add(other, IMAGE, FIRST, resource=resource)
+    first = b.running()
+    granted = b.volumes.release(other, IMAGE, WHO, resource=resource)
+    assert bytes(granted.key.reveal()) == b"d" * 32
+    for volume, wrong in ((other, None), (VOLUME, resource)):
+        with pytest.raises(ReleaseRefused, match="does not belong to this volume"):
+            b.volumes.release(volume, IMAGE, WHO, resource=wrong)
+    tell = {"volume": other, "session": granted.session}
+    found = b.volumes.stale(VolumeState(sequence=3, root=root_of(3), **tell), WHO, IMAGE)
+    assert "the disk of its volume 'data' is not in the latest state" in found.finding.text
+    assert found.finding.text.endswith("`jindiskctl key accept-rollback web --volume data`")
+    b.volumes.accept_rollback(other, "restored")
+    assert [record.accept_any for record in b.volumes.of_image(IMAGE)] == [False, True]
+    with pytest.raises(SessionRefused):
+        b.volumes.report(VolumeState(volume=other, session=first, sequence=9, root=root_of(9)))
+    b.report(first, 9)
+    b.store.forget(IMAGE)
+    assert b.volumes.list() == []

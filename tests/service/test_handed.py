@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported
 from jindiskd.handed import HandedKeys, OwnersKeys
-from jindiskd.image.manifest import BootFile, Manifest, Shape, Volume
+from jindiskd.image.manifest import BootFile, DataVolume, Manifest, Shape, Volume
 from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
 from jindiskd.kbs import jwk
 from jindiskd.keys import handover
@@ -112,3 +113,32 @@ async def test_what_the_owner_decides_is_not_decided_here(tmp_path: Path) -> Non
         keys.for_clone(IMAGE, "me")
     with pytest.raises(InvalidArgument):
         keys.export(IMAGE, replace(CARD))
+
+
+def test_data_volumes_go_with_the_root(tmp_path: Path) -> None:
+    """Each with its own key; those whose states are remembered with the state that their builder left them in."""
+    anchor = Anchor(open=False, session=bytes(32), sequence=1, root=bytes(range(32)))
+    uuids = ["22222222-2222-4222-8222-222222222222", "33333333-3333-4333-8333-333333333333"]
+    volumes = tuple(
+        DataVolume(
+            name=name,
+            resource=f"default/{IMAGE}/{name}",
+            volume=Volume(format=form, uuid=uuid, cipher="c", anchor=anchor.pack() if form == "jindisk" else b""),
+            size_bytes=1 << 24,
+            disk_size_bytes=1 << 25,
+        )
+        for name, form, uuid in (("data", "jindisk", uuids[0]), ("logs", "luks2", uuids[1]))
+    )
+    manifest = replace(MANIFEST, volumes=volumes)
+    keys = HandedKeys(tmp_path / "h", CARD)
+    others = {"data": Secret(b"d" * 32), "logs": Secret(b"l" * 32)}
+    keys.add_pending(IMAGE, "web", REQUEST.platform, Secret(KEY), volume_keys=others)
+    keys.prepare(manifest)
+    keys.activate(manifest)
+    opened = handover.open_(keys.export(IMAGE, None), OWNER)
+    found = {resource.rpartition("/")[2]: bytes(key.reveal()) for resource, key in opened.keys.items()}
+    assert found == {"root": KEY, "data": b"d" * 32, "logs": b"l" * 32}
+    assert [(volume.volume, volume.resource) for volume in opened.handover.volumes] == [
+        (uuids[0], f"default/{IMAGE}/data")
+    ]
+    assert opened.anchors == {uuids[0]: anchor}
