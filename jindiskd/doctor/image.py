@@ -9,7 +9,7 @@ from jindiskd.attest.firmware import inspect_firmware
 from jindiskd.base.platform import Tee
 from jindiskd.doctor.check import Check, note, ok, problem
 from jindiskd.errors import JindiskError
-from jindiskd.image.cmdline import MAX_BYTES, unsafe_words
+from jindiskd.image.cmdline import MAX_BYTES, missing_words, unsafe_words
 from jindiskd.image.store import StoredImage, verify
 from jindiskd.luks2.layout import CIPHER
 
@@ -31,14 +31,21 @@ def examine(image: StoredImage, *, broker_spki_sha256: bytes, key_problem: str) 
     yield from _firmware(image)
     try:
         with (image.path / manifest.cmdline.file).open(encoding="ascii", errors="replace") as stream:
-            words = unsafe_words(stream.read(MAX_BYTES + 1))
+            line = stream.read(MAX_BYTES + 1)
+        words, lacking = unsafe_words(line), missing_words(line)
     except OSError:
-        words = []  # told above
+        words, lacking = [], []  # told above
     if words:
         yield problem(
             "image.cmdline",
             f"the command line has {' '.join(map(repr, words))}, which opens the guest to its host",
             "build the image again without these words; such an image is for looking inside only",
+        )
+    elif lacking:
+        yield problem(
+            "image.cmdline",
+            f"the command line lacks {' '.join(map(repr, lacking))}, which closes the guest to its host",
+            "build the image again: it is of an earlier release",
         )
     else:
         yield ok("image.cmdline", "the command line opens nothing to the host")

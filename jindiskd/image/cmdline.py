@@ -26,6 +26,10 @@ _FIXED = (
     "rd.systemd.gpt_auto=0",
     "systemd.getty_auto=no",
     "sysctl.kernel.sysrq=0",
+    # What the host gives is not measured: systemd would take credentials, which set passwords and write files, from
+    # SMBIOS and fw_cfg, and words of a command line from the EFI variable SystemdOptions.
+    "systemd.import_credentials=no",
+    "efi=noruntime",
 )
 _SYSTEM = (
     "cryptopts=",  # an entry of /etc/crypttab in the initramfs would ask for a passphrase on the console
@@ -37,12 +41,15 @@ _SYSTEM = (
 """For an initrd that a distribution made."""
 _OURS = {"root", "ro", "rw", "resume", "noresume", "panic", "systemd.gpt_auto", "rd.systemd.gpt_auto"} | {
     "systemd.getty_auto",
+    *(f"{prefix}systemd.import_credentials" for prefix in ("", "rd.")),
     "sysctl.kernel.sysrq",
+    "efi",
+    "noefi",
     "cryptopts",
     *(f"rd.{kind}" for kind in ("luks", "lvm", "md", "dm", "auto")),
 }
 _SHELLS = {"break", "init", "rdinit", "rd.break", "rd.shell", "rd.emergency", "single", "s", "1", "rescue", "emergency"}
-_SYSTEMD = {"debug-shell", "debug_shell", "unit", "set_credential", "set_credential_binary", "import_credentials"}
+_SYSTEMD = {"debug-shell", "debug_shell", "unit", "set_credential", "set_credential_binary"}
 _UNSAFE = (
     _SHELLS
     | {f"{prefix}systemd.{word}" for word in _SYSTEMD for prefix in ("", "rd.")}
@@ -105,6 +112,15 @@ def command_line(volume: VolumeFormat, extra: str, *, debug: bool = False, syste
 def unsafe_words(line: str) -> list[str]:
     """The words of a whole command line that open the guest to its host; for images that are built already."""
     return [word for word in line.split() if _unsafe(word)]
+
+
+def missing_words(line: str) -> list[str]:
+    """The words that every image is built with now and a whole command line lacks; for images that are built already.
+
+    Of two with one key the last counts, as it does to kernel and systemd.
+    """
+    last = {_key(word): word for word in line.split()}
+    return [word for word in _FIXED if last.get(_key(word)) != word and word != "console=ttyS0"]
 
 
 def _key(word: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,33 @@ from .conftest import ROOT, Host
 
 pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.slow]
 NAME = "theirs"
+WRITTEN = "HOST-WROTE-THIS"
+CREDENTIAL = (
+    "io.systemd.credential.binary:tmpfiles.extra="
+    + base64.b64encode(f"w /dev/ttyS0 - - - - {WRITTEN}\\n\n".encode()).decode()
+)
+"""What systemd would take from SMBIOS, and do (systemd.system-credentials(7), tmpfiles.d(5))."""
+OPTIONS = "systemd.log_level=debug systemd.log_target=console"
+"""What systemd would take from the EFI variable SystemdOptions."""
+
+
+def efi_variable(name: str, guid: str, text: str) -> bytes:
+    """A variable as OVMF keeps it in the file `NvVars`: lengths and attributes of 32 bits, little-endian; UTF-16.
+
+    The attributes are those of a variable that stays and that the system may read (UEFI, GetVariable()).
+    """
+    key, value = ((word + "\0").encode("utf-16-le") for word in (name, text))
+    head = len(key).to_bytes(4, "little") + key + uuid.UUID(guid).bytes_le
+    return head + (7).to_bytes(4, "little") + len(value).to_bytes(4, "little") + value
+
+
+def write_variable(disk: Path, folder: Path) -> None:
+    """Put what the host would have the guest's firmware know on the EFI partition of an image."""
+    table = json.loads(subprocess.check_output(["sfdisk", "--json", disk]))["partitiontable"]
+    start = next(part["start"] for part in table["partitions"] if part["name"] == "UEFI") * 512
+    file = folder / "NvVars"
+    file.write_bytes(efi_variable("SystemdOptions", "8cf2644b-4b0b-428f-9387-6d876050dc67", OPTIONS))
+    subprocess.run(["mcopy", "-D", "o", "-i", f"{disk}@@{start}", file, "::NvVars"], check=True, capture_output=True)
 
 
 def virsh(*words: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +69,7 @@ def adopted(host: Host) -> Iterator[str]:
         "virt-install", "--connect", "qemu:///system", "--name", NAME, "--memory", "1024", "--virt-type", "qemu",
         "--import", "--osinfo", "generic", "--machine", "q35", "--graphics", "none", "--network", "none",
         "--disk", f"path={host.image('web') / 'disk.img'},format=raw,bus=virtio", "--print-xml", "--check", "all=off",
+        "--qemu-commandline", f"-smbios type=11,value={CREDENTIAL}",
     ]  # fmt: skip
     text = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
     subprocess.run(
@@ -75,13 +106,25 @@ def wait_for(host: Host, wanted: str, within_s: float = 900) -> None:
         time.sleep(0.5)
 
 
-def test_virsh_start_boots_the_encrypted_root(host: Host, adopted: str) -> None:
-    """No command of ours is used: the guest attests, gets its key and runs, and the list follows it to its end."""
+def test_virsh_start_boots_the_encrypted_root(host: Host, adopted: str, tmp_path: Path) -> None:
+    """No command of ours is used: the guest attests, gets its key and runs, and the list follows it to its end.
+
+    What the host says to the system in there, by SMBIOS and by an EFI variable, is not heard.
+    """
+    write_variable(host.image("web") / "disk.img", tmp_path)
     done = virsh("start", adopted)
     assert done.returncode == 0, done.stderr
+    assert CREDENTIAL in virsh("dumpxml", adopted).stdout
     wait_for(host, "running")
     said = host.wait_console(adopted, "witness: / is", within_s=900)
     assert "/ is /dev/" in said
+    assert WRITTEN not in said
+    assert "Sent message type=" not in said  # nor anything else that systemd says only when it is asked to
+    assert virsh("suspend", adopted).returncode == 0
+    host.until(lambda: f"virsh resume {adopted}" in str(state(host)["Reason"]), "word of the pause")
+    assert state(host)["State"] == "running"
+    assert virsh("resume", adopted).returncode == 0
+    host.until(lambda: state(host)["Reason"] == "", "word of its end")
     rows = host.json("audit", "list")["rows"]
     assert "released" in {row["kind"] for row in rows}
     assert virsh("destroy", adopted).returncode == 0

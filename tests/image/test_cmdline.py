@@ -2,12 +2,12 @@
 
 import pytest
 
-from jindiskd.image.cmdline import MAX_BYTES, UnsafeCommandLine, command_line
+from jindiskd.image.cmdline import MAX_BYTES, UnsafeCommandLine, command_line, missing_words, unsafe_words
 from jindiskd.image.request import VolumeFormat
 
 FIXED = (
     "ro noresume panic=5 console=ttyS0 systemd.gpt_auto=0 rd.systemd.gpt_auto=0 systemd.getty_auto=no "
-    "sysctl.kernel.sysrq=0"
+    "sysctl.kernel.sysrq=0 systemd.import_credentials=no efi=noruntime"
 )
 
 
@@ -51,6 +51,7 @@ def test_words_that_open_the_guest(word: str) -> None:
 @pytest.mark.parametrize(
     "word",
     ["root=/dev/sda1", "ro", "rw", "resume=/dev/sda2", "noresume", "panic=0", "panic=halt", "systemd.gpt_auto=1",
+     "systemd.import_credentials=yes", "systemd.import-credentials", "efi=runtime", "efi=debug", "noefi",
      "systemd.gpt-auto=1", "rd.systemd.gpt_auto=1", "systemd.getty_auto=yes", "sysctl.kernel.sysrq=1"],
 )  # fmt: skip
 def test_fixed_words_cannot_be_overridden(word: str) -> None:
@@ -65,3 +66,13 @@ def test_odd_text(extra: str) -> None:
     """Quotes, control characters, arguments to init and lines that the kernel would cut are refused."""
     with pytest.raises(UnsafeCommandLine):
         command_line(VolumeFormat.LUKS2, extra, debug=True)
+
+
+def test_what_an_older_image_lacks() -> None:
+    """Nothing of one that is built now; what was taken out, or overridden further on, is named."""
+    line = command_line(VolumeFormat.JINDISK, "quiet console=tty0")
+    assert missing_words(line) == []
+    assert unsafe_words(line) == []
+    older = line.replace(" efi=noruntime", "").replace(" noresume", "")
+    assert missing_words(older) == ["noresume", "efi=noruntime"]
+    assert missing_words(f"{line} efi=runtime") == ["efi=noruntime"]
