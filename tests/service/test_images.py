@@ -291,6 +291,8 @@ def test_the_doctor_names_what_is_wrong_with_an_image(stock):
         shown = stock.ctl("doctor", "--image", "stock", status=1)
         assert "PROBLEM  image.cmdline" in shown
         assert not any(line.startswith("ok") for line in shown.splitlines())
+        cmdline.write_text(text.replace(" efi=noruntime", ""))
+        assert "lacks 'efi=noruntime'" in checks()["image.cmdline"]["found"]
     finally:
         stock.ctl("key", "reinstate", "stock")
         cmdline.write_text(text)
