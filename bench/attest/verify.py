@@ -48,15 +48,16 @@ FLOORS = {
 }
 """What each row is compared with."""
 NOW = datetime(2026, 7, 15, tzinfo=UTC)
+ROUNDS = 25
 
 
 def rate(work: Callable[[], object], seconds: float) -> float:
-    """Microseconds of processor time a call, the best of five rounds: other work on the machine counts little."""
+    """Microseconds of processor time a call, the best of many short rounds: other work on the machine counts little."""
     work()
     best = float("inf")
-    for _ in range(5):
+    for _ in range(ROUNDS):
         count, begun = 0, time.process_time()
-        while time.process_time() - begun < seconds / 5:
+        while time.process_time() - begun < seconds / ROUNDS:
             for _ in range(10):
                 work()
             count += 10

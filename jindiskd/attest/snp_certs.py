@@ -44,7 +44,8 @@ CERTIFICATE_FORMS = tuple(
 """Version, serial number, algorithm, issuer, validity, subject, key, and extensions (RFC 5280 section 4.1)."""
 VALIDITY_FORMS = tuple(itertools.product((der.UTC_TIME, der.GENERALIZED_TIME), repeat=2))
 VERSION_3 = der.encode(der.INTEGER, b"\x02")
-PSS = padding.PSS(padding.MGF1(hashes.SHA384()), 48)
+SHA384 = hashes.SHA384()
+PSS = padding.PSS(padding.MGF1(SHA384), 48)
 AMD_KEY_BITS = 4096
 
 
@@ -309,7 +310,7 @@ def signed_by(signed: Certificate | RevocationList, issuer: Certificate) -> bool
     if key is None:
         return False
     try:
-        key.verify(signed.signature, signed.tbs, PSS, hashes.SHA384())
+        key.verify(signed.signature, signed.tbs, PSS, SHA384)
     except InvalidSignature:
         return False
     return True

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -57,6 +58,7 @@ class SnpChains:
     ) -> None:
         """Read the given certificates and lists; raises `MalformedEvidence` if one cannot be read."""
         self.roots, self.require_crl = roots, require_crl
+        self._pinned = frozenset(roots.ark_sha256.values())
         self._intermediates = [parse_certificate(blob) for given in intermediates for blob in to_der(given)]
         self._lists = [parse_crl(blob) for given in crls for blob in to_der(given, "revocation list")]
         self._chains: Memory[tuple[Signer, tuple[bytes, ...]], Chain] = Memory(CACHED)
@@ -127,10 +129,16 @@ class SnpChains:
                 blobs += [(blob, digest if blob is item else None) for blob in to_der(item)]
             if len(blobs) > MAX_CERTIFICATES:
                 raise MalformedEvidence("certificate list", f"it has more than {MAX_CERTIFICATES} certificates")
-            pool = [self._authorities.get(blob) or parse_certificate(blob, digest) for blob, digest in blobs]
+            pool = [self._authorities.get(blob) or self._parsed(blob, digest) for blob, digest in blobs]
         except MalformedEvidence as exc:
             findings.append(Finding("snp.certificate.malformed", str(exc)))
         return pool + self._intermediates
+
+    def _parsed(self, blob: bytes, digest: bytes | None) -> Certificate:
+        # A root that is pinned is a constant of the program: it is read once, whoever sends it.
+        if digest is not None and digest.hex() in self._pinned:
+            return _pinned_root(blob)
+        return parse_certificate(blob, digest)
 
     @staticmethod
     def _choose(pool: list[Certificate], signer: Signer) -> Certificate | None:
@@ -231,6 +239,11 @@ class SnpChains:
         if any(intermediate.serial in one.revoked or root.serial in one.revoked for one in genuine):
             findings.append(Finding("snp.revoked", f"{intermediate.subject_cn} is revoked"))
         return max((int(one.this_update.timestamp()) for one in genuine if _is_current(one, now)), default=None)
+
+
+@lru_cache(maxsize=8)
+def _pinned_root(blob: bytes) -> Certificate:
+    return parse_certificate(blob)
 
 
 def _key(signing: Certificate) -> ec.EllipticCurvePublicKey | None:
