@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jindiskd.attest.model import EvidenceRefused
 from jindiskd.attest.sev import LaunchReport
 from jindiskd.attest.snp import SnpVerifier
+from jindiskd.base import document
 from jindiskd.base.endpoint import Endpoint
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
@@ -41,7 +42,9 @@ from jindiskd.broker.sev_messages import (
 from jindiskd.broker.sev_remote import LaunchForgotten, RemoteOwner, SevClient
 from jindiskd.broker.sev_steps import LONGEST_WAIT_S
 from jindiskd.broker.shared import DatabaseSessions
-from jindiskd.errors import NotSupported
+from jindiskd.broker_config import BrokerConfig, Config
+from jindiskd.brokerd import launch_judge
+from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.guest.secret import DISK_KEY, entries
 from jindiskd.kbs.client import BrokerMisbehaved, BrokerNotTrusted, BrokerRefused, BrokerUnreachable
 from jindiskd.kbs.messages import MalformedMessage
@@ -391,6 +394,19 @@ async def test_whoever_answers_in_the_brokers_place(place: Place, tmp_path: Path
             patch.setattr("jindiskd.broker.sev_steps.dump_begun", lambda *_: {"dh-cert": "AAAA", "session": ""})
             with pytest.raises(BrokerMisbehaved):
                 await owner.begin(PEER, POLICY, place.host)
+
+
+def test_a_simulated_platform_that_cannot_be_read(tmp_path: Path, place: Place, keys: SevPlatformKeys) -> None:
+    """The setting is named; the file with the platform's secret is not taken for its public part."""
+    for content in (None, b"{}", document.dump(keys)):
+        file = tmp_path / "platform.json"
+        if content is not None:
+            file.write_bytes(content)
+        config = Config(broker=BrokerConfig(allow_simulated=True, simulated_sev=file))
+        with pytest.raises(InvalidArgument, match="simulated_sev"):
+            launch_judge(config, place.store)
+    file.write_bytes(document.dump(keys.root))
+    launch_judge(config, place.store)
 
 
 def good(keys: SevPlatformKeys) -> dict[str, dict[str, Any]]:

@@ -16,16 +16,26 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from brokerprocess import DIGEST, IMAGE, KEY, RESOURCE, BrokerProcess, evidence, fetched
+from brokerprocess import DIGEST, IMAGE, KEY, RESOURCE, BrokerProcess, connected, evidence, fetched
 from crowd import Crowd, Denied, Guest, gathered
 from postgres import Cluster, cluster
 
+from jindiskd.attest.sev import LaunchReport
+from jindiskd.base import document
+from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
+from jindiskd.broker.sev import HostPlatform
+from jindiskd.broker.sev_messages import BeginRequest, dump_approve, parse_begun, parse_sealed
+from jindiskd.broker.sev_remote import SevClient
+from jindiskd.guest.secret import DISK_KEY, entries
+from jindiskd.kbs.client import BrokerRefused
 from jindiskd.keys import wrap
 from jindiskd.keys.database import META
 from jindiskd.keys.store import Store
 from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
+from jindiskd.sim.sev_firmware import SevLaunch
+from jindiskd.sim.sev_platform import API, BUILD, CPU_ID, SevPlatformKeys
 
 WRONG = bytes(48)
 MANY = {"max_sessions": 65536, "max_sessions_per_peer": 65536, "session_lifetime_s": 600}
@@ -280,3 +290,47 @@ def test_a_volume_session_goes_on_at_the_other_broker(pair: Pair, firmware: Simu
     pair.a.client().adopt(volume, again.session, 6, b"s" * 32)
     with pytest.raises(Exception, match="refused"):
         pair.b.client().report(volume, grant.session, 7, b"t" * 32)
+
+
+@pytest.mark.long
+def test_a_launch_begins_at_one_and_is_judged_at_the_other(
+    postgres: Cluster, root: SimulatedRoot, keys: SevPlatformKeys, tmp_path: Path
+) -> None:
+    """A machine of SEV, whose session is in the database: judged once, and also where its broker was killed."""
+    pair = Pair(tmp_path, root, postgres.database(f"broker_{time.monotonic_ns()}"))
+    (tmp_path / "sev.json").write_bytes(document.dump(keys.root))
+    for broker in pair.both:
+        text = broker.configuration.read_text()
+        broker.configuration.write_text(text.replace("[broker]", f'[broker]\nsimulated_sev = "{tmp_path}/sev.json"'))
+    digest = b"\x5a" * 32
+    try:
+        pair.a.start()
+        pair.share()
+        pair.b.start()
+        handed = pair.a.hand_over(platform=Platform.SIMULATED_SEV, launch_digests=(digest,), name="sev")
+        pair.a.ctl("image", "import", str(handed))
+        host = HostPlatform(pdh=keys.pdh, chain=keys.chain, cpu_id=CPU_ID)
+        pin = pair.a.card.spki_sha256
+        begin = BeginRequest(image_id=IMAGE, policy=0xB, host=host).dump()
+
+        def ask(port: int, verb: str, body: bytes, cookie: str | None = None) -> tuple[bytes, str | None]:
+            deadline = time.monotonic() + 120
+            return SevClient(lambda: connected(port), spki_sha256=pin, deadline=deadline).ask(verb, body, cookie)
+
+        for kill in (False, True):
+            answer, cookie = ask(pair.ports[0], "sev-begin", begin)
+            certificate, session = parse_begun(answer)
+            launch = SevLaunch(keys, policy=0xB, dh_certificate=certificate, session=session)
+            told = LaunchReport(
+                measurement=launch.measure(digest), api_major=API[0], api_minor=API[1], build=BUILD, policy=0xB
+            )
+            if kill:
+                pair.a.stop(signal.SIGKILL)
+            sealed = parse_sealed(ask(pair.ports[1], "sev-approve", dump_approve(told), cookie)[0])
+            assert bytes(entries(launch.open_secret(sealed.header, sealed.payload))[DISK_KEY]) == KEY
+            for port in pair.ports[1:] if kill else pair.ports:
+                with pytest.raises(BrokerRefused, match="TokenNotFound"):
+                    ask(port, "sev-approve", dump_approve(told), cookie)
+        assert [row["kind"] for row in pair.rows(pair.url)].count("released") == 2
+    finally:
+        pair.close()

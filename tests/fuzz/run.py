@@ -11,7 +11,8 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parent))
-with atheris.instrument_imports(include=["jindiskd.attest", "jindiskd.kbs", "jindiskd.broker"]):
+PACKAGES = ("attest", "kbs", "broker", "device", "helper", "jindisk", "base")
+with atheris.instrument_imports(include=[f"jindiskd.{name}" for name in PACKAGES]):
     from targets import TARGETS, Target, feed
 
 NAMES = sorted(TARGETS)

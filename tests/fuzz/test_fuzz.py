@@ -18,7 +18,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "20261125"))
 ALTERED = 150
 RUNS = 20_000
 MIN_COVERAGE = 500
-MAX_LEN = 8192
+MAX_LEN = 12 << 10
 
 
 @pytest.fixture(scope="session")
