@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jsonout
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -382,9 +383,11 @@ def test_the_command(services, attestation, tmp_path, capsys):
     places += ["--ca-file", str(services.certificate)]
     report = str(attestation / "snp/milan-v3-vcek/report.bin")
     words = ["collateral", "fetch", "--dir", here, *places]
-    assert main(["--json", *words, "--evidence", report]) == 69
+    assert main(["--json", "collateral", "fetch", *words[2:], "--evidence", report]) == 69
     told = capsys.readouterr()
-    assert len(json.loads(told.out)["new"]) == 3
+    found = json.loads(told.out)
+    jsonout.check(["collateral", "fetch"], found)
+    assert len(found["new"]) == 3
     assert "does not know" in told.err
     services.play_amd(attestation)
     assert main(["--json", *words]) == 0
