@@ -50,6 +50,7 @@ class HandedKeys:
         self._directory, self._card = directory, card
         self._lock = threading.Lock()
         self._building: dict[str, dict[str, Secret]] = {}
+        self._rules: dict[str, str] = {}
         self._watchers: list[Callable[[], None]] = []
 
     @property
@@ -71,16 +72,16 @@ class HandedKeys:
         name: str,  # noqa: ARG002 (what else is known comes with the manifest)
         platform: Platform,  # noqa: ARG002 (as above)
         key: Secret,
-        rules: str = "",  # noqa: ARG002 (as above)
+        rules: str = "",
         *,
         volume_keys: Mapping[str, Secret] | None = None,
     ) -> None:
-        """Hold the keys of an image that is being built."""
+        """Hold the keys and rules of an image that is being built."""
         held = {resource_of(image_id): Secret(bytes(key.reveal()))}
         for volume, one in (volume_keys or {}).items():
             held[resource_of(image_id, volume)] = Secret(bytes(one.reveal()))
         with self._lock:
-            self._building[image_id] = held
+            self._building[image_id], self._rules[image_id] = held, rules
 
     def for_clone(self, image_id: str, by: str) -> Opened:  # noqa: ARG002 (the port's arguments)
         """Not here. Raises `NotSupported`."""
@@ -89,6 +90,8 @@ class HandedKeys:
 
     def prepare(self, manifest: Manifest) -> None:
         """Seal the keys of a finished image, durably; then they are held no longer."""
+        with self._lock:
+            keys, rules = self._building.pop(manifest.image_id), self._rules.pop(manifest.image_id)
         told = Handover(
             image_id=manifest.image_id,
             name=manifest.name,
@@ -99,10 +102,9 @@ class HandedKeys:
             volumes=tuple(
                 HandedVolume(volume=volume.uuid, resource=resource) for resource, volume in manifest.anchored
             ),
+            rules=rules,
         )
         anchors = {volume.uuid: Anchor.unpack(volume.anchor) for _, volume in manifest.anchored}
-        with self._lock:
-            keys = self._building.pop(manifest.image_id)
         try:
             sealed = handover.seal(told, keys, anchors, self._card.transfer_key)
         finally:
@@ -128,6 +130,7 @@ class HandedKeys:
         """Remove the handover, and drop the keys; no error where there is none."""
         with self._lock:
             keys = self._building.pop(image_id, {})
+            self._rules.pop(image_id, None)
         _wipe(keys)
         for path in (self._path(image_id, PENDING), self._path(image_id)):
             path.unlink(missing_ok=True)

@@ -19,13 +19,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from jindiskd.attest.guest_policy import SNP_DEFAULT
 from jindiskd.attest.model import MalformedEvidence
 from jindiskd.errors import InvalidArgument, NotFound
 
 BLOCK_BYTES, AUTH_BYTES, KEY_BYTES, SIGNATURE_BYTES = 96, 4096, 0x404, 0x200
 VERSION, ALGORITHM, CURVE_P384 = 1, 1, 2
 BLOCK_SIGNATURE_AT, ID_KEY_AT, KEY_SIGNATURE_AT, AUTHOR_KEY_AT = 0x40, 0x240, 0x680, 0x880
-POLICY = 0x30000
 MAX_PEM_BYTES = 16 << 10
 
 
@@ -39,7 +39,7 @@ class IdBlock:
     image_id: bytes = bytes(16)
     guest_svn: int = 0
     """Unsigned, 32 bits; `minimum_guest_svn` of a policy is compared with it."""
-    policy: int = POLICY
+    policy: int = SNP_DEFAULT
     """The guest's policy, which the launch must have exactly."""
 
     def encode(self) -> bytes:
@@ -61,6 +61,24 @@ class IdBlock:
             raise InvalidArgument("guest policy", hex(self.policy), "it is a 64-bit number with bit 17 set")
         numbers = VERSION.to_bytes(4, "little") + self.guest_svn.to_bytes(4, "little")
         return self.launch_digest + self.family_id + self.image_id + numbers + self.policy.to_bytes(8, "little")
+
+
+    @classmethod
+    def decode(cls, blob: bytes) -> IdBlock:
+        """What 96 bytes say.
+
+        Raises:
+            MalformedEvidence: another length or version.
+        """
+        if len(blob) != BLOCK_BYTES or int.from_bytes(blob[80:84], "little") != VERSION:
+            raise MalformedEvidence("ID block", f"it is not one of version {VERSION} with {BLOCK_BYTES} bytes")
+        return cls(
+            launch_digest=blob[:48],
+            family_id=blob[48:64],
+            image_id=blob[64:80],
+            guest_svn=int.from_bytes(blob[84:88], "little"),
+            policy=int.from_bytes(blob[88:96], "little"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jindiskd.image.worker  # noqa: F401 (registers the errors that a build worker can name)
+from jindiskd.attest import guest_policy
 from jindiskd.attest.descriptors import choose
 from jindiskd.attest.expected import expected
 from jindiskd.attest.measure import launch_digest
@@ -26,6 +27,7 @@ from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of
 from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress, VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
+from jindiskd.image.signing import policy_of, signature_of
 from jindiskd.image.store import verify
 from jindiskd.jobs.job import Job
 
@@ -176,6 +178,11 @@ class ImagesBackend:
         job.log(f"kernel {made.kernel_release}")
         return made.launch_digest
 
+    async def sign(self, name: str, block: bytes, auth: bytes) -> None:
+        """Take an owner's ID block for the launches of an image, unless a domain runs from it; empty for none."""
+        async with self._held(name, "it is being signed; wait for that to end"):
+            await self._service.sign(name, block, auth)
+
     async def measure(self, name: str) -> bytes:
         """Compute the launch digest from the files in the store; refuse one that is not the recorded one."""
         image = await self._service.get(name)
@@ -197,12 +204,29 @@ class ImagesBackend:
         image = await self._service.get(name)
         digest = await self.measure(name) if image.manifest.launch_digest else b""
         found = await asyncio.to_thread(expected, inputs_of(image))
-        return json.dumps({"launch_digest": digest.hex(), **found}, ensure_ascii=False)
+        shown = {"launch_digest": digest.hex(), **found, "guest_policy": _policy(image.manifest)}
+        signature = signature_of(image.manifest)
+        if signature is not None:
+            block, signed = signature
+            shown["signed"] = {
+                "id_key_digest": signed.id_key_digest.hex(),
+                "author_key_digest": signed.author_key_digest.hex(),
+                "family_id": block.family_id.hex(),
+                "image_id": block.image_id.hex(),
+                "guest_svn": block.guest_svn,
+            }
+        return json.dumps(shown, ensure_ascii=False)
 
 
 def _telling(job: Job) -> Callable[[Progress], None]:
     """Progress of a worker as that of a job."""
     return lambda step: job.progress(step.stage, step.fraction, step.done_bytes, step.total_bytes)
+
+
+def _policy(manifest: Manifest) -> dict[str, object]:
+    """The guest policy of an image as a number and in words."""
+    policy = policy_of(manifest)
+    return {"value": policy, "words": guest_policy.written(policy, manifest.platform.tee)}
 
 
 def _choice(kind: type[Platform | BaseKind | VolumeFormat | InitrdKind], what: str, value: str) -> str:
@@ -222,9 +246,11 @@ def _require_place(what: str, path: Path, places: Sequence[Path], setting: str) 
 
 def _request(order: BuildOrder) -> BuildRequest:
     assert order.vcpus is not None  # an order that was checked
+    platform = Platform(_choice(Platform, "platform", order.platform))
+    policy = guest_policy.read(order.guest_policy, platform.tee, debug=order.debug) if order.guest_policy else None
     return BuildRequest(
         name=order.name,
-        platform=Platform(_choice(Platform, "platform", order.platform)),
+        platform=platform,
         format=VolumeFormat(_choice(VolumeFormat, "format", order.format)),
         initrd=InitrdKind(_choice(InitrdKind, "initrd", order.initrd or InitrdKind.OWN)),
         base_kind=BaseKind(_choice(BaseKind, "kind of base", order.base_kind)),
@@ -235,6 +261,7 @@ def _request(order: BuildOrder) -> BuildRequest:
         cmdline=order.cmdline,
         seed=order.seed.encode() if order.seed is not None else None,
         debug=order.debug,
+        guest_policy=policy,
         vouch_firmware=order.vouch_firmware,
         volumes=tuple(
             VolumeRequest(
@@ -249,6 +276,7 @@ def _request(order: BuildOrder) -> BuildRequest:
 
 
 def _view(manifest: Manifest, key_state: str) -> ImageView:
+    signature = signature_of(manifest)
     return ImageView(
         name=manifest.name,
         image_id=manifest.image_id,
@@ -274,4 +302,8 @@ def _view(manifest: Manifest, key_state: str) -> ImageView:
             }
             for volume in manifest.volumes
         ],
+        guest_policy=policy_of(manifest),
+        id_key_digest=signature[1].id_key_digest if signature else b"",
+        author_key_digest=signature[1].author_key_digest if signature else b"",
+        guest_svn=signature[0].guest_svn if signature else 0,
     )

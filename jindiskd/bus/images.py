@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from jindiskd.bus.objects import ObjectPath, Options, Row
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Images, ImageView
 from jindiskd.bus.server import Server
+from jindiskd.errors import InvalidArgument
 from jindiskd.jobs.job import Job, Operation
 from jindiskd.jobs.manager import JobManager
 
@@ -128,6 +130,11 @@ class ImageObject(Item[ImageView], spec="org.jindisk1.Image"):
             raise
         return job_path(job.number)
 
+    async def set_id_block(self, caller: Caller, block: str, authentication: str, options: Options) -> None:  # noqa: ARG002
+        """Take an owner's signature on it."""
+        await self._images.sign(self._view.name, _binary("block", block), _binary("authentication", authentication))
+        await self._refresh()
+
     async def get_manifest(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
         """What was built, from what."""
         return await self._images.manifest(self._view.name)
@@ -201,6 +208,34 @@ class ImageObject(Item[ImageView], spec="org.jindisk1.Image"):
     def vcpus(self) -> int:
         """Processors of its guests."""
         return self._view.vcpus
+
+    @property
+    def guest_policy(self) -> int:
+        """What its guests demand of a host."""
+        return self._view.guest_policy
+
+    @property
+    def id_key_digest(self) -> str:
+        """Who signed it."""
+        return self._view.id_key_digest.hex()
+
+    @property
+    def author_key_digest(self) -> str:
+        """Who vouched for that key."""
+        return self._view.author_key_digest.hex()
+
+    @property
+    def guest_svn(self) -> int:
+        """Its security version."""
+        return self._view.guest_svn
+
+
+def _binary(what: str, text: str) -> bytes:
+    """Bytes in base64; raises `InvalidArgument`."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as exc:
+        raise InvalidArgument(what, text[:20], "it is base64") from exc
 
 
 class ImagesOnBus:

@@ -217,6 +217,7 @@ def build_order(name: str, options: Options) -> BuildOrder:
         cmdline=text(options, "cmdline"),
         seed=text(options, "seed") or None,
         debug=options.get("debug") is True,
+        guest_policy=text(options, "guest-policy"),
         vouch_firmware=options.get("vouch-firmware") is True,
         # An empty text is an answer here: the platform's own way, and the broker, whatever is configured.
         report_source=text(options, "report-source") if "report-source" in options else None,

@@ -33,6 +33,11 @@ class ImageView:
     vcpus: int
     volumes: Sequence[Mapping[str, object]] = ()
     """Its data volumes: "name", "format", "uuid", "mount", "size-bytes", "file-bytes"."""
+    guest_policy: int = 0
+    id_key_digest: bytes = b""
+    """SEV-SNP: of the key by which an owner signed the image; empty where none did."""
+    author_key_digest: bytes = b""
+    guest_svn: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,8 @@ class BuildOrder:
     cmdline: str = ""
     seed: str | None = None
     debug: bool = False
+    guest_policy: str = ""
+    """Words, as `attest.guest_policy` has them."""
     vouch_firmware: bool = False
     report_source: str | None = None
     """Name of a plug-in; empty for the platform's own way."""
@@ -159,6 +166,9 @@ class Images(Protocol):
 
     async def update(self, name: str, kernel_fd: int, initrd_fd: int, job: Job) -> bytes:
         """Replace its kernel and initramfs; the caller closes the descriptors. The result is its new launch digest."""
+
+    async def sign(self, name: str, block: bytes, auth: bytes) -> None:
+        """Take an owner's ID block for its launches; two empty ones take it away."""
 
     async def measure(self, name: str) -> bytes:
         """Its launch digest, computed again."""

@@ -18,6 +18,7 @@ from jindiskd.cli.domain import DOMAINS
 from jindiskd.cli.image import IMAGES
 from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields
+from jindiskd.cli.parameters import Hex
 from jindiskd.errors import EXIT_NOT_FOUND, EXIT_REFUSED, JindiskError
 
 if TYPE_CHECKING:
@@ -53,25 +54,6 @@ class EvidenceNotAccepted(JindiskError, code="EvidenceNotAccepted", exit_code=EX
 
     def __init__(self, findings: int) -> None:
         super().__init__(f"the evidence is refused for {findings} reason{'' if findings == 1 else 's'}")
-
-
-class Hex(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
-    """Bytes in hexadecimal, of a fixed length."""
-
-    name = "hex"
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
-        """The bytes."""
-        try:
-            data = value if isinstance(value, bytes) else bytes.fromhex(value)
-        except ValueError:
-            data = b""
-        if len(data) != self.length:
-            self.fail(f"{value!r} is not {self.length} bytes in hexadecimal", param, ctx)
-        return data
 
 
 class Register(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2

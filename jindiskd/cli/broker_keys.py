@@ -13,9 +13,9 @@ import click
 from jindiskd.base import document
 from jindiskd.base.files import replace_file
 from jindiskd.cli.app import App, common, pass_app
-from jindiskd.cli.attest import Hex
 from jindiskd.cli.broker_target import EXISTING, FILE, Target, reached, show_image, when, write
 from jindiskd.cli.output import table
+from jindiskd.cli.parameters import Hex
 from jindiskd.errors import InvalidArgument
 from jindiskd.keys import handover
 from jindiskd.keys.roles import Role

@@ -11,9 +11,9 @@ import click
 
 from jindiskd.base.files import replace_file
 from jindiskd.cli.app import App, common, pass_app
-from jindiskd.cli.attest import Hex
 from jindiskd.cli.broker_client import SOCKET, BrokerClient, Where
 from jindiskd.cli.output import fields, platform
+from jindiskd.cli.parameters import Hex
 
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)

@@ -17,13 +17,13 @@ from jindiskd.base.process import run as run_program
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
-from jindiskd.cli.client import connected
+from jindiskd.cli.client import Client, connected
 from jindiskd.cli.completion import images
 from jindiskd.cli.jobs import start_and_follow
 from jindiskd.cli.lazy import LazyGroup
 from jindiskd.cli.objects import MANAGER, Kind, Listing, Properties, show_one
 from jindiskd.cli.output import moment, platform, size
-from jindiskd.cli.parameters import Size, Volume
+from jindiskd.cli.parameters import Number, Size, Volume
 from jindiskd.errors import InvalidArgument
 
 IMAGE = "org.jindisk1.Image"
@@ -38,6 +38,7 @@ TAR_TIMEOUT_S = 3600.0
         "export": "copies:export",
         "import": "copies:import_",
         "measure": "measure:measure",
+        "sign": "sign:sign_",
     },
 )
 @common
@@ -91,6 +92,16 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--cmdline", help="Words to add to the kernel command line; enters the launch digest.")
 @click.option("--debug", is_flag=True, help="Permit words there that open the guest to whoever has its console.")
+@click.option(
+    "--guest-policy",
+    metavar="WORDS",
+    help="What it demands of hosts, words with commas between: for SEV-SNP no-smt, single-socket, aes-256-xts,"
+    " rapl-off, ciphertext-hiding, no-page-swap, abi=1.55, and what it allows: cxl, and with --debug debug; for SEV and"
+    " SEV-ES domain, sev, abi=1.51. The policy of its release demands the same.",
+)
+@click.option("--id-key", type=_FILE, help="For SEV-SNP: sign it when it is built, as image sign does, with this key.")
+@click.option("--author-key", type=_FILE, help="Sign the ID key with this one.")
+@click.option("--guest-svn", type=Number(), default=0, help="Its security version in that signature.")
 @click.option("--seed", help="For tests: make the image from this public text; it then protects nothing.")
 @click.option("--no-wait", is_flag=True, help="Print the job and leave it to itself.")
 @common
@@ -99,6 +110,10 @@ def build(app: App, /, name: str, base: Path | None, rootfs: Path | None, no_wai
     """Build an image NAME from a disk image or a root file system, and keep its key."""
     if (base is None) == (rootfs is None):
         raise click.UsageError("give either --base or --rootfs")
+    if options["author_key"] and not options["id_key"]:
+        raise click.UsageError("--author-key signs an --id-key")
+    if options["id_key"] and no_wait:
+        raise click.UsageError("an image is signed when it is built: with --no-wait, use image sign afterwards")
     run(_build(app, name, base, rootfs, not no_wait, options))
 
 
@@ -117,6 +132,7 @@ def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
         "size_": ("size", "t"),
         "cmdline": ("cmdline", "s"),
         "debug": ("debug", "b"),
+        "guest_policy": ("guest-policy", "s"),
         "seed": ("seed", "s"),
     }
     options = {"base-kind": Variant("s", "rootfs" if rootfs else "disk")}
@@ -173,8 +189,17 @@ async def _build(
 
             if await start_and_follow(client, app, start, wait=wait) is None:
                 return
-            _, properties = await IMAGES.find(client, name)
+            properties = await _signed(client, name, given)
     app.show({"image": properties}, lambda: f"Built {described(properties)}.")
+
+
+async def _signed(client: Client, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Sign an image that was built, if that was asked for; its properties."""
+    if not given["id_key"]:
+        return (await IMAGES.find(client, name))[1]
+    from jindiskd.cli.sign import sign_image  # which imports this module
+
+    return await sign_image(client, name, {**given, "family_id": bytes(16), "image_id": bytes(16)})
 
 
 def described(image: dict[str, Any]) -> str:
@@ -231,6 +256,8 @@ def _fields(found: Properties) -> dict[str, str]:
         "key": key_state(found),
         "launch digest": found["LaunchDigest"],
         "processors": str(found["Vcpus"]),
+        **({"guest policy": f"0x{found['GuestPolicy']:x}"} if found["GuestPolicy"] else {}),
+        **({"signed by": f"{found['IdKeyDigest']}, version {found['GuestSvn']}"} if found["IdKeyDigest"] else {}),
         "distribution": found["Distribution"],
         "kernel": found["KernelRelease"],
         "created": moment(found["Created"]),

@@ -13,13 +13,16 @@ import click
 from jindiskd.base.files import replace_file
 from jindiskd.bus.lib import Variant
 from jindiskd.cli.app import App, common, pass_app, run
-from jindiskd.cli.attest import Hex
 from jindiskd.cli.client import connected
 from jindiskd.cli.completion import images
 from jindiskd.cli.image import IMAGE, IMAGES
 from jindiskd.cli.jobs import result, start_and_follow
 from jindiskd.cli.output import clean, fields
+from jindiskd.cli.parameters import Number
+from jindiskd.cli.sign import check_options, make, signature_options
 
+SNP_DEFAULT = 0x30000
+"""As `attest.guest_policy`, whose imports are heavy."""
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 SHOWN = {
     "firmware": "firmware",
@@ -34,19 +37,6 @@ SHOWN = {
 }
 
 
-class Number(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
-    """A number, decimal or with 0x."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number."""
-        try:
-            return value if isinstance(value, int) else int(value, 0)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-
-
 @click.command()
 @click.argument("name", required=False, shell_complete=images)
 @click.option("--firmware", type=FILE, help="Of files: the firmware.")
@@ -57,12 +47,8 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic only since c
 @click.option("--cpu-model", default="EPYC-Milan", show_default=True, help="Of files: QEMU's processor model.")
 @click.option("--guest-features", type=Number(), default=1, show_default=True, help="Of files: SEV_FEATURES.")
 @click.option("--init-data", type=FILE, help="Init-data that the launch is to bind: prints HOST_DATA and MRCONFIGID.")
-@click.option("--id-key", type=FILE, help="Sign the SEV-SNP digest as an ID block with this P-384 key (PEM).")
-@click.option("--author-key", type=FILE, help="Sign the ID key with this P-384 key (PEM).")
-@click.option("--guest-svn", type=Number(), default=0, help="ID block: the image's security version.")
-@click.option("--family-id", type=Hex(16), default=bytes(16).hex(), help="ID block: 16 bytes of your choice.")
-@click.option("--image-id", type=Hex(16), default=bytes(16).hex(), help="ID block: 16 bytes of your choice.")
-@click.option("--guest-policy", type=Number(), default=0x30000, help="ID block: the guest's policy; 0x30000.")
+@signature_options
+@click.option("--guest-policy", type=Number(), help="ID block: the guest's policy; that of the image, or 0x30000.")
 @click.option(
     "--output", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Folder for id-block and id-auth."
 )
@@ -80,8 +66,7 @@ def measure(app: App, /, name: str | None, **given: Any) -> None:
         raise click.UsageError("name an image, or give --firmware, --kernel and --initrd")
     if name is None and None in files:
         raise click.UsageError("files are --firmware, --kernel and --initrd, all three")
-    if given["author_key"] and not given["id_key"]:
-        raise click.UsageError("--author-key signs an --id-key")
+    check_options(given)
     if given["output"] and not given["id_key"]:
         raise click.UsageError("--output is for what --id-key signs")
     found = run(_of_image(app, name)) if name is not None else _of_files(given)
@@ -126,20 +111,13 @@ def _of_files(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _signed(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    from jindiskd.attest.id_block import IdBlock, load_key, sign
-
     digest = found["measurements"]["snp"].get("digest")
     if digest is None:
         raise click.UsageError(f"there is no SEV-SNP digest to sign: {found['measurements']['snp']['problem']}")
-    block = IdBlock(
-        launch_digest=bytes.fromhex(digest),
-        family_id=given["family_id"],
-        image_id=given["image_id"],
-        guest_svn=given["guest_svn"],
-        policy=given["guest_policy"],
-    )
-    author = load_key(given["author_key"]) if given["author_key"] else None
-    signed = sign(block, load_key(given["id_key"]), author)
+    policy = given["guest_policy"]
+    if policy is None:
+        policy = found["guest_policy"]["value"] if "guest_policy" in found else SNP_DEFAULT
+    signed = make(bytes.fromhex(digest), policy, given)
     if given["output"] is not None:
         replace_file(given["output"] / "id-block", signed.block)
         replace_file(given["output"] / "id-auth", signed.auth)
@@ -165,6 +143,14 @@ def _text(found: Mapping[str, Any]) -> str:
     for name in ("host_data", "mr_config_id"):
         if "init_data" in found:
             pairs[name.upper().replace("_", " ")] = found["init_data"][name]
+    if "guest_policy" in found:
+        policy = found["guest_policy"]
+        pairs["guest policy"] = f"0x{policy['value']:x}" + (f" ({policy['words']})" if policy["words"] else "")
+    if "signed" in found:
+        pairs["signed by ID key"] = found["signed"]["id_key_digest"]
+        if any(bytes.fromhex(found["signed"]["author_key_digest"])):
+            pairs["  by author key"] = found["signed"]["author_key_digest"]
+        pairs["  version"] = str(found["signed"]["guest_svn"])
     if "id_block" in found:
         pairs["ID key digest"] = found["id_block"]["id_key_digest"]
         if any(bytes.fromhex(found["id_block"]["author_key_digest"])):

@@ -43,3 +43,35 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since cli
             return value if isinstance(value, int) else parse_size(value)
         except ValueError:
             self.fail(f"{value!r} is not a size: write 20G, 512M or a number of bytes", param, ctx)
+
+
+class Hex(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
+    """Bytes in hexadecimal, of a fixed length."""
+
+    name = "hex"
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        """The bytes."""
+        try:
+            data = value if isinstance(value, bytes) else bytes.fromhex(value)
+        except ValueError:
+            data = b""
+        if len(data) != self.length:
+            self.fail(f"{value!r} is not {self.length} bytes in hexadecimal", param, ctx)
+        return data
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
+    """A number, decimal or with 0x."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        try:
+            return value if isinstance(value, int) else int(value, 0)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)

@@ -113,7 +113,7 @@ def _metadata(root: ET.Element, spec: DomainSpec) -> None:
         root.insert(0, metadata)
     for ours in metadata.findall(_OURS):
         metadata.remove(ours)
-    metadata.append(xml.metadata(spec.binding))
+    metadata.append(xml.metadata(spec))
 
 
 def _measured(root: ET.Element, spec: DomainSpec) -> None:
@@ -221,7 +221,9 @@ def _vsock(root: ET.Element, devices: ET.Element, spec: DomainSpec) -> None:
 
 
 def _security(root: ET.Element, spec: DomainSpec) -> None:
-    """The owner's own launch security stays where it is of the right type; a SEV session is never used again."""
+    """The owner's own launch security stays where it is of the right type, but for what the image has of its own; a
+    SEV session is never used again.
+    """
     wanted = None if spec.security is None else element(spec.security)
     kept = root.find("launchSecurity")
     _remove(root, "launchSecurity")
@@ -229,6 +231,11 @@ def _security(root: ET.Element, spec: DomainSpec) -> None:
         return
     if kept is not None and kept.get("type") == wanted.get("type"):
         _remove(kept, "cbitpos", "reducedPhysBits", "dhCert", "session")
+        if spec.stated.policy is not None:
+            _take(kept, wanted, "policy")
+        if spec.stated.id_block:
+            _take(kept, wanted, "idBlock", "idAuth")
+            kept.set("authorKey", wanted.get("authorKey", "no"))
         wanted = kept
     root.append(wanted)
     if isinstance(spec.security, Tdx):
@@ -239,6 +246,12 @@ def _security(root: ET.Element, spec: DomainSpec) -> None:
         ET.SubElement(features, "pmu", state="off")
         ET.SubElement(features, "smm", state="off")
         ET.SubElement(features, "ioapic", driver="qemu")
+
+
+def _take(kept: ET.Element, wanted: ET.Element, *tags: str) -> None:
+    """Replace these elements by those of the image's."""
+    _remove(kept, *tags)
+    kept.extend([child for child in wanted if child.tag in tags])
 
 
 def _remove(parent: ET.Element, *tags: str) -> None:

@@ -36,9 +36,13 @@ class FirmwareProcess:
             "cmdline": boot.cmdline,
             "vcpus": boot.vcpus,
             "cpu_model": boot.cpu_model,
+            "id_block": boot.simulated.id_block.hex(),
+            "id_auth": boot.simulated.id_auth.hex(),
             "root": str(root),
             "socket": str(socket),
         }
+        if boot.simulated.policy is not None:
+            request["policy"] = boot.simulated.policy
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-I",

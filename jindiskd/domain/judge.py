@@ -19,6 +19,7 @@ from jindiskd.base.platform import Platform, Tee
 from jindiskd.domain import capabilities, check, xml
 from jindiskd.domain.binding import Binding
 from jindiskd.domain.capabilities import Host
+from jindiskd.domain.security import Stated
 from jindiskd.domain.spec import data_disks
 from jindiskd.domain.xml import MalformedDomain
 from jindiskd.errors import EXIT_REFUSED, JindiskError, NotFound, NotSupported
@@ -123,7 +124,7 @@ class Judge:
             return f"its number of processors, {boot.vcpus},"
         if manifest.platform.tee is not Tee.TDX and boot.cpu_model != shape.cpu_model:
             return f"its processor model, {boot.cpu_model},"
-        return ""
+        return xml.stated(root).differs(Stated.of_image(manifest))
 
     def _host_problem(self, platform: Platform) -> str:
         if platform.simulated:

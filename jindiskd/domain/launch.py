@@ -21,13 +21,14 @@ from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
 from jindiskd.domain.judge import Judge
-from jindiskd.domain.security import Sev, default_security, with_session
+from jindiskd.domain.security import with_session
 from jindiskd.domain.spec import from_manifest
 from jindiskd.domain.state import ACTIVE, DomainState, DomainView, LaunchFailed, LaunchRefused
 from jindiskd.domain.switch import Switch
 from jindiskd.errors import Busy, JindiskError, NotFound, NotSupported, TimedOut
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import require_launch_firmware
+from jindiskd.image.signing import policy_of
 from jindiskd.image.store import ImageStore
 
 log = structlog.get_logger(__name__)
@@ -125,7 +126,7 @@ class Launcher:
         view = guest.view
         await self.can_start(manifest.platform)
         await asyncio.to_thread(require_launch_firmware, manifest)
-        turn = await self._turn(guest)
+        turn = await self._turn(guest, manifest)
         binding = self._bindings.get(view.uuid)
         if binding is not None and binding.adopted:
             if host_data:
@@ -146,18 +147,17 @@ class Launcher:
             compare(view.name, text, await machine.define(self._connection, view.name, text))
         return text
 
-    async def _turn(self, guest: Guest) -> SevTurn | None:
+    async def _turn(self, guest: Guest, manifest: Manifest) -> SevTurn | None:
         """For a platform that is measured before it runs, the owner's session; the guest closes it."""
         view = guest.view
         if not view.platform.measured_before:
             return None
         assert self._sev is not None  # the service has one wherever its broker is
-        policy = default_security(view.platform)
-        assert isinstance(policy, Sev)
+        policy = policy_of(manifest)
         host = HostPlatform.read(await machine.sev_platform(self._connection))
         peer = Peer(description=f"domain {view.uuid}", domain_uuid=view.uuid, image_id=view.image_id)
         try:
-            guest.turn = await self._sev.begin(peer, policy.policy, host)
+            guest.turn = await self._sev.begin(peer, policy, host)
         except EvidenceRefused as exc:
             raise LaunchRefused(view.name, "; ".join(finding.text for finding in exc.findings)) from exc
         return guest.turn

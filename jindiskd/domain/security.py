@@ -9,14 +9,16 @@ import base64
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
 
+from jindiskd.attest import guest_policy
+from jindiskd.attest.sev import SevPolicy
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.errors import InvalidArgument, NotSupported
+from jindiskd.image.manifest import Manifest
+from jindiskd.image.signing import policy_of, signature_of
 
-SEV_POLICY = 0xB
-"""No debugging, no key sharing, no sending elsewhere: what `attest.sev` demands. Bits: AMD 55766 chapter 3."""
-SEV_POLICY_ES = 0x4
-SNP_POLICY = 0x30000
-"""Bit 17 must be one; bit 16 permits simultaneous multithreading; no debugging, no migration. AMD 56860 section 4.3."""
+SEV_POLICY = guest_policy.SEV_DEFAULT
+SEV_POLICY_ES = int(SevPolicy.ES)
+SNP_POLICY = guest_policy.SNP_DEFAULT
 TDX_POLICY = 0x10000000
 """SEPT_VE_DISABLE alone: without it the host could make a guest believe that a page of its own was accepted."""
 QUOTE_SOCKET = "/var/run/tdx-qgs/qgs.socket"
@@ -80,7 +82,69 @@ def default_security(platform: Platform, *, quote_socket: str = QUOTE_SOCKET) ->
         return Snp()
     if platform.tee is Tee.TDX:
         return Tdx(quote_socket=quote_socket)
-    return Sev(policy=SEV_POLICY | (SEV_POLICY_ES if platform.tee is Tee.SEV_ES else 0))
+    return Sev(policy=guest_policy.default(platform.tee))
+
+
+def security_of(manifest: Manifest) -> Security | None:
+    """What a domain of this image gets: its platform's, with the guest policy and ID block that the image has."""
+    found = default_security(manifest.platform)
+    policy = policy_of(manifest)
+    if isinstance(found, Sev):
+        return replace(found, policy=policy)
+    if not isinstance(found, Snp):
+        return found
+    signature = signature_of(manifest)
+    author = signature is not None and any(signature[1].author_key_digest)
+    return replace(found, policy=policy, id_block=manifest.id_block, id_auth=manifest.id_auth, author_key=author)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stated:
+    """What a definition says of policy and ID block; of a simulated platform, our metadata does."""
+
+    policy: int | None = None
+    id_block: bytes = b""
+    id_auth: bytes = b""
+
+    @classmethod
+    def of_image(cls, manifest: Manifest) -> Stated:
+        """What an image demands; no policy where it was built without one."""
+        return cls(policy=manifest.shape.guest_policy, id_block=manifest.id_block, id_auth=manifest.id_auth)
+
+    @classmethod
+    def read(cls, element: ET.Element | None) -> Stated:
+        """From `<launchSecurity>`, or our element; raises `ValueError` for what is no number or no base64."""
+        if element is None:
+            return cls()
+        found = {child.tag.rpartition("}")[2]: "".join((child.text or "").split()) for child in element}
+        return cls(
+            policy=int(found["policy"], 0) if "policy" in found else None,
+            id_block=base64.b64decode(found.get("idBlock", ""), validate=True),
+            id_auth=base64.b64decode(found.get("idAuth", ""), validate=True),
+        )
+
+    def differs(self, wanted: Stated) -> str:
+        """What is not as an image wants it, as the beginning of a sentence; empty where all is."""
+        if wanted.policy is not None and self.policy != wanted.policy:
+            return f"its guest policy, {'none' if self.policy is None else hex(self.policy)},"
+        if wanted.id_block and (self.id_block, self.id_auth) != (wanted.id_block, wanted.id_auth):
+            return "its ID block"
+        return ""
+
+    def elements(self, namespace: str) -> list[ET.Element]:
+        """As `read` takes them, in a namespace."""
+        made = []
+        texts = {
+            "policy": "" if self.policy is None else hex(self.policy),
+            "idBlock": base64.b64encode(self.id_block).decode(),
+            "idAuth": base64.b64encode(self.id_auth).decode(),
+        }
+        for tag, text in texts.items():
+            if text:
+                element = ET.Element(f"{{{namespace}}}{tag}")
+                element.text = text
+                made.append(element)
+        return made
 
 
 def with_host_data(security: Security | None, data: bytes, platform: Platform) -> Security | None:

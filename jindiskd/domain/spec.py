@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jindiskd.base.platform import Tee
 from jindiskd.domain.binding import Binding
-from jindiskd.domain.security import Security, default_security, with_host_data
+from jindiskd.domain.security import Security, Stated, security_of, with_host_data
 from jindiskd.guest.config import serial_of
 from jindiskd.image.manifest import Manifest
 
@@ -24,6 +24,8 @@ class BootInputs:
     cmdline: str
     vcpus: int
     cpu_model: str
+    simulated: Stated = Stated()  # noqa: RUF009 (a value that does not change)
+    """What the simulated firmware is told beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class DomainSpec:
     emulator: str = EMULATOR
     security: Security | None = None
     volumes: tuple[DataDisk, ...] = ()
+    stated: Stated = Stated()  # noqa: RUF009 (as above)
+    """The policy and ID block that the image has of its own: what rules over an owner's of an adopted domain."""
 
     @property
     def virt_type(self) -> str:
@@ -92,6 +96,8 @@ def from_manifest(
     Raises:
         InvalidArgument, NotSupported: as `security.with_host_data`.
     """
+    security = with_host_data(security_of(manifest), host_data, manifest.platform)
+    stated = Stated.of_image(manifest)
     return DomainSpec(
         name=name,
         uuid=uuid,
@@ -103,6 +109,7 @@ def from_manifest(
             cmdline=(directory / manifest.cmdline.file).read_text(),
             vcpus=manifest.shape.vcpus,
             cpu_model=manifest.shape.cpu_model,
+            simulated=stated if security is None else Stated(),
         ),
         memory_mib=memory_mib,
         disk=directory / "disk.img",
@@ -110,5 +117,6 @@ def from_manifest(
         vsock_socket=vsock,
         emulator=emulator,
         volumes=data_disks(manifest, directory),
-        security=with_host_data(default_security(manifest.platform), host_data, manifest.platform),
+        security=security,
+        stated=stated,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jindiskd.base.platform import Platform
 from jindiskd.domain.binding import Binding
-from jindiskd.domain.security import Tdx, element
+from jindiskd.domain.security import Stated, Tdx, element
 from jindiskd.domain.spec import BootInputs, DomainSpec
 from jindiskd.errors import EXIT_INTEGRITY, JindiskError
 from jindiskd.guest.config import SERIAL_PREFIX
@@ -40,7 +40,7 @@ def write(spec: DomainSpec) -> str:
     domain = ET.Element("domain", type=spec.virt_type)
     _text(domain, "name", spec.name)
     _text(domain, "uuid", spec.uuid)
-    ET.SubElement(domain, "metadata").append(metadata(spec.binding))
+    ET.SubElement(domain, "metadata").append(metadata(spec))
     _text(domain, "memory", str(spec.memory_mib), unit="MiB")
     _memory_backing(domain, spec)
     _text(domain, "vcpu", str(spec.boot.vcpus), placement="static")
@@ -70,12 +70,15 @@ def write(spec: DomainSpec) -> str:
     return ET.tostring(domain, encoding="unicode") + "\n"
 
 
-def metadata(binding: Binding) -> ET.Element:
+def metadata(spec: DomainSpec) -> ET.Element:
     """Our element in a domain's metadata. Readable by everybody, and writable by whoever may define domains."""
+    binding = spec.binding
     ours = ET.Element(f"{{{METADATA_URI}}}domain")
     ET.SubElement(
         ours, f"{{{METADATA_URI}}}image", name=binding.image, id=binding.image_id, platform=binding.platform.value
     )
+    if spec.security is None and (told := spec.stated.elements(METADATA_URI)):
+        ET.SubElement(ours, f"{{{METADATA_URI}}}launchSecurity").extend(told)
     return ours
 
 
@@ -198,6 +201,21 @@ def binding_of(root: ET.Element) -> Binding | None:
     return Binding(image=image.get("name", ""), image_id=image.get("id", ""), platform=platform)
 
 
+def stated(root: ET.Element) -> Stated:
+    """The policy and ID block that a domain is launched with; of one that is simulated in the guest, by our metadata.
+
+    Raises:
+        MalformedDomain: they cannot be read.
+    """
+    element = root.find("launchSecurity")
+    if element is None:
+        element = root.find(f"metadata/{{{METADATA_URI}}}domain/{{{METADATA_URI}}}launchSecurity")
+    try:
+        return Stated.read(element)
+    except ValueError as exc:
+        raise MalformedDomain("its launch security cannot be read") from exc
+
+
 def boot_inputs(root: ET.Element) -> BootInputs:
     """What a domain boots, from its live XML.
 
@@ -217,6 +235,7 @@ def boot_inputs(root: ET.Element) -> BootInputs:
         cmdline=found["cmdline"] or "",
         vcpus=int(root.findtext("vcpu") or "1"),
         cpu_model=model or "",
+        simulated=stated(root) if root.find("launchSecurity") is None else Stated(),
     )
 
 

@@ -57,7 +57,7 @@ def stage(image: StoredImage, directory: Path, kernel_fd: int, initrd_fd: int) -
     )
     if old.launch_digest:
         digest = measure.launch_digest(old.platform.tee, inputs_of(StoredImage(path=directory, manifest=new)))
-        new = replace(new, launch_digest=digest)
+        new = replace(new, launch_digest=digest, id_block=b"", id_auth=b"")  # it was signed for the other digest
     replace_file(directory / manifests.FILE, document.dump(new), 0o644)
     fsync_directory(directory)
     return new

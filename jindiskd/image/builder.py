@@ -164,6 +164,7 @@ class _Build:
                 vcpus=self.request.vcpus,
                 cpu_model=self.request.cpu_model,
                 guest_features=self.request.guest_features,
+                guest_policy=self.request.guest_policy,
             ),
             launch_digest=digest,
             broker_spki_sha256=self.task.broker_spki_sha256,

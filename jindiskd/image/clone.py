@@ -162,6 +162,8 @@ def _clone(task: CloneTask, keys: CloneKeys, report: Report, stack: ExitStack) -
         seeded=False,
         clone_of=source.manifest.image_id,
         volumes=written,
+        id_block=b"",
+        id_auth=b"",
     )
     files.replace_file(staging / manifests.FILE, document.dump(manifest))
     return manifest

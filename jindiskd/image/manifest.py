@@ -84,6 +84,8 @@ class Shape:
     vcpus: int
     cpu_model: str
     guest_features: int = 1
+    guest_policy: int | None = None
+    """What the image demands of the host (`attest.guest_policy`); None for the platform's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,10 @@ class Manifest:
     """Identity of the image that it was cloned from, else empty."""
     volumes: tuple[DataVolume, ...] = ()
     """What its guests have besides the root."""
+    id_block: bytes = b""
+    """SEV-SNP: the owner's signed statement of digest and policy, 96 bytes; else empty. See `attest.id_block`."""
+    id_auth: bytes = b""
+    """What authenticates it, 4096 bytes; else empty."""
 
     @property
     def anchored(self) -> tuple[tuple[str, Volume], ...]:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from jindiskd.attest import guest_policy
 from jindiskd.base.platform import Platform
 from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.guest.config import MAX_VOLUMES
@@ -131,6 +132,8 @@ class BuildRequest:
     key_program: str = ""
     """Path on this host of a program that gives the key in the guest instead of the broker; empty for the broker."""
     initrd: InitrdKind = InitrdKind.OWN
+    guest_policy: int | None = None
+    """What the image demands of the host beyond its platform's default; None for that."""
     vouch_firmware: bool = False
     """The owner knows that a firmware of an unknown build checks the kernel against the measured hashes."""
     volumes: tuple[VolumeRequest, ...] = ()
@@ -174,6 +177,8 @@ class BuildRequest:
         self._check_volumes()
         if self.report_source and not SOURCE.fullmatch(self.report_source):
             raise InvalidArgument("report source", self.report_source, "it is module:attribute")
+        if self.guest_policy is not None and (wrong := guest_policy.problem(self.guest_policy, self.platform.tee)):
+            raise InvalidArgument("guest policy", hex(self.guest_policy), wrong)
         if not self.firmware.startswith("/"):
             raise InvalidArgument("firmware", self.firmware, "an absolute path is needed")
 
@@ -221,6 +226,7 @@ def clone_request(manifest: Manifest, name: str) -> BuildRequest:
             )
             for volume in manifest.volumes
         ),
+        guest_policy=manifest.shape.guest_policy,
     )
     request.check()
     return request

@@ -20,13 +20,14 @@ import structlog
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, JindiskError, NotFound
-from jindiskd.image import boot_update, randomness
+from jindiskd.image import boot_update, randomness, signing
 from jindiskd.image.data_volumes import joined
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import BuildRequest, BuildTask, CloneTask, ExportTask, ImportTask, Progress, clone_request
 from jindiskd.image.running import run_worker
 from jindiskd.image.store import ImageStore, Staging, StoredImage
 from jindiskd.keys.handover import Opened
+from jindiskd.policy.rules import by_guest_policy
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -132,6 +133,23 @@ class ImageService:
         finally:
             await _finished(staging.close)
         log.info("boot files of an image replaced", image=name, image_id=manifest.image_id)
+        return manifest
+
+    async def sign(self, name: str, block: bytes, auth: bytes) -> Manifest:
+        """Take an owner's ID block for the launches of an image; two empty ones take it away.
+
+        Raises:
+            NotFound: no such image. NotSupported, InvalidArgument: as of `signing.signed`; nothing was changed.
+        """
+        found = await self.get(name)
+
+        def work() -> Manifest:
+            manifest = signing.signed(found.manifest, block, auth)
+            self._store.rewrite(manifest)
+            return manifest
+
+        manifest = await _finished(work)
+        log.info("ID block of an image set", image=name, image_id=manifest.image_id, present=bool(block))
         return manifest
 
     async def reconcile(self) -> None:
@@ -322,10 +340,12 @@ class ImageService:
 
     async def _build(self, request: BuildRequest, base_fd: int, progress: Callable[[Progress], None]) -> Manifest:
         image_id = randomness.new_uuid(request.stream("image id"))
+        chosen = request.guest_policy
+        rules = "" if chosen is None else by_guest_policy(chosen, request.platform.tee).dump()
         stored: list[str] = []
 
         def store_key() -> None:
-            self._keys.add_pending(image_id, request.name, request.platform, key, volume_keys=volume_keys)
+            self._keys.add_pending(image_id, request.name, request.platform, key, rules, volume_keys=volume_keys)
             stored.append(image_id)
 
         staging = await asyncio.to_thread(self._store.stage)

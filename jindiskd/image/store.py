@@ -31,7 +31,7 @@ from pathlib import Path
 import structlog
 
 from jindiskd.base import document
-from jindiskd.base.files import exchange, fsync_directory, rename_new
+from jindiskd.base.files import exchange, fsync_directory, rename_new, replace_file
 from jindiskd.errors import EXIT_INTEGRITY, AlreadyExists, Busy, JindiskError, NotFound
 from jindiskd.image import manifest as manifests
 from jindiskd.image.manifest import DataVolume, Manifest
@@ -179,6 +179,17 @@ class ImageStore:
         fsync_directory(staging.path)
         exchange(staging.path, self.root / name)
         return StoredImage(path=self.root / name, manifest=found)
+
+    def rewrite(self, manifest: Manifest) -> None:
+        """Put another manifest in the place of an image's, all at once and durably; its files stay as they are.
+
+        Raises:
+            NotFound: there is no such image, or it has been built anew meanwhile.
+        """
+        image = self.get(manifest.name)
+        if image.manifest.image_id != manifest.image_id:
+            raise NotFound("image", f"{manifest.name} ({manifest.image_id})")
+        replace_file(image.path / manifests.FILE, document.dump(manifest), 0o644)
 
     def remove(self, name: str) -> None:
         """Remove an image: invisible at once, its room freed before this returns.

@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterator
 from datetime import datetime
 
+from jindiskd.attest import guest_policy
 from jindiskd.attest.measure import MAX_VCPUS
 from jindiskd.base.anchor import ANCHOR_BYTES
 from jindiskd.errors import InvalidArgument
 from jindiskd.guest.config import MAX_VOLUMES
+from jindiskd.image import signing
 from jindiskd.image.manifest import READABLE, SCHEMA, BootFile, DataVolume, Manifest, Volume
 from jindiskd.image.request import MAX_ROOT_BYTES, NAME, BaseKind, VolumeFormat, VolumeRequest, resource_of
 from jindiskd.image.store import CMDLINE, INITRD, KERNEL
@@ -57,11 +59,19 @@ def faults(manifest: Manifest) -> Iterator[str]:
     yield from _boot_file("kernel", manifest.kernel, KERNEL, MAX_BOOT_FILE_BYTES)
     yield from _boot_file("initrd", manifest.initrd, INITRD, MAX_BOOT_FILE_BYTES)
     yield from _boot_file("cmdline", manifest.cmdline, CMDLINE, MAX_CMDLINE_BYTES)
+    yield from _shape(manifest)
+
+
+def _shape(manifest: Manifest) -> Iterator[str]:
     shape = manifest.shape
     if len(shape.firmware_sha256) != SHA256_BYTES or not 1 <= shape.vcpus <= MAX_VCPUS:
         yield "shape.firmware_sha256 or shape.vcpus is out of range"
     if not CPU_MODEL.fullmatch(shape.cpu_model) or not 0 <= shape.guest_features < 1 << 64:
         yield "shape.cpu_model or shape.guest_features is out of range"
+    if shape.guest_policy is not None and (wrong := guest_policy.problem(shape.guest_policy, manifest.platform.tee)):
+        yield f"shape.guest_policy: {wrong}"
+    if wrong := signing.problem(manifest):
+        yield f"id_block: {wrong}"
 
 
 def _texts(manifest: Manifest) -> Iterator[str]:

@@ -11,7 +11,7 @@ from jindiskd.attest.snp import VerifiedSnp
 from jindiskd.attest.tdx import TdxExpectations, appraise_tdx
 from jindiskd.base.platform import Tee
 from jindiskd.keys.store import ImageRecord, KeyState
-from jindiskd.policy.rules import ReleaseRules, time_of
+from jindiskd.policy.rules import ReleaseRules, time_of, version_of
 
 
 def decide(
@@ -73,6 +73,7 @@ def snp_expectations(rules: ReleaseRules, digests: tuple[bytes, ...], *, allow_s
         author_key_digests=frozenset(rules.author_key_digests),
         host_data=frozenset(rules.host_data),
         minimum_guest_svn=rules.minimum_guest_svn,
+        minimum_policy_abi=version_of(rules.minimum_policy_abi)[:2],
         minimum_tcb=rules.tcb_minimums(),
         known_minimum_tcb=rules.known_minimum_tcb,
         minimum_firmware=rules.firmware_minimum(),

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields
 
-from jindiskd.attest.snp_report import FirmwareVersion, Tcb
+from jindiskd.attest import guest_policy
+from jindiskd.attest.snp_report import FirmwareVersion, GuestPolicy, Tcb
 from jindiskd.base import document
+from jindiskd.base.platform import Tee
 from jindiskd.errors import InvalidArgument
 from jindiskd.policy.values import PRODUCTS, MinimumTcb, problem_of, setting, time_of, version_of
 
@@ -147,6 +149,13 @@ class ReleaseRules:
     )
     author_key_digests: tuple[bytes, ...] = setting(
         "snp", "digests of author keys whose ID keys are allowed", "none: as above", default=(), length=48
+    )
+    minimum_policy_abi: str = setting(
+        "snp",
+        "least firmware ABI that the guest's policy must demand, as 1.55",
+        "none, unless the image was built with one",
+        default="",
+        kind="version",
     )
     minimum_guest_svn: int = setting(
         "snp",
@@ -383,6 +392,30 @@ class ReleaseRules:
     def digest(self) -> str:
         """SHA-256 of the stored form, hexadecimal."""
         return hashlib.sha256(self.dump().encode()).hexdigest()
+
+
+def by_guest_policy(policy: int, tee: Tee) -> ReleaseRules:
+    """The strict defaults, and that a guest was launched with no less than this policy, which its image was built with.
+
+    Args:
+        policy: as `attest.guest_policy` has it. Its word `debug` is what makes these rules laxer than the defaults.
+        tee: of the image.
+    """
+    major, minor = guest_policy.abi(policy, tee)
+    least = f"{major}.{minor}" if major or minor else ""
+    if tee is not Tee.SNP:
+        return ReleaseRules(sev_minimum_api=least)
+    return ReleaseRules(
+        minimum_policy_abi=least,
+        allow_debug=bool(policy & GuestPolicy.DEBUG),
+        require_smt_off=not policy & GuestPolicy.SMT,
+        require_single_socket=bool(policy & GuestPolicy.SINGLE_SOCKET),
+        require_aes_256_xts=bool(policy & GuestPolicy.MEM_AES_256_XTS),
+        require_rapl_off=bool(policy & GuestPolicy.RAPL_DIS),
+        require_ciphertext_hiding=bool(policy & GuestPolicy.CIPHERTEXT_HIDING_DRAM),
+        require_page_swap_disabled=bool(policy & GuestPolicy.PAGE_SWAP_DISABLE),
+        require_no_cxl=not policy & GuestPolicy.CXL_ALLOW,
+    )
 
 
 def load(text: str | bytes) -> ReleaseRules:

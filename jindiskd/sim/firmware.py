@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
+from jindiskd.attest.guest_policy import SNP_DEFAULT
+from jindiskd.attest.id_block import IdBlock, SignedIdBlock
 from jindiskd.attest.snp_report import (
     SIGNATURE_ECDSA_P384_SHA384,
     SIGNED_BYTES,
@@ -33,8 +35,17 @@ CPUID = {Product.MILAN: (0x19, 0x01, 1), Product.GENOA: (0x19, 0x11, 1), Product
 TCB = Tcb(bootloader=4, tee=0, snp=24, microcode=219)
 TURIN_TCB = Tcb(fmc=1, bootloader=3, tee=2, snp=5, microcode=97)
 VERSION = FirmwareVersion(1, 55, 29)
-DEFAULT_POLICY = int(GuestPolicy.SMT | GuestPolicy.RESERVED_ONE)
 PLATFORM = PlatformInfo.SMT_EN | PlatformInfo.ECC_EN | PlatformInfo.ALIAS_CHECK_COMPLETE
+
+
+def _platform(policy: int) -> int:
+    """PLATFORM_INFO of a machine that a guest with this policy can be launched on."""
+    info = PLATFORM if policy & GuestPolicy.SMT else PLATFORM & ~PlatformInfo.SMT_EN
+    if policy & GuestPolicy.RAPL_DIS:
+        info |= PlatformInfo.RAPL_DIS
+    if policy & GuestPolicy.CIPHERTEXT_HIDING_DRAM:
+        info |= PlatformInfo.CIPHERTEXT_HIDING_DRAM_EN
+    return int(info)
 
 
 class SimulatedSnpFirmware:
@@ -46,6 +57,7 @@ class SimulatedSnpFirmware:
         platform: name of the machine; CHIP_ID follows from it and the root.
         policy: the guest's POLICY.
         host_data: 32 bytes that the host chose at launch.
+        signed: an ID block whose signatures were checked.
         tcb: firmware versions of the machine, current, committed, reported and at launch alike.
         random: source of the REPORT_ID, which is drawn once: `random(n)` gives n bytes.
     """
@@ -56,14 +68,19 @@ class SimulatedSnpFirmware:
         launch_digest: bytes,
         *,
         platform: str = "default",
-        policy: int = DEFAULT_POLICY,
+        policy: int = SNP_DEFAULT,
         host_data: bytes = bytes(32),
+        signed: SignedIdBlock | None = None,
         tcb: Tcb | None = None,
         random: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         """Derive the chip's key and have its certificate signed: some tens of milliseconds."""
         if len(launch_digest) != 48 or len(host_data) != 32:
             raise InvalidArgument("launch digest or host data", launch_digest.hex(), "they have 48 and 32 bytes")
+        block = IdBlock(launch_digest=launch_digest) if signed is None else IdBlock.decode(signed.block)
+        if signed is not None and (block.launch_digest, block.policy) != (launch_digest, policy):
+            remedy = f"it is for digest {launch_digest.hex()} and policy {policy:#x}, as the machine is launched"
+            raise InvalidArgument("ID block", f"{block.launch_digest.hex()} and {block.policy:#x}", remedy)
         if tcb is None:
             tcb = TURIN_TCB if root.product.has_fmc else TCB
         chip_id = root.chip_id(platform)
@@ -74,20 +91,20 @@ class SimulatedSnpFirmware:
         mitigations = 0 if root.product.has_fmc else None
         self.template = SnpReport(
             version=5 if root.product.has_fmc else 3,
-            guest_svn=0,
+            guest_svn=block.guest_svn,
             policy=policy,
-            family_id=bytes(16),
-            image_id=bytes(16),
+            family_id=block.family_id,
+            image_id=block.image_id,
             vmpl=0,
             signature_algorithm=SIGNATURE_ECDSA_P384_SHA384,
             current_tcb=tcb,
-            platform_info=int(PLATFORM),
-            key_info=0,
+            platform_info=_platform(policy),
+            key_info=int(signed is not None and any(signed.author_key_digest)),  # bit 0: AUTHOR_KEY_EN
             report_data=bytes(64),
             measurement=launch_digest,
             host_data=host_data,
-            id_key_digest=bytes(48),
-            author_key_digest=bytes(48),
+            id_key_digest=bytes(48) if signed is None else signed.id_key_digest,
+            author_key_digest=bytes(48) if signed is None else signed.author_key_digest,
             report_id=random(32),
             report_id_ma=b"\xff" * 32,
             reported_tcb=tcb,

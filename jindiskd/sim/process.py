@@ -41,10 +41,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from jindiskd.attest.guest_policy import SNP_DEFAULT
+from jindiskd.attest.id_block import check
 from jindiskd.attest.measure import LaunchInputs, snp_launch_digest
 from jindiskd.base import document
 from jindiskd.errors import InvalidArgument, JindiskError
-from jindiskd.sim.firmware import DEFAULT_POLICY, SimulatedSnpFirmware
+from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
 
 MAGIC = b"JSIM"
@@ -74,7 +76,10 @@ class Request:
     listen_fd: int | None = None
     """Number of an inherited socket that listens already."""
     guest_features: int = 1
-    policy: int = DEFAULT_POLICY
+    policy: int = SNP_DEFAULT
+    id_block: bytes = b""
+    """With `id_auth`: the launch is refused unless it is as the block says, as hardware does."""
+    id_auth: bytes = b""
     host_data: bytes = bytes(32)
     platform: str = "default"
 
@@ -110,8 +115,9 @@ def prepare(request: Request) -> SimulatedSnpFirmware:
     )
     digest = snp_launch_digest(inputs)
     root = SimulatedRoot.load_or_create(Path(request.root))
+    signed = check(request.id_block, request.id_auth) if request.id_block or request.id_auth else None
     return SimulatedSnpFirmware(
-        root, digest, platform=request.platform, policy=request.policy, host_data=request.host_data
+        root, digest, platform=request.platform, policy=request.policy, host_data=request.host_data, signed=signed
     )
 
 

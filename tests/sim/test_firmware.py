@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from jindiskd.attest import guest_policy
 from jindiskd.attest.appraise import SnpExpectations, appraise_snp
+from jindiskd.attest.id_block import IdBlock, sign
 from jindiskd.attest.model import EvidenceRefused
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate
 from jindiskd.attest.snp_endorsement import parse_endorsement
-from jindiskd.attest.snp_report import Tcb, parse_report
+from jindiskd.attest.snp_report import PlatformInfo, Tcb, parse_report
 from jindiskd.attest.snp_table import table_certificates
+from jindiskd.base.platform import Tee
+from jindiskd.errors import InvalidArgument
 from jindiskd.sim.firmware import TCB, SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot, SimulatedRootDamaged
 
@@ -244,3 +249,34 @@ def test_two_processes_make_one_root(root_directory: Path, root: SimulatedRoot, 
     monkeypatch.setattr(SimulatedRoot, "generate", overtaken)
     assert SimulatedRoot.load_or_create(path).ark == root.ark
     assert [child.name for child in tmp_path.iterdir()] == ["root"]
+
+
+def test_an_id_block_is_held_to_and_reported(root):
+    """A launch that is not as the block says is refused; otherwise reports show what is in it, and by whom."""
+    id_key, author_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    policy = guest_policy.read("no-smt,abi=1.55", Tee.SNP)
+    block = IdBlock(
+        launch_digest=DIGEST, policy=policy, guest_svn=7, family_id=b"f" * 16, image_id=b"i" * 16
+    )  # fmt: skip
+    signed = sign(block, id_key, author_key)
+    firmware = SimulatedSnpFirmware(root, DIGEST, policy=policy, signed=signed)
+    report = parse_report(firmware.report(bytes(64)))
+    assert (report.policy, report.guest_svn, report.family_id, report.image_id) == (policy, 7, b"f" * 16, b"i" * 16)
+    assert (report.id_key_digest, report.author_key_digest) == (signed.id_key_digest, signed.author_key_digest)
+    assert report.author_key_enabled
+    assert report.policy_abi == (1, 55)
+    assert not report.platform_info & PlatformInfo.SMT_EN
+    certificates, _lists = table_certificates(firmware.certificate_table())
+    verified = SnpVerifier(roots=root.roots).verify(firmware.report(bytes(64)), certificates, report_data=None, now=NOW)
+    wanted = SnpExpectations(
+        id_key_digests=frozenset({signed.id_key_digest}), minimum_guest_svn=7, host_data=frozenset({bytes(32)}),
+        allow_simulated=True, require_smt_off=True, minimum_policy_abi=(1, 55),
+    )  # fmt: skip
+    assert appraise_snp(verified, wanted) == []
+    assert {finding.id for finding in appraise_snp(verified, replace(wanted, minimum_guest_svn=8))} == {"snp.guest_svn"}
+    found = appraise_snp(verified, replace(wanted, minimum_policy_abi=(1, 56)))
+    assert {finding.id for finding in found} == {"snp.policy_abi"}
+    for digest, other in ((bytes(48), policy), (DIGEST, guest_policy.SNP_DEFAULT)):
+        with pytest.raises(InvalidArgument, match="as the machine is launched"):
+            SimulatedSnpFirmware(root, digest, policy=other, signed=signed)
+    assert not parse_report(SimulatedSnpFirmware(root, DIGEST).report(bytes(64))).author_key_enabled
