@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import jsonout
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -110,7 +111,9 @@ class BrokerProcess:
         return said if status in {0, None} else complained
 
     def json(self, *words: str, **more: Any) -> Any:
-        return json.loads(self.ctl(*words, "--json", **more))
+        printed = json.loads(self.ctl(*words, "--json", **more))
+        jsonout.check(["broker", *words], printed)
+        return printed
 
     @property
     def card(self) -> handover.BrokerCard:

@@ -13,7 +13,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import jsonout
 import pytest
 from brokerprocess import DIGEST, IMAGE, KEY, RESOURCE, SCRIPTS, BrokerProcess, evidence, fetched, handed
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -90,8 +89,7 @@ def test_an_image_is_taken_over_released_revoked_and_reinstated(
     assert all(row["peer"].startswith("user root (0)") for row in rows if row["kind"] in {"registered", "revoked"})
     assert all(row["peer"] == "tcp 127.0.0.1" and row["simulated"] for row in rows if row["kind"] == "released")
     assert alone.json("audit", "verify")["rows"] == 7
-    assert "jindisk_broker_releases_total" in alone.ctl("metrics")
-    jsonout.check(["broker", "metrics"], alone.json("metrics"))
+    assert "jindisk_broker_releases_total" in alone.json("metrics")["metrics"]
     assert "already" in alone.ctl("image", "import", str(path), status=6)
     alone.ctl("image", "remove", "web", "--yes")
     assert alone.json("image", "list")["images"] == []
