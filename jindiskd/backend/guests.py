@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jindiskd.broker.relay import Relay, RelayView
 from jindiskd.bus.manager import MEBIBYTE
 from jindiskd.bus.ports import GuestView, LaunchOrder
+from jindiskd.domain.console import open_log
 from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import DomainView
-from jindiskd.errors import NotFound
 from jindiskd.jobs.job import Job
 
 
@@ -92,10 +92,11 @@ class GuestsBackend:
     async def open_console(self, uuid: str) -> int:
         """A readable descriptor of its console log."""
         view = self._service.get(uuid)
-        try:
-            return await asyncio.to_thread(os.open, view.console, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError as exc:
-            raise NotFound("console log of domain", view.name) from exc
+        return await asyncio.to_thread(open_log, Path(view.console), view.name)
+
+    async def attach_console(self, uuid: str, *, force: bool) -> int:
+        """A socket that is its console, both ways."""
+        return await self._service.attach_console(uuid, force=force)
 
 
 def _guest(view: DomainView, way: RelayView | None) -> GuestView:

@@ -95,6 +95,11 @@ class DomainObject(Item[GuestView], spec="org.jindisk1.Domain"):
         """Its console log."""
         return Descriptor(await self._guests.open_console(self._view.uuid))
 
+    async def attach_console(self, caller: Caller, options: Options) -> Descriptor:  # noqa: ARG002 (as above)
+        """Its console itself."""
+        force = options.get("force") is True
+        return Descriptor(await self._guests.attach_console(self._view.uuid, force=force))
+
     @property
     def uuid(self) -> str:
         """Identity."""

@@ -217,6 +217,9 @@ class Guests(Protocol):
     async def open_console(self, uuid: str) -> int:
         """A readable descriptor of its console log; the caller closes it."""
 
+    async def attach_console(self, uuid: str, *, force: bool) -> int:
+        """A socket that is its console, both ways; the caller closes it. `force` takes it from whoever has it."""
+
 
 class Devices(Protocol):
     """Block devices of this host."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
 from operator import itemgetter
 from typing import Any
 
@@ -16,14 +13,13 @@ from jindiskd.cli.app import App, common, pass_app, run
 from jindiskd.cli.client import connected
 from jindiskd.cli.completion import domains, images
 from jindiskd.cli.jobs import result, start_and_follow
+from jindiskd.cli.lazy import LazyGroup
 from jindiskd.cli.objects import MANAGER, Kind, Listing, Properties, show_one
 from jindiskd.cli.output import clean, moment, platform
 from jindiskd.cli.parameters import Size
 
 DOMAIN = "org.jindisk1.Domain"
 DOMAINS = Kind(interface=DOMAIN, getter="GetDomain")
-CONSOLE_INTERVAL_S = 0.3
-CONSOLE_BLOCK_BYTES = 65536
 
 
 @click.command()
@@ -77,7 +73,7 @@ def _ended(domain: dict[str, Any]) -> str:
     )
 
 
-@click.group()
+@click.group(cls=LazyGroup, places={"console": "console:console"})
 @common
 def domain() -> None:
     """Look at guests, and end them."""
@@ -282,42 +278,3 @@ async def _undefine(app: App, name: str, yes: bool) -> None:
         app.confirm(f"Remove domain {found['Name']}?", f"removing domain {name}", yes=yes)
         await start_and_follow(client, app, lambda: client.call(path, DOMAIN, "Undefine", {}), wait=True)
     app.show({"undefined": found["Name"]}, lambda: f"Removed domain {clean(found['Name'])}; its image stays.")
-
-
-@domain.command()
-@click.argument("name", shell_complete=domains)
-@click.option("--follow", is_flag=True, help="Go on until ^C.")
-@common
-@pass_app
-def console(app: App, name: str, follow: bool) -> None:
-    """Print what a guest has written on its console. It is the guest's own text: do not trust it."""
-    run(_console(app, name, follow))
-
-
-async def _console(app: App, name: str, follow: bool) -> None:
-    async with connected() as client:
-        path, _ = await DOMAINS.find(client, name)
-        fd: int = await client.call(path, DOMAIN, "OpenConsole", {})
-    try:
-        if app.json:
-            blocks = []
-            while block := os.read(fd, CONSOLE_BLOCK_BYTES):
-                blocks.append(block)
-            text = b"".join(blocks).decode(errors="replace")
-            app.show({"console": text}, str)
-            return
-        while True:
-            while block := os.read(fd, CONSOLE_BLOCK_BYTES):
-                sys.stdout.write(printable(block))
-            sys.stdout.flush()
-            if not follow:
-                return
-            await asyncio.sleep(CONSOLE_INTERVAL_S)  # a log file has no event to wait for
-    finally:
-        os.close(fd)
-
-
-def printable(block: bytes) -> str:
-    """Console output without the control sequences by which a guest could steer the terminal of its reader."""
-    text = block.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

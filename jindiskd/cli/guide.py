@@ -99,8 +99,8 @@ jindiskctl image update: /usr/share/doc/jindisk-initramfs says how, and what suc
 """
 RIGHTS = """
 Root may do everything. Others are judged by polkit, by the actions org.jindisk1.build-image, manage-images,
-launch-domain, adopt-domain, open-device, close-device, manage-keys, approve-release, manage-policy, inspect and
-cancel-others-jobs. A file below /etc/polkit-1/rules.d such as this lets a group launch guests:
+launch-domain, attach-console, adopt-domain, open-device, close-device, manage-keys, approve-release, manage-policy,
+inspect and cancel-others-jobs. A file below /etc/polkit-1/rules.d such as this lets a group launch guests:
 """
 RULE = """
 polkit.addRule(function (action, subject) {

@@ -9,11 +9,39 @@ import os
 import re
 from pathlib import Path
 
+from jindiskd.errors import JindiskError, NotFound
 from jindiskd.guest.codes import Code
 
 TAIL_BYTES = 16384
 _CODE = re.compile(rb"^jindisk: (E\d\d)\r?$", re.MULTILINE)
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([ -~]{1,120})")
+
+
+class ConsoleNotReadable(JindiskError, code="ConsoleNotReadable"):
+    """A console log is not the service's to read."""
+
+    def __init__(self, name: str) -> None:
+        """`name` of the domain."""
+        attach = f"attach to the console itself (jindiskctl domain console {name} --attach)"
+        whole = "have logs not cut (max_size = 0 in /etc/libvirt/virtlogd.conf)"
+        super().__init__(
+            f"the console log of domain {name!r} has grown, and libvirt's logger has begun another one as root: "
+            f"{attach}, or {whole}"
+        )
+
+
+def open_log(path: Path, name: str) -> int:
+    """A readable descriptor of a console log, which the caller closes. Blocks.
+
+    Raises:
+        NotFound: there is none. ConsoleNotReadable: libvirt's logger has begun one that is root's.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError as exc:
+        raise NotFound("console log of domain", name) from exc
+    except PermissionError as exc:
+        raise ConsoleNotReadable(name) from exc
 
 
 def prepare(path: Path) -> None:

@@ -20,6 +20,7 @@ from jindiskd.domain import machine, xml
 from jindiskd.domain.adopter import Adopter
 from jindiskd.domain.binding import Bindings
 from jindiskd.domain.connection import Connection, LibvirtFailed
+from jindiskd.domain.console_stream import ConsoleStream, attach
 from jindiskd.domain.following import Follower
 from jindiskd.domain.guest import Closing, Guest, OpenBroker
 from jindiskd.domain.guests import DomainSettings, Guests
@@ -70,6 +71,7 @@ class DomainService:
         self._bindings = Bindings(settings.bindings)
         self._guests = Guests(settings)
         self._tasks = Tasks()
+        self._consoles: set[ConsoleStream] = set()
         self.connection = Connection(uri, on_event=self._on_event, on_connected=self._on_connected)
         self._switch = Switch(lambda: listening_sockets(sockets))
         self._listened_for = any(sock.family == socket.AF_VSOCK for sock in sockets)
@@ -141,6 +143,8 @@ class DomainService:
         await self._hook.close()
         await self._starts.stop()
         await self._tasks.stop()
+        for console in list(self._consoles):
+            await asyncio.to_thread(console.close)
         for guest in self._guests:
             await guest.close()
         await self._switch.close()
@@ -313,6 +317,23 @@ class DomainService:
         while guest.view.state in ACTIVE:
             guest.changed.clear()
             await guest.changed.wait()
+
+    async def attach_console(self, key: str, *, force: bool) -> int:
+        """A socket that is a guest's console, both ways, and the caller's to close.
+
+        It ends with the machine, with this service, and when `force` takes the console for somebody else.
+
+        Raises:
+            NotFound: no such domain of ours. Busy: somebody else has it. LibvirtFailed: the machine is off.
+        """
+        view = self._guests.find(key).view
+        made, theirs = await attach(
+            self.connection, view.name, view.uuid, force=force, ended=self._consoles.discard
+        )
+        self._consoles.add(made)
+        if made.closed:  # in its thread, before this one knew of it
+            self._consoles.discard(made)
+        return theirs.detach()
 
     async def undefine(self, key: str) -> None:
         """Remove a domain that is off; its image stays."""

@@ -206,7 +206,7 @@ def test_every_action_of_the_contract_is_one_of_the_policy_and_the_other_way_rou
         assert action.find("annotate[@key='org.freedesktop.policykit.owner']").text == "unix-user:jindiskd"
         assert action.find("defaults/allow_any").text == "auth_admin"
         for detail in re.findall(r"\$\((\w+)\)", action.findtext("message")):
-            assert detail in {"image", "operation", "device", "guest"}
+            assert detail in {"image", "operation", "device", "guest", "domain"}
 
 
 def test_the_bus_policy_lets_the_interfaces_through_and_no_others():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jindiskd.cli.domain import printable
+from jindiskd.cli.console import Printable
 from jindiskd.cli.output import clean, fields, moment, parse_size, platform, size, table
 
 
@@ -47,7 +47,8 @@ def test_tables_line_up_by_display_width():
 def test_text_of_others_cannot_steer_a_terminal():
     """Escape sequences, carriage returns and the like are shown as replacement characters."""
     assert clean("a\x1b]0;x\x07b\u202ec\n") == "a\ufffd]0;x\ufffdb\ufffdc\ufffd"
-    assert printable(b"boot\r\n\x1b[31mred\x1b[0m\ttab\xff") == "boot\n\ufffd[31mred\ufffd[0m\ttab\ufffd"
+    shown = Printable().clean(b"boot\r\n\x1b[31mred\x1b[0m\ttab\xff", final=True)
+    assert shown == "boot\n\ufffd[31mred\ufffd[0m\ttab\ufffd"
 
 
 def test_simulated_is_said_even_where_the_name_does_not():

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from jindiskd.kbs import jwe
 from jindiskd.kbs.evidence import snp_from_json
 from jindiskd.keys.store import Store
 
-from .conftest import Host, virsh
+from .conftest import ROOT, Host, virsh
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 STATES = ("started", "attested", "released", "unlocked", "running")
@@ -328,3 +329,45 @@ def test_a_signed_images_guests_report_it(bare: Host, walk: Callable[..., Walk],
     finally:
         bare.clear()
         bare.ctl("image", "remove", "signed", "--yes", check=False)
+
+
+def test_a_console_is_followed_to_the_end_of_its_domain(bare: Host, walk: Callable[..., Walk]) -> None:
+    """Through another log under its name, as libvirt's logger begins one; ^C ends it before; keys go to the guest."""
+    led = walk("one")
+    led.to("running")
+    log = bare.state / "console" / f"{bare.domain('one')['Uuid']}.log"
+    followed, given_up = (bare.spawn("domain", "console", "one", "--follow") for _ in range(2))
+    assert given_up.stdout.readline()  # what the firmware wrote
+    given_up.send_signal(signal.SIGINT)
+    assert given_up.wait(120) == 130
+    with log.open("ab") as old:
+        log.rename(log.with_suffix(".log.0"))
+        old.write(b"the old log's last line\n")
+    log.write_bytes(b"the new log's first line\n")
+    lines = []
+    while "the new log's first line\n" not in lines:
+        lines.append(followed.stdout.readline())
+    assert "the old log's last line\n" in lines
+    with subprocess.Popen(
+        [ROOT / ".venv/bin/jindiskctl", "domain", "console", "one", "--attach"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as attached:  # fmt: skip
+        os.set_blocking(attached.stdout.fileno(), False)
+
+        def answered() -> bool:
+            attached.stdin.write(b"\x1b[B")
+            attached.stdin.flush()
+            assert attached.poll() is None, attached.stderr.read()
+            return bool(attached.stdout.read())
+
+        bare.until(answered, "an answer of the firmware's menu", 240)
+        busy = bare.ctl("domain", "console", "one", "--attach", check=False)
+        assert (busy.returncode, "--force" in busy.stderr) == (6, True)
+        bare.ctl("domain", "stop", "one", "--force", "--yes")
+        attached.stdin.close()
+        assert attached.wait(120) == 0
+    assert followed.wait(120) == 0
+    followed.communicate()
+    given_up.communicate()
+    log.with_suffix(".log.0").unlink()
+    bare.ctl("domain", "undefine", "one", "--yes")
