@@ -237,6 +237,8 @@ def tell_domains(domains: DomainService, event: BrokerEvent) -> None:
         return
     if event.kind == "attested":
         domains.on_attested(uuid)
+    elif event.kind == "waiting":
+        domains.on_waiting(uuid, event.approval)
     elif event.kind == "released":
         domains.on_released(uuid)
     elif event.kind == "refused":

@@ -26,10 +26,12 @@ class BrokerEvent:
 
     peer: Peer
     kind: str
-    """`challenged`, `attested`, `released` or `refused`."""
+    """`challenged`, `attested`, `waiting` (for a person's approval), `released` or `refused`."""
     image_id: str = ""
     simulated: bool = False
     findings: tuple[Finding, ...] = ()
+    approval: int = 0
+    """Number of the approval that is waited for; 0 where so many wait that this one has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

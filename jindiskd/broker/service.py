@@ -267,6 +267,8 @@ class Broker:
             try:
                 decided = await asyncio.to_thread(self._deciding.decide, session, peer, resource, give)
             except (ApprovalWaiting, RecordChanged) as exc:
+                if isinstance(exc, ApprovalWaiting):
+                    self._on_event(BrokerEvent(peer=peer, kind="waiting", approval=exc.number))
                 # A kind that clients try again after a while; by then a person may have looked.
                 raise Refusal("PluginInternalError", "not available yet") from exc
         simulated = session.verified.simulated

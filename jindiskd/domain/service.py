@@ -353,6 +353,10 @@ class DomainService:
         """The broker accepted a guest's report."""
         self._follower.on_attested(domain_uuid)
 
+    def on_waiting(self, domain_uuid: str, approval: int) -> None:
+        """The broker lets a guest wait until a person approves this; 0 for an approval without a number."""
+        self._follower.on_waiting(domain_uuid, approval)
+
     def on_released(self, domain_uuid: str) -> None:
         """The broker gave a guest its key."""
         self._follower.on_released(domain_uuid)

@@ -371,3 +371,30 @@ def test_a_console_is_followed_to_the_end_of_its_domain(bare: Host, walk: Callab
     given_up.communicate()
     log.with_suffix(".log.0").unlink()
     bare.ctl("domain", "undefine", "one", "--yes")
+
+
+def test_a_guest_that_waits_for_a_person_says_so(bare: Host, walk: Callable[..., Walk], tmp_path: Path) -> None:
+    """In the listing and to whoever launched it, with the command; approved, it goes on by itself."""
+    (tmp_path / "policy.toml").write_text("[release]\napproval = true\n")
+    bare.ctl("policy", "set", "one", str(tmp_path / "policy.toml"))
+    try:
+        led = walk("one")
+        led.to("attested")
+        where = f"/kbs/v0/resource/{bare.resource('one')}"
+        assert led.guest.ask("GET", where, cookie=led._cookie)[0] != 200
+        bare.until(lambda: bare.json("approval", "list")["approvals"], "the approval")
+        (waiting,) = bare.json("approval", "list")["approvals"]
+        domain = bare.domain("one")
+        assert waiting["Peer"] == f"domain {domain['Uuid']}"
+        command = f"jindiskctl approval approve {waiting['Number']}"
+        assert (domain["State"], command in domain["Reason"]) == ("attested", True)
+        assert bare.json("status")["approvals_waiting"] == 1
+        bare.ctl(*command.split()[1:])
+        for step in (led._released, led._unlocked, led._running):
+            step()
+        bare.until(lambda: bare.domain("one")["State"] == "running", "state running")
+        assert bare.domain("one")["Reason"] == ""
+        assert f"waiting for approval {waiting['Number']}" in led.launch.communicate(timeout=120)[1]
+    finally:
+        (tmp_path / "policy.toml").write_text("")
+        bare.ctl("policy", "set", "one", str(tmp_path / "policy.toml"))
