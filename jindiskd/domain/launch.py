@@ -159,7 +159,7 @@ class Launcher:
         try:
             guest.turn = await self._sev.begin(peer, policy, host)
         except EvidenceRefused as exc:
-            raise LaunchRefused(view.name, "; ".join(finding.text for finding in exc.findings)) from exc
+            raise self._refused(guest, exc) from exc
         return guest.turn
 
     async def _approved(self, guest: Guest, turn: SevTurn) -> None:
@@ -169,11 +169,15 @@ class Launcher:
         try:
             sealed = await self._sealed(guest, turn, report)
         except EvidenceRefused as exc:
-            reason = "; ".join(finding.text for finding in exc.findings)
-            if guest.view.state is DomainState.STARTING:  # unless the broker's event was faster
-                self._guests.set(guest, DomainState.REFUSED, reason)
-            raise LaunchRefused(view.name, reason) from exc
+            raise self._refused(guest, exc) from exc
         await machine.inject(self._connection, view.name, view.uuid, sealed)
+
+    def _refused(self, guest: Guest, exc: EvidenceRefused) -> LaunchRefused:
+        """What a refusal of the owner's side means for the domain."""
+        reason = "; ".join(finding.text for finding in exc.findings)
+        if guest.view.state is DomainState.STARTING:  # unless the broker's event was faster
+            self._guests.set(guest, DomainState.REFUSED, reason)
+        return LaunchRefused(guest.view.name, reason)
 
     @staticmethod
     async def _sealed(guest: Guest, turn: SevTurn, report: LaunchReport) -> SealedSecret:

@@ -213,6 +213,10 @@ async def test_a_launch_that_the_owners_broker_judges(
         released = owner.rows()[-1]
         assert (released["kind"], released["simulated"]) == ("released", True)
         await service.stop_domain("demo", force=True)
+        owner.process.ctl("key", "revoke", "demo")
+        with pytest.raises(LaunchRefused, match="its audit log has the reasons"):
+            await service.launch("demo")
+        assert service.get("demo").state == "refused"  # before a machine was made
         owner.process.stop(signal.SIGKILL)
         monkeypatch.setattr("jindiskd.broker.sev_remote.STEP_S", 2.0)
         with pytest.raises(BrokerUnreachable, match=r"at 127\.0\.0\.1:"):
