@@ -4,21 +4,28 @@ A target is a function of bytes that returns or raises what it is allowed to. An
 """
 
 import json
+import re
+import struct
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jindiskd.attest.ccel import parse_event_log, replay
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from jindiskd.attest.ccel import EV_NO_ACTION, TPM_ALG_SHA384, parse_event_log, replay
 from jindiskd.attest.collateral import read_entry
-from jindiskd.attest.id_block import check
+from jindiskd.attest.id_block import AUTH_BYTES, IdBlock, check, sign
 from jindiskd.attest.kept import Kept, restore
 from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.offline import snp_report_of
 from jindiskd.attest.offline_sev import parse_launch
-from jindiskd.attest.sev import LaunchReport, SevKeys
+from jindiskd.attest.sev import LaunchReport, SealedSecret, SevKeys
 from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, to_der
@@ -32,7 +39,14 @@ from jindiskd.base.platform import Tee
 from jindiskd.base.secret import Secret
 from jindiskd.broker.judge import judge
 from jindiskd.broker.sev import HostPlatform
-from jindiskd.broker.sev_messages import BeginRequest, dump_approve, parse_approve, parse_begin, parse_sealed
+from jindiskd.broker.sev_messages import (
+    BeginRequest,
+    dump_approve,
+    dump_sealed,
+    parse_approve,
+    parse_begin,
+    parse_sealed,
+)
 from jindiskd.broker.token import TokenMaker, TokenRefused, draw_signing_key
 from jindiskd.device.probe import probe
 from jindiskd.errors import InvalidArgument, JindiskError
@@ -41,7 +55,7 @@ from jindiskd.helper import protocol as helper
 from jindiskd.jindisk.identification import Identification
 from jindiskd.kbs import encoding, initdata, jwk
 from jindiskd.kbs.evidence import snp_from_json, snp_to_json, tdx_from_json, tdx_to_json
-from jindiskd.kbs.freshness import parse_release, parse_state
+from jindiskd.kbs.freshness import VolumeState, dump_release, parse_release, parse_state
 from jindiskd.kbs.messages import (
     VERSION_0_2,
     MalformedMessage,
@@ -53,6 +67,7 @@ from jindiskd.kbs.messages import (
 
 NOW = datetime.fromisoformat("2026-07-15T00:00:00Z")
 NONCE = "bm9uY2U="
+FMSPC = re.compile(rb'fmspc[^0-9a-fA-F]{1,8}([0-9a-fA-F]{12})')
 VERIFIER = SnpVerifier(roots=AMD_ROOTS, allow_vlek_csp=None)
 TOKENS = TokenMaker(draw_signing_key())
 UUID = "7c1d1f0a-5a0e-4bd5-9a3e-3b0c6a7f0a11"
@@ -72,6 +87,8 @@ class Target:
     seeds: tuple[str, ...] = ()
     """Glob patterns of recorded files, below the folder of attestation vectors."""
     made: tuple[bytes, ...] = ()
+    joined: Callable[[Path], list[bytes]] = lambda _folder: []
+    """Seeds made of several recorded files."""
 
 
 def _efi_image() -> bytes:
@@ -100,6 +117,27 @@ def _certificate(data: bytes) -> None:
         parsed = parse_certificate(blob)
         _ = parsed.is_authority
         parse_endorsement(parsed)
+
+
+def _collateral_file(data: bytes) -> None:
+    """A file of the cache under the name of whatever platforms it says it is of."""
+    named = FMSPC.search(data)
+    read_entry(f"tdx/{named[1].decode().lower() if named else '00806f050000'}-platform.json", data)
+
+
+def _with_chains(folder: Path) -> list[bytes]:
+    """Reports with the certificates that they need, as PEM."""
+
+    def pem(der: bytes) -> bytes:
+        return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
+
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # serial number 0
+        for report in sorted((folder / "snp").glob("milan-*-vcek/report.bin")):
+            chain = [(folder / f"amd-roots/milan/{name}.pem").read_bytes() for name in ("ask", "ark")]
+            found.append(report.read_bytes() + pem(report.with_name("vek.der").read_bytes()) + b"".join(chain))
+    return found
 
 
 def _verify(data: bytes) -> None:
@@ -141,8 +179,16 @@ def _text(function: Callable[[str], object]) -> Callable[[bytes], object]:
 
 
 def _restore(data: bytes) -> None:
-    for tee in (Tee.SNP, Tee.TDX):
-        restore(Kept(tee=tee, blob=data, facts={"product": "Milan", "signer": "vcek"}))
+    facts = {"product": "Milan", "signer": "vcek", "csp_id": None, "simulated": False, "roots": "AMD"}
+    facts |= {"certificate_sha256": "", "crl_issued": None, "report_data_checked": True}
+    restore(Kept(tee=Tee.SNP, blob=data, facts=facts))
+
+
+def _restore_quote(data: bytes) -> None:
+    facts = {"status": "UpToDate", "advisory_ids": [], "tcb_date": "2026-01-01T00:00:00+00:00", "tcb_evaluation": 1}
+    facts |= {"fmspc": "00", "ppid": "00", "simulated": False, "report_data_checked": True}
+    facts |= dict.fromkeys(("dynamic_platform", "cached_keys", "smt_enabled"))
+    restore(Kept(tee=Tee.TDX, blob=data, facts=facts))
 
 
 def _sev(data: bytes) -> None:
@@ -151,6 +197,22 @@ def _sev(data: bytes) -> None:
             read(data)
         except MalformedEvidence:
             continue
+
+
+def _event_log() -> bytes:
+    """The least that is a log: the record that names its format, and one event of each register."""
+    named = b"Spec ID Event03\0" + bytes(8) + struct.pack("<IHH", 1, TPM_ALG_SHA384, 48) + b"\0"
+    log = struct.pack("<II20sI", 1, EV_NO_ACTION, b"", len(named)) + named
+    for register in range(1, 5):
+        log += struct.pack("<IIIH48sI", register, 5, 1, TPM_ALG_SHA384, b"digest", 4) + b"data"
+    return log + b"\xff" * 4
+
+
+def _id_blocks() -> tuple[bytes, ...]:
+    """Authentication and block of a launch, with an author's key and without."""
+    first, second = (ec.derive_private_key(number, ec.SECP384R1()) for number in (7, 11))
+    block = IdBlock(launch_digest=bytes(48))
+    return tuple(made.auth + made.block for made in (sign(block, first), sign(block, first, second)))
 
 
 def _evidence() -> bytes:
@@ -165,8 +227,11 @@ def _evidence() -> bytes:
 
 EVIDENCE = (MalformedEvidence,)
 MESSAGE = (MalformedMessage,)
-JWK = b'{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6"}'
+JWK = json.dumps(jwk.tee_jwk(ec.derive_private_key(7, ec.SECP256R1()).public_key())).encode()
 LAUNCH = LaunchReport(measurement=bytes(48), api_major=1, api_minor=55, build=21, policy=11)
+SEALED = SealedSecret(header=bytes(52), payload=bytes(64))
+RELEASE = dump_release("default/a/root", UUID)
+STATE = VolumeState(volume=UUID, session=bytes(32), sequence=7, root=bytes(32)).dump()
 SESSION = b"JDS1" + bytes(36) + b"Milan"
 BEGIN = BeginRequest(
     image_id=UUID, policy=11, host=HostPlatform(pdh=bytes(2084), chain=bytes(3 * 2084), cpu_id=bytes(64))
@@ -179,21 +244,28 @@ TARGETS: Mapping[str, Target] = {
         lambda data: [parse_crl(blob) for blob in to_der(data, "list")], EVIDENCE, ("snp-test-pki/*/crl*.der",)
     ),
     "table": Target(table_certificates, EVIDENCE, ("snp/*/auxblob.bin",)),
-    "verify": Target(_verify, (MalformedEvidence, EvidenceRefused), ("snp/*/report.bin",)),
+    "verify": Target(_verify, (MalformedEvidence, EvidenceRefused), ("snp/*/report.bin",), (), _with_chains),
     "quote": Target(_quote, EVIDENCE, ("tdx/*/quote.bin", "tdx-test-pki/*.bin")),
-    "event-log": Target(_log, EVIDENCE, ("ccel/*/ccel.bin",)),
+    "event-log": Target(_log, EVIDENCE, ("ccel/*/ccel.bin",), (_event_log(),)),
     "collateral": Target(parse_collateral, EVIDENCE, ("tdx-test-pki/collateral/*.json",)),
-    "collateral-file": Target(
-        lambda data: read_entry("tdx/00806f050000-platform.json", data), EVIDENCE, ("tdx-test-pki/collateral/*.json",)
-    ),
-    "id-auth": Target(lambda data: check(data[:96], data[96:]), EVIDENCE, ("id-block/id-auth.bin",)),
+    "collateral-file": Target(_collateral_file, EVIDENCE, ("tdx-test-pki/collateral/*.json",)),
+    "id-auth": Target(lambda data: check(data[AUTH_BYTES:], data[:AUTH_BYTES]), EVIDENCE, (), _id_blocks()),
     "sev-certificate": Target(_sev, (), ("sev/certs/*/*.cert",)),
-    "sev-launch": Target(parse_launch, EVIDENCE, (), (b'{"sev-measurement":"AAAA","sev-api-major":1}',)),
+    "sev-launch": Target(
+        parse_launch,
+        EVIDENCE,
+        (),
+        (
+            b'{"sev-measurement":"AAAA","sev-api-major":1,"sev-api-minor":55,"sev-build-id":21,"sev-policy":"0xb"}',
+            b"sev-measurement: AAAA\nsev-api-major : 1\nsev-api-minor: 55\nsev-build-id: 21\nsev-policy: 11\n",
+        ),
+    ),
     "sev-begin": Target(parse_begin, MESSAGE, (), (BEGIN,)),
     "sev-approve": Target(parse_approve, MESSAGE, (), (dump_approve(LAUNCH),)),
     "sev-session": Target(lambda data: SevKeys.unpack(Secret(data)).close(), EVIDENCE, (), (SESSION,)),
-    "sev-sealed": Target(parse_sealed, MESSAGE, (), (b'{"header":"AAAA","secret":"AAAA"}',)),
-    "kept": Target(_restore, EVIDENCE, ("snp/*/report.bin", "tdx/*/quote.bin")),
+    "sev-sealed": Target(parse_sealed, MESSAGE, (), (json.dumps(dump_sealed(SEALED)).encode(),)),
+    "kept": Target(_restore, EVIDENCE, ("snp/*/report.bin",)),
+    "kept-quote": Target(_restore_quote, EVIDENCE, ("tdx/*/quote.bin",)),
     "request": Target(parse_request, MESSAGE, (), (b'{"version":"0.4.0","tee":"snp","extra-params":""}',)),
     "attestation": Target(parse_attestation, MESSAGE, (), (_evidence(),)),
     "attestation-0.2.0": Target(
@@ -210,11 +282,11 @@ TARGETS: Mapping[str, Target] = {
         _text(initdata.read), MESSAGE, (), (b'version = "0.1.0"\nalgorithm = "sha384"\n[data]\na = "b"\n',)
     ),
     "key": Target(lambda data: _json(data, jwk.public_key), MESSAGE, (), (JWK,)),
-    "base64url": Target(_text(lambda text: encoding.decode(text, "fuzz")), MESSAGE, (), (b"AAAA-_",)),
+    "base64url": Target(_text(lambda text: encoding.decode(text, "fuzz")), MESSAGE, (), (b"AAAA-_8",)),
     "resource": Target(_text(check_resource), (InvalidArgument,), (), (b"default/a/root",)),
     "token": Target(_text(lambda text: TOKENS.session_of(text, NOW)), (TokenRefused,), (), (b"e30.e30.AAAA",)),
-    "release": Target(parse_release, (MalformedMessage, InvalidArgument), (), (b'{"resource":"a/b/c","volume":""}',)),
-    "state": Target(parse_state, (MalformedMessage, InvalidArgument), (), (b'{"volume":"","session":""}',)),
+    "release": Target(parse_release, MESSAGE, (), (RELEASE, b'{"resource":"a/b/c","volume":""}')),
+    "state": Target(parse_state, MESSAGE, (), (STATE, b'{"volume":"","session":""}')),
     "device": Target(lambda data: probe(data.ljust(4096, b"\0")), (), (), (DEVICE,)),
     "helper": Target(helper.parse, (helper.MalformedRequest,), (), (helper.dump(OPEN), helper.dump(helper.List()))),
     "mark": Target(
@@ -240,7 +312,8 @@ def feed(target: Target, data: bytes) -> bool:
 def seeds(target: Target, attestation: Path | None) -> list[bytes]:
     """What a target is known to take, or nearly."""
     found = list(target.made)
-    for pattern in target.seeds if attestation is not None else ():
-        assert attestation is not None
-        found += [path.read_bytes() for path in sorted(attestation.glob(pattern))]
+    if attestation is not None:
+        for pattern in target.seeds:
+            found += [path.read_bytes() for path in sorted(attestation.glob(pattern))]
+        found += target.joined(attestation)
     return found

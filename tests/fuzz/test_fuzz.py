@@ -65,9 +65,11 @@ def test_altered_seeds(name: str, attestation: Path) -> None:
 
 def test_a_target_takes_what_is_good(attestation: Path) -> None:
     """The real ones are taken: targets are not all refusal."""
-    takes = {name: any(feed(target, blob) for blob in seeds(target, attestation)) for name, target in TARGETS.items()}
-    for name in ("report", "certificate", "revocation", "table", "quote", "event-log", "collateral", "request"):
-        assert takes[name], name
+    for name, target in TARGETS.items():
+        small = [blob for blob in seeds(target, attestation) if len(blob) < MAX_LEN]
+        assert small, f"{name}: nothing to begin with when it is guided by coverage"
+        # A challenge of their own time, and a token's key, cannot be recorded.
+        assert name in {"judge", "token"} or any(feed(target, blob) for blob in small), name
 
 
 def corpus_of(folder: Path, name: str | None, attestation: Path) -> Path:
