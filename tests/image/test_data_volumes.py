@@ -167,7 +167,7 @@ def test_a_stream_has_all_disks(made, firmware, tmp_path) -> None:
     with path.open("wb+") as stream:
         asyncio.run(service.export("web", stream.fileno(), lambda _progress: None))
         stream.seek(0)
-        places = {"name": "", "firmware": [str(firmware)], "firmware_dirs": [], "idle_s": 600.0}
+        places = {"name": "", "firmware": [str(firmware)], "firmware_dirs": [], "idle_s": 600}
         taken = asyncio.run(taking.import_(stream.fileno(), **places, progress=lambda _progress: None))
     assert taken.volumes == image.manifest.volumes
     for volume in taken.volumes:
