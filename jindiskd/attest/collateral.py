@@ -261,7 +261,7 @@ def _tdx_expiry(blob: bytes, fmspc: str) -> datetime:
             if update is not None:
                 dates.append(update)
         return min(dates).astimezone(UTC)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, x509.InvalidVersion) as exc:
         raise MalformedEvidence("TDX collateral", "one of its documents cannot be read") from exc
 
 

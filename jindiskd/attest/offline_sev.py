@@ -33,6 +33,7 @@ from jindiskd.kbs.messages import MalformedMessage, read_object
 
 WHAT = "SEV launch"
 MEMBERS = ("sev-measurement", "sev-api-major", "sev-api-minor", "sev-build-id", "sev-policy")
+NUMBER = re.compile(r"[0-9]{1,10}|(0x)[0-9a-fA-F]{1,8}")
 LINE = re.compile(r"\s*(sev-[a-z-]+)\s*:\s*(\S+)\s*")
 
 
@@ -71,9 +72,11 @@ def parse_launch(blob: bytes) -> LaunchReport:
     for name, limit in zip(MEMBERS[1:], (255, 255, 255, (1 << 32) - 1), strict=True):
         value = values[name]
         text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-        if not re.fullmatch(r"[0-9]{1,10}|0x[0-9a-fA-F]{1,8}", text) or int(text, 0) > limit:
+        form = NUMBER.fullmatch(text)
+        number = -1 if form is None else int(text, 16 if form[1] else 10)
+        if not 0 <= number <= limit:
             raise MalformedEvidence(WHAT, f"{name} is not a number of 0 to {limit}")
-        numbers.append(int(text, 0))
+        numbers.append(number)
     try:
         measurement = base64.b64decode(str(values["sev-measurement"]), validate=True)
     except (binascii.Error, ValueError) as exc:

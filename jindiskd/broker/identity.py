@@ -49,7 +49,7 @@ class TlsIdentity:
             replace_file(path, _generate(), 0o600)
         try:
             certificate = x509.load_pem_x509_certificate(path.read_bytes())
-        except ValueError as exc:
+        except (ValueError, x509.InvalidVersion) as exc:
             raise IdentityDamaged(path) from exc
         spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         return cls(path=path, spki_sha256=hashlib.sha256(spki).digest())

@@ -69,7 +69,7 @@ def make_card(app: App, certificate: Path, transfer_key: Path) -> None:
     """Make a card for a broker of another kind, such as a Trustee KBS, whose owner opens handovers himself."""
     try:
         found = x509.load_pem_x509_certificate(certificate.read_bytes())
-    except ValueError as exc:
+    except (ValueError, x509.InvalidVersion) as exc:
         raise InvalidArgument("--certificate", str(certificate), "it is a certificate in PEM") from exc
     spki = found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     made = handover.BrokerCard(

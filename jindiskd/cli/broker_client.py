@@ -6,7 +6,6 @@ looked at.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import re
@@ -18,13 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
 from jindiskd.base.endpoint import parse_endpoint
 from jindiskd.cli.client import RemoteError
 from jindiskd.errors import InvalidArgument, NotAuthorized, ServiceUnavailable
-from jindiskd.kbs.client import BrokerNotTrusted
+from jindiskd.kbs.client import BrokerNotTrusted, pin_of
 
 SOCKET = Path("/run/jindisk-broker/admin.sock")
 UNIT = "jindisk-broker.service"
@@ -69,9 +65,7 @@ class _Pinned(http.client.HTTPConnection):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the pin below is the verification
         stream = context.wrap_socket(self.sock)
         self.sock = stream
-        certificate = x509.load_der_x509_certificate(stream.getpeercert(binary_form=True) or b"")
-        spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        if hashlib.sha256(spki).digest() != self._pin:
+        if pin_of(stream.getpeercert(binary_form=True) or b"") != self._pin:
             stream.close()
             raise BrokerNotTrusted
 

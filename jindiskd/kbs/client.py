@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -145,6 +146,15 @@ def may_try_again(refused: BrokerRefused, before: int) -> bool:
         # At /auth nothing was judged yet, so nothing can come out differently.
         return refused.step != "auth" and before == 0
     return True
+
+
+def pin_of(certificate: bytes) -> bytes | None:
+    """SHA-256 of the public key (DER SubjectPublicKeyInfo) in a certificate; None for what cannot be read as one."""
+    try:
+        key = x509.load_der_x509_certificate(certificate).public_key()
+        return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm):
+        return None
 
 
 class KbsClient:
@@ -332,13 +342,7 @@ class KbsClient:
         except BaseException:
             raw.close()
             raise
-        try:
-            certificate = x509.load_der_x509_certificate(stream.getpeercert(binary_form=True) or b"")
-            spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-            trusted = hashlib.sha256(spki).digest() == self._pin
-        except ValueError:
-            trusted = False
-        if not trusted:
+        if pin_of(stream.getpeercert(binary_form=True) or b"") != self._pin:
             stream.close()
             raise BrokerNotTrusted
         return Channel(stream, self._deadline)

@@ -430,3 +430,16 @@ def test_dates_are_those_of_the_first_to_end(attestation):
     assert entry.expires <= update.astimezone(UTC)
     with pytest.raises(MalformedEvidence, match="platforms"):
         read_entry("tdx/000000000000-platform.json", collateral)
+
+
+def test_a_list_of_a_version_that_does_not_exist(attestation):
+    """The library has an exception of its own for it."""
+    path = next(iter(sorted((attestation / "tdx-test-pki/collateral").glob("*.json"))))
+    told = json.loads(path.read_bytes())
+    crl = bytes.fromhex(told["root_ca_crl"])
+    version = crl.index(b"\x02\x01\x01\x30")
+    assert version < 10
+    told["root_ca_crl"] = (crl[:version] + b"\x02\x01\x08\x30" + crl[version + 4 :]).hex()
+    fmspc = json.loads(told["tcb_info"])["fmspc"].lower()
+    with pytest.raises(MalformedEvidence, match="cannot be read"):
+        read_entry(f"tdx/{fmspc}-platform.json", json.dumps(told).encode())

@@ -196,3 +196,16 @@ measurements = ["{said["measurement"]}"]
     status = main([*words, "--policy", str(policy)])
     shown = json.loads(capsys.readouterr().out)
     assert (status, shown["verdict"]) == (0, "accepted"), shown["findings"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("08", 8), ("0x0b", 11), ("007", 7), ("0o7", None), ("0b1", None), ("-1", None)]
+)
+def test_numbers(text, number):
+    """Decimal, also with zeros before it, and hexadecimal; nothing else, and never another exception."""
+    blob = f"sev-measurement: AAAA\nsev-api-major: 1\nsev-api-minor: 1\nsev-build-id: 1\nsev-policy: {text}\n".encode()
+    if number is None:
+        with pytest.raises(MalformedEvidence):
+            parse_launch(blob)
+    else:
+        assert parse_launch(blob).policy == number

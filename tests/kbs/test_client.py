@@ -226,6 +226,17 @@ def test_the_other_version_is_tried_once(broker: Scripted) -> None:
     assert broker.asked == ["auth", "auth"]
 
 
+def test_a_certificate_that_is_none_has_no_pin(tmp_path: Path) -> None:
+    """Whatever a host in the broker's place shows: of a version that does not exist, cut, nothing."""
+    pin = make_identity(tmp_path / "broker.pem")
+    made = x509.load_pem_x509_certificate((tmp_path / "broker.pem").read_bytes()).public_bytes(Encoding.DER)
+    assert kbs_client.pin_of(made) == pin
+    version = b"\xa0\x03\x02\x01\x02"
+    assert made.count(version) == 1
+    for altered in (made.replace(version, version[:-1] + b"\x08"), made[:-1], made[:40], b"", b"\x30\x00"):
+        assert kbs_client.pin_of(altered) is None
+
+
 def test_a_broker_with_another_key_is_told_nothing(broker: Scripted) -> None:
     """Not even /auth; and it is not asked again."""
     with pytest.raises(BrokerNotTrusted):
