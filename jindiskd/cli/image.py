@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from jindiskd.base.platform import Platform
+from jindiskd.base.platform import Platform, Tee
 from jindiskd.base.process import run as run_program
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.bus.lib import Variant
@@ -110,10 +110,8 @@ def build(app: App, /, name: str, base: Path | None, rootfs: Path | None, no_wai
     """Build an image NAME from a disk image or a root file system, and keep its key."""
     if (base is None) == (rootfs is None):
         raise click.UsageError("give either --base or --rootfs")
-    if options["author_key"] and not options["id_key"]:
-        raise click.UsageError("--author-key signs an --id-key")
-    if options["id_key"] and no_wait:
-        raise click.UsageError("an image is signed when it is built: with --no-wait, use image sign afterwards")
+    if options["id_key"] or options["author_key"]:
+        _check_signing(options, no_wait)
     run(_build(app, name, base, rootfs, not no_wait, options))
 
 
@@ -191,6 +189,20 @@ async def _build(
                 return
             properties = await _signed(client, name, given)
     app.show({"image": properties}, lambda: f"Built {described(properties)}.")
+
+
+def _check_signing(given: dict[str, Any], no_wait: bool) -> None:
+    """Refuse before the build what could not be signed after it."""
+    from jindiskd.attest.id_block import load_key
+    from jindiskd.cli.sign import check_options  # which imports this module
+
+    check_options(given)
+    if no_wait:
+        raise click.UsageError("an image is signed when it is built: with --no-wait, use image sign afterwards")
+    if given["platform_"] and Platform(given["platform_"]).tee is not Tee.SNP:
+        raise click.UsageError(f"images for {given['platform_']} have no ID block: leave out --id-key")
+    for path in filter(None, (given["id_key"], given["author_key"])):
+        load_key(path)
 
 
 async def _signed(client: Client, name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -222,6 +222,10 @@ LIES = {
     "a format that is none": (inside("volume", format="zip"), "volume.format"),
     "an anchor of another length": (inside("volume", anchor=b"123"), "volume.anchor"),
     "changes without end": (changed(changes=("x",) * 500), "changes has 500"),
+    "a guest policy that no image has": (inside("shape", guest_policy=1 << 40), "shape.guest_policy"),
+    "a guest that may be migrated": (inside("shape", guest_policy=0x70000), "shape.guest_policy"),
+    "an ID block of zeros": (changed(id_block=bytes(96), id_auth=bytes(4096)), "id_block"),
+    "half of an ID block": (changed(id_auth=bytes(4096)), "id_block"),
     "a schema of tomorrow": (changed(schema=9), "schema is 9"),
 }
 

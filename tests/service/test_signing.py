@@ -47,6 +47,10 @@ def test_an_image_is_built_signed_and_carries_it(
     assert "say --debug" in daemon.ctl(*words, "--guest-policy", "debug", status=USAGE)
     assert "did you mean 'no-smt'" in daemon.ctl(*words, "--guest-policy", "no-smtt", status=USAGE)
     assert "--no-wait" in daemon.ctl(*words, "--id-key", str(id_key), "--no-wait", status=USAGE)
+    assert "no ID block" in daemon.ctl(*words, "--id-key", str(id_key), "--platform", "sev", status=USAGE)
+    (tmp_path / "none").write_text("no key")
+    assert "no private key" in daemon.ctl(*words, "--id-key", str(tmp_path / "none"), status=USAGE)
+    assert daemon.json("image", "list")["images"] == []
     signing = ["--id-key", str(id_key), "--author-key", str(author_key), "--guest-svn", "7"]
     image = daemon.json(*words, "--guest-policy", POLICY, *signing)["image"]
     assert (image["GuestPolicy"], image["GuestSvn"]) == (NUMBER, 7)
