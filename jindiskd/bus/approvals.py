@@ -111,7 +111,7 @@ class ApprovalsOnBus:
         self._lock = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._follower = Follower(self.look, "the approvals")
-        self._shown = Collection[ApprovalView](
+        self._shown = Collection[ApprovalView, ApprovalObject](
             server,
             identity=lambda view: str(view.number),
             path=approval_path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import structlog
 
@@ -33,7 +33,10 @@ class Item(Object, Generic[V], spec=None):
         self.changed(*(name for name, now in self.values().items() if now != before[name]))
 
 
-class Collection(Generic[V]):
+T = TypeVar("T", bound=Item[Any])
+
+
+class Collection(Generic[V, T]):
     """One object for each thing of a kind, each on a path of its own."""
 
     def __init__(
@@ -42,11 +45,27 @@ class Collection(Generic[V]):
         *,
         identity: Callable[[V], str],
         path: Callable[[str], ObjectPath],
-        make: Callable[[V], Item[V]],
+        make: Callable[[V], T],
     ) -> None:
         """`path` takes what `identity` tells of a view; `make` makes the object of a thing that was not there."""
         self._server, self._identity, self._path, self._make = server, identity, path, make
-        self._items: dict[str, Item[V]] = {}
+        self._items: dict[str, T] = {}
+
+    def add(self, view: V) -> T:
+        """Export the object of a thing that was not there."""
+        identity = self._identity(view)
+        item = self._items[identity] = self._make(view)
+        self._server.export(self._path(identity), item)
+        return item
+
+    def item(self, view: V) -> T:
+        """The object of a thing that is there."""
+        return self._items[self._identity(view)]
+
+    def remove(self, identity: str) -> None:
+        """Take the object of a thing off that is gone."""
+        del self._items[identity]
+        self._server.unexport(self._path(identity))
 
     def show(self, views: Iterable[V]) -> list[V]:
         """Export what is new, take off what is gone, tell of changes: afterwards there are these things, no others.
@@ -56,14 +75,12 @@ class Collection(Generic[V]):
         new = []
         wanted = {self._identity(view): view for view in views}
         for identity in self._items.keys() - wanted.keys():
-            del self._items[identity]
-            self._server.unexport(self._path(identity))
+            self.remove(identity)
         for identity, view in wanted.items():
             if identity in self._items:
                 self._items[identity].replace_view(view)
             else:
-                item = self._items[identity] = self._make(view)
-                self._server.export(self._path(identity), item)
+                self.add(view)
                 new.append(view)
         return new
 

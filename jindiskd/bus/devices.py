@@ -140,7 +140,7 @@ class DevicesOnBus:
 
     def __init__(self, server: Server, devices: Devices, jobs: JobManager) -> None:
         self._devices = devices
-        self._shown = Collection[BlockDeviceView](
+        self._shown = Collection[BlockDeviceView, DeviceObject](
             server,
             identity=lambda view: view.device_id,
             path=device_path,

@@ -166,7 +166,7 @@ class DomainsOnBus:
 
     def __init__(self, server: Server, guests: Guests, jobs: JobManager) -> None:
         self._guests = guests
-        self._shown = Collection[GuestView](
+        self._shown = Collection[GuestView, DomainObject](
             server,
             identity=lambda view: view.uuid,
             path=domain_path,

@@ -246,7 +246,7 @@ class ImagesOnBus:
         self._views: dict[str, ImageView] = {}
         self._lock = asyncio.Lock()
         measuring = asyncio.Semaphore(MEASURED_AT_ONCE)
-        self._shown = Collection[ImageView](
+        self._shown = Collection[ImageView, ImageObject](
             server,
             identity=lambda view: view.image_id,
             path=image_path,

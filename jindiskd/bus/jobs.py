@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
+from jindiskd.bus.collection import Collection, Item
 from jindiskd.bus.contract import ERROR_PREFIX, ROOT_PATH
-from jindiskd.bus.objects import Object, ObjectPath, Options
+from jindiskd.bus.objects import ObjectPath, Options
 from jindiskd.bus.peers import Caller
 from jindiskd.bus.server import Server
 from jindiskd.jobs.job import Change, Job, Operation
@@ -55,29 +56,30 @@ def start_bound(
     return job_path(job.number)
 
 
-class JobObject(Object, spec="org.jindisk1.Job"):
+class JobObject(Item[Job], spec="org.jindisk1.Job"):
     """One job."""
 
     def __init__(self, job: Job, jobs: JobManager) -> None:
-        self._job, self._jobs = job, jobs
+        super().__init__(job)
+        self._jobs = jobs
         self._next_signal = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def job_owner(self) -> int:
         """Who started it may cancel it."""
-        return self._job.owner_uid
+        return self._view.owner_uid
 
     def polkit_details(self) -> Mapping[str, str]:
         """For the question whether somebody else's job may be cancelled."""
-        return {"operation": self._job.operation.value}
+        return {"operation": self._view.operation.value}
 
     async def cancel(self, caller: Caller, options: Options) -> None:  # noqa: ARG002 (the contract's arguments)
         """Ask it to stop."""
-        self._jobs.cancel(self._job.number)
+        self._jobs.cancel(self._view.number)
 
     async def get_result(self, caller: Caller, options: Options) -> str:  # noqa: ARG002 (as above)
         """What came of it."""
-        return self._job.result
+        return self._view.result
 
     def _progressed(self) -> None:
         """Tell of progress, five times a second at most; the last value is never lost."""
@@ -103,106 +105,110 @@ class JobObject(Object, spec="org.jindisk1.Job"):
     def _state_changed(self) -> None:
         self._stop_timer()
         self.changed("State", "Error", "Message", *PROGRESS_PROPERTIES)
-        if self._job.state.final:
-            self.signal("Completed", self._job.error is None, self.error, self.message)
+        if self._view.state.final:
+            self.signal("Completed", self._view.error is None, self.error, self.message)
 
     @property
     def id(self) -> int:  # noqa: A003, RUF100 (the contract's name)
         """Number of the job."""
-        return self._job.number
+        return self._view.number
 
     @property
     def operation(self) -> str:
         """What it does."""
-        return self._job.operation.value
+        return self._view.operation.value
 
     @property
     def state(self) -> str:
         """Where it is."""
-        return self._job.state.value
+        return self._view.state.value
 
     @property
     def stage(self) -> str:
         """What it is doing."""
-        return self._job.stage
+        return self._view.stage
 
     @property
     def progress(self) -> float:
         """How far it is."""
-        return self._job.fraction or 0.0
+        return self._view.fraction or 0.0
 
     @property
     def progress_valid(self) -> bool:
         """Whether that is known."""
-        return self._job.fraction is not None
+        return self._view.fraction is not None
 
     @property
     def bytes(self) -> int:
         """Bytes processed."""
-        return self._job.done_bytes
+        return self._view.done_bytes
 
     @property
     def bytes_total(self) -> int:
         """Bytes to process."""
-        return self._job.total_bytes
+        return self._view.total_bytes
 
     @property
     def rate(self) -> int:
         """Bytes a second."""
-        return self._job.rate
+        return self._view.rate
 
     @property
     def expected_end(self) -> int:
         """When this stage ends, at this speed."""
-        end = self._job.expected_end
+        end = self._view.expected_end
         return microseconds(end) if end is not None else 0
 
     @property
     def start_time(self) -> int:
         """When it began."""
-        return microseconds(self._job.started)
+        return microseconds(self._view.started)
 
     @property
     def objects(self) -> Sequence[str]:
         """What it works on."""
-        return list(self._job.objects)
+        return list(self._view.objects)
 
     @property
     def owner_uid(self) -> int:
         """Who started it."""
-        return self._job.owner_uid
+        return self._view.owner_uid
 
     @property
     def cancelable(self) -> bool:
         """Whether it can be cancelled."""
-        return self._job.cancelable
+        return self._view.cancelable
 
     @property
     def error(self) -> str:
         """Name of the error it ended with."""
-        return ERROR_PREFIX + self._job.error.code if self._job.error else ""
+        return ERROR_PREFIX + self._view.error.code if self._view.error else ""
 
     @property
     def message(self) -> str:
         """That error in a sentence."""
-        return str(self._job.error or "")
+        return str(self._view.error or "")
 
 
 class JobsOnBus:
     """Keeps the job objects as the jobs are. `announce(member, *arguments)` sends a signal of the manager."""
 
     def __init__(self, server: Server, jobs: JobManager, announce: Callable[..., None]) -> None:
-        self._server, self._jobs, self._announce = server, jobs, announce
-        self._objects: dict[int, JobObject] = {}
+        self._announce = announce
+        self._shown = Collection[Job, JobObject](
+            server,
+            identity=lambda job: str(job.number),
+            path=lambda identity: job_path(int(identity)),
+            make=lambda job: JobObject(job, jobs),
+        )
         self._end_watch = jobs.watch(self._on_change)
 
     def _on_change(self, job: Job, change: Change, line: str) -> None:
         if change is Change.NEW:
-            item = self._objects[job.number] = JobObject(job, self._jobs)
-            self._server.export(job_path(job.number), item)
+            self._shown.add(job)
             self._announce("JobNew", job.number, job_path(job.number))
             return
-        item = self._objects[job.number]
+        item = self._shown.item(job)
         if change is Change.PROGRESS:
             item._progressed()  # noqa: SLF001 (one thing in two classes)
         elif change is Change.LOG:
@@ -212,8 +218,7 @@ class JobsOnBus:
             if job.state.final:
                 self._announce("JobRemoved", job.number, job_path(job.number), job.state.value)
         elif change is Change.FORGOTTEN:
-            del self._objects[job.number]
-            self._server.unexport(job_path(job.number))
+            self._shown.remove(str(job.number))
 
     def close(self) -> None:
         """Stop following the jobs."""

@@ -167,13 +167,13 @@ class KeysOnBus:
         self._keys, self._also = keys, also
         self._views: dict[str, KeyView] = {}
         self._lock = asyncio.Lock()
-        self._shown_keys = Collection[KeyView](
+        self._shown_keys = Collection[KeyView, KeyObject](
             server,
             identity=lambda view: view.image_id,
             path=key_path,
             make=lambda view: KeyObject(view, keys, self),
         )
-        self._shown_policies = Collection[KeyView](
+        self._shown_policies = Collection[KeyView, PolicyObject](
             server,
             identity=lambda view: view.image_id,
             path=policy_path,

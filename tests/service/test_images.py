@@ -32,7 +32,7 @@ def test_an_image_from_build_to_removal(daemon, rootfs):
         out.split("(jindisk, ")[1].split(")")[0]
     )
     listed = daemon.ctl("image", "list").splitlines()
-    assert listed[0].split() == ["NAME", "PLATFORM", "FORMAT", "SIZE", "KEY", "DIGEST", "CREATED"]
+    assert listed[0].split() == ["NAME", "PLATFORM", "FORMAT", "SIZE", "VOLUMES", "KEY", "DIGEST", "CREATED"]
     assert listed[1].split()[:3] == ["demo", "simulated-snp", "jindisk"]
     assert daemon.ctl("image", "list", "--no-legend").count("\n") == 1
     image = daemon.json("image", "show", "demo")["image"]
