@@ -29,6 +29,7 @@ VERBS = {
 }
 ESCAPE = re.compile(r"\\([0-7]{3})")
 UNMOUNT_LIMIT_S = 5.0
+IN_MEMORY = frozenset({"cgroup", "cgroup2", "devpts", "devtmpfs", "mqueue", "proc", "ramfs", "sysfs", "tmpfs"})
 REMOVE_LIMIT_S = 5.0
 RECORD = Path("/mapping")
 """In the initrd, where the system does not look: a mapping that must be removed at the end. Its sectors, name and
@@ -51,12 +52,17 @@ def mounts_below(text: str, top: Path) -> list[Path]:
 
 
 def unmount_all(top: Path, limit_s: float = UNMOUNT_LIMIT_S) -> bool:
-    """Unmount everything at and below `top`, trying again while something is busy; whether all of it went."""
+    """Unmount everything at and below `top`, trying again while something is busy; whether all of it went.
+
+    What the kernel keeps in memory is taken off the tree, busy or not: the control sockets of the storage processes
+    hold the old /run, and would hold the root below it.
+    """
     end_s = time.monotonic() + limit_s
-    while left := mounts_below(MOUNTS.read_text(encoding="utf-8", errors="surrogateescape"), top):
+    while left := mounts_below(text := MOUNTS.read_text(encoding="utf-8", errors="surrogateescape"), top):
+        in_memory = set(mounts_below("\n".join(filter(_in_memory, text.splitlines())), top))
         for path in left:
             with contextlib.suppress(OSError):
-                kernel.unmount(path)
+                kernel.unmount(path, kernel.MNT_DETACH if path in in_memory else 0)
         if time.monotonic() >= end_s:
             return False
         if len(mounts_below(MOUNTS.read_text(encoding="utf-8", errors="surrogateescape"), top)) == len(left):
@@ -90,6 +96,12 @@ def close_volumes() -> None:
     for name in storage.running():
         if name not in left:
             storage.ask_to_close(storage.CONTROLS / name)
+
+
+def _in_memory(line: str) -> bool:
+    """Whether a line of /proc/self/mounts is of a file system without any device below it."""
+    fields = line.split(" ")
+    return len(fields) > 2 and fields[2] in IN_MEMORY
 
 
 def make_read_only(top: Path) -> bool:

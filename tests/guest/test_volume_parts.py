@@ -164,3 +164,30 @@ def test_places_are_made_and_links_followed_inside_the_root(tmp_path) -> None:
         "/", "/ ro False", "/var/real/data rw True", "/mnt rw True", "/mnt/deep/er rw True",
     ]  # fmt: skip
     assert not Path("/var/real").exists()
+
+
+ENDING = """
+import sys, socket
+from pathlib import Path
+from jindiskd.guest import kernel, shutdown
+kernel.unshare(kernel.CLONE_NEWNS)
+kernel.mount("", Path("/"), "", kernel.MS_REC | kernel.MS_PRIVATE)
+root = Path(sys.argv[1])
+kernel.mount("tmpfs", root, "tmpfs", 0)
+(root / "run").mkdir()
+kernel.mount("tmpfs", root / "run", "tmpfs", 0)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(str(root / "run/socket"))
+print(shutdown.unmount_all(root), str(root) in open("/proc/self/mounts").read())
+"""
+
+
+def test_a_socket_does_not_hold_the_old_root(tmp_path) -> None:
+    """A process that listens below the old /run keeps that in use, and nothing else."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, tmp_path], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"]
