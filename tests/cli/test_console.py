@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import subprocess
 import sys
 import tempfile
+import termios
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,45 @@ def test_a_log_of_the_loggers_own_is_a_typed_error(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert "'web' has grown" in done.stdout
     assert "virtlogd.conf" in done.stdout
+
+
+JOINED = """
+import asyncio, socket, sys, threading
+from jindiskd.cli import console
+
+ours, theirs = socket.socketpair()
+
+def guest():
+    while (data := theirs.recv(100)) and data != b"\\x03":
+        theirs.sendall(data.upper())
+    theirs.close()
+
+threading.Thread(target=guest).start()
+with ours, console.raw_terminal():
+    print("ready", flush=True)
+    left = asyncio.run(console._joined(ours))
+print("left" if left else "ended")
+"""
+
+
+@pytest.mark.parametrize(("key", "end"), [(b"\x1d", b"left"), (b"\x03", b"ended")])
+def test_every_key_goes_to_the_guest_but_one(key: bytes, end: bytes) -> None:
+    """^C too, on a terminal that is afterwards as it was; ^] leaves, and what the guest ends is ended."""
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    with subprocess.Popen([sys.executable, "-c", JOINED], stdin=slave, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        os.write(master, b"h\xc3\xa9i")
+        said = b""
+        while b"I" not in said:
+            said += process.stdout.read(1)
+        assert said == b"H\xc3\xa9I"
+        os.write(master, key)
+        assert process.stdout.read().strip() == end
+        assert process.wait(120) == 0
+    assert termios.tcgetattr(slave) == before
+    os.close(master)
+    os.close(slave)
 
 
 @pytest.mark.parametrize(
