@@ -46,6 +46,8 @@ class SmallBroker:
         spki = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         self.spki_sha256 = hashlib.sha256(spki).digest()
         self.key = key
+        self.keys: dict[str, bytes] = {}
+        """Other keys than that, by their resources."""
         self.answers: dict[str, tuple[int, bytes]] = {}
         self.asked: list[str] = []
         self.bound: list[bool] = []
@@ -89,7 +91,8 @@ class SmallBroker:
             self.bound.append(report[0x50:0x90] == binding.report_data(runtime["nonce"], self.recipient))
             return 200, b'{"token":"x.y.z"}'
         if step == "resource":
-            return 200, jwe.seal(self.key, self.recipient).encode()
+            key = self.keys.get(path.partition("/resource/")[2], self.key)
+            return 200, jwe.seal(key, self.recipient).encode()
         assert self.more is not None
         return self.more(path.split("/")[4], body)
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from qemu import Machine
 from small_broker import SmallBroker, firmware
 
 from jindiskd.guest.codes import Code
-from jindiskd.guest.config import BrokerPin, GuestConfig, RootVolume
+from jindiskd.guest.config import BrokerPin, DataVolume, GuestConfig, RootVolume, serial_of
 from jindiskd.image import cpio, initrd, python_closure
 from jindiskd.image.initrd import build_initrd
 
@@ -94,6 +95,9 @@ def test_success(boot) -> None:
     """From power-on to the system's init: stages in order, bound report, clean hand-over, nothing of ours left."""
     boot.run()
     assert boot.machine.stages == STAGES
+    # The broker hears of the guest before its time is over: after 4 s on an idle machine, and no limit of its own here.
+    report = next(seconds for seconds, stage in boot.machine.lines if stage == "report")
+    assert report < boot.settings.get("timeout_s", 120)
     assert boot.broker.bound == [True]
     assert boot.broker.asked[-1] == "GET /kbs/v0/resource/default/image/root"
     line = next(line for line in boot.machine.console.splitlines() if "ROOT-SEES" in line)
@@ -116,11 +120,29 @@ def test_success(boot) -> None:
     assert len(said) == 1
 
 
-def test_first_exchange_is_early(boot) -> None:
-    """The broker hears of the guest before its time is over: 4 s on an idle machine, and no limit of its own here."""
+def test_a_data_volume_beside_the_root(boot, tmp_path) -> None:
+    """By the same attestation, mounted at a place that the root does not have, and known by its name."""
+    clear = tmp_path / "data.ext4"
+    with clear.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", "-F", clear], check=True, capture_output=True)
+    data = testroot.encrypt_root(clear, tmp_path / "data.img")
+    resource = "default/image/data"
+    boot.broker.keys[resource] = bytes(data.key.reveal())
+    boot.settings["volumes"] = (
+        DataVolume(name="data", resource=resource, luks2=data.expectation, mount="/srv/da.ta/here"),
+    )
+    boot.arguments["serials"] = (("", boot.disk), (serial_of("data"), data.path))
+    boot.disk = None
     boot.run()
-    report = next(seconds for seconds, stage in boot.machine.lines if stage == "report")
-    assert report < boot.settings.get("timeout_s", 120)
+    assert boot.machine.stages == STAGES, boot.machine.console
+    assert [asked for asked in boot.broker.asked if "/auth" in asked] == ["POST /kbs/v0/auth"]
+    line = next(line for line in boot.machine.console.splitlines() if "ROOT-SEES" in line)
+    seen = json.loads(line.partition("ROOT-SEES ")[2])
+    assert ["/dev/mapper/jindisk-data", "/srv/da.ta/here", "ext4", "rw,relatime"] in seen["mounts"]
+    assert ["/dev/mapper/root", "/", "ext4", "ro,relatime"] in seen["mounts"]
+    assert seen["mapper"] == {"root": "/dev/dm-0", "jindisk-data": "/dev/dm-1", "control": "/dev/mapper/control"}
+    assert seen["children"] == []
 
 
 def test_key_is_nowhere_on_the_console(boot) -> None:
