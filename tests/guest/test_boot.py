@@ -125,7 +125,7 @@ def test_a_data_volume_beside_the_root(boot, tmp_path) -> None:
     clear = tmp_path / "data.ext4"
     with clear.open("wb") as file:
         file.truncate(16 << 20)
-    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", "-F", clear], check=True, capture_output=True)
+    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", "-F", "-b", "4096", clear], check=True, capture_output=True)
     data = testroot.encrypt_root(clear, tmp_path / "data.img")
     resource = "default/image/data"
     boot.broker.keys[resource] = bytes(data.key.reveal())
