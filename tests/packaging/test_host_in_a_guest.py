@@ -268,6 +268,10 @@ def test_from_the_packages_to_an_encrypted_guest_by_the_manual(container: HostCo
 
 
 def test_the_kernels_vsock(host: HostGuest) -> None:
-    """The same on a host whose kernel does: a guest in the guest."""
-    checks = ("newcomer", "vsock", "attested", "outlived", "refused", "sockets")
+    """The same on a host whose kernel does: a guest in the guest.
+
+    What is refused is seen in the container: the hook refuses what the service does not answer within two seconds, and
+    an emulated one often does not.
+    """
+    checks = ("newcomer", "vsock", "attested", "outlived", "sockets")
     passed(host.boot(*checks), *checks)
