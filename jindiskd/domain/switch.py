@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ BACKLOG = 128
 PAUSE_S = 0.2
 REMEDY = "load the module vhost_vsock (and name it in /etc/modules-load.d), or set domains.vsock to vhost-user"
 LOADED = Path("sys/class/misc/vhost-vsock")
-_RESET = struct.pack("ii", 1, 0)  # struct linger, linux/socket.h: on, 0 s
 
 
 def why_not(root: Path = Path("/")) -> str:
@@ -152,7 +150,7 @@ class Switch:
             with contextlib.suppress(OSError):  # it went away before it could be asked for its name
                 home = self._homes.get(self._cid_of(taken))
             if home is None or self._open[home] >= CONNECTIONS_PER_GUEST:
-                _reset(taken)
+                taken.close()
                 continue
             self._open[home] += 1
             task = loop.create_task(self._pass_on(taken, home, port))
@@ -186,14 +184,7 @@ class Switch:
                 else:
                     end.close()
             if len(ends) < 2:
-                _reset(taken)
-
-
-def _reset(taken: socket.socket) -> None:
-    """End a connection so that the peer sees it was not served."""
-    with contextlib.suppress(OSError):
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    taken.close()
+                taken.close()
 
 
 async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:

@@ -44,6 +44,8 @@ class Kernel:
             found[port] = socket.socket(socket.AF_UNIX)
             found[port].bind(str(self.directory / str(port)))
             found[port].listen(64)
+            # Python itself treats those of AF_VSOCK otherwise, their options above all, and so it shall here.
+            found[port] = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM, fileno=found[port].detach())
         return found
 
     def cid_of(self, _taken: socket.socket) -> int:
