@@ -47,7 +47,7 @@ def images() -> SimpleNamespace:
     """An image store with one image."""
     volume = SimpleNamespace(format="jindisk", uuid=devicevolumes.UUID, header_sha256=b"")
     manifest = SimpleNamespace(
-        name="web", image_id=IMAGE, partitions=(), volume=volume, platform=Platform.SIMULATED_SNP
+        name="web", image_id=IMAGE, partitions=(), volume=volume, volumes=(), platform=Platform.SIMULATED_SNP
     )
     return SimpleNamespace(list=lambda: [SimpleNamespace(manifest=manifest)])
 
