@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from jindiskd.system_files import INTERFACES
 
@@ -38,6 +41,20 @@ def listening(*words: str) -> Iterator[Any]:
         finally:
             too_late.cancel()
             process.terminate()
+
+
+@pytest.fixture(autouse=True)
+def settled(stock: Any) -> None:
+    """The bus has told of every row that earlier tests caused."""
+    busctl = ("busctl", f"--address={stock.address}", "--json=short")
+    until = time.monotonic() + DEADLINE_S
+    while True:
+        rows = json.loads(run(*busctl, "call", *WHERE, "List", "a{sv}", "1", "limit", "u", "1"))["data"][0]
+        told = json.loads(run(*busctl, "get-property", *WHERE, "Last"))["data"]
+        if rows[0]["number"]["data"] == told:
+            return
+        assert time.monotonic() < until, (rows, told)
+        time.sleep(0.1)
 
 
 def test_busctl(stock: Any) -> None:
