@@ -146,16 +146,31 @@ class Switch:
                 log.warning("a guest's connection could not be accepted", problem=exc.strerror)
                 await asyncio.sleep(PAUSE_S)
                 continue
-            home = None
-            with contextlib.suppress(OSError):  # it went away before it could be asked for its name
-                home = self._homes.get(self._cid_of(taken))
-            if home is None or self._open[home] >= CONNECTIONS_PER_GUEST:
+            try:
+                self._admit(port, taken)
+            except Exception:  # a fault with one guest must not shut out the others
+                log.exception("fault while taking a guest's connection")
                 taken.close()
-                continue
-            self._open[home] += 1
-            task = loop.create_task(self._pass_on(taken, home, port))
-            self._passing[task] = home
-            task.add_done_callback(self._passing.pop)
+
+    def _admit(self, port: int, taken: socket.socket) -> None:
+        """Pass a new connection on, or end it: it is nobody's, or its guest has enough."""
+        home = None
+        with contextlib.suppress(OSError):  # it went away before it could be asked for its name
+            home = self._homes.get(self._cid_of(taken))
+        if home is None or self._open[home] >= CONNECTIONS_PER_GUEST:
+            taken.close()
+            return
+        self._open[home] += 1
+        task = asyncio.get_running_loop().create_task(self._pass_on(taken, home, port))
+        self._passing[task] = home
+        task.add_done_callback(self._passed)
+
+    def _passed(self, task: asyncio.Task[None]) -> None:
+        """A connection has ended, perhaps before anything was passed on."""
+        home = self._passing.pop(task)
+        self._open[home] -= 1
+        if not self._open[home]:
+            del self._open[home]
 
     async def _pass_on(self, taken: socket.socket, home: Path, port: int) -> None:
         """One connection, to its end."""
@@ -175,9 +190,6 @@ class Switch:
             if group.split(OSError)[1] is not None:
                 raise
         finally:
-            self._open[home] -= 1
-            if not self._open[home]:
-                del self._open[home]
             for end in ends:
                 if end.transport.get_write_buffer_size():
                     end.transport.abort()

@@ -314,3 +314,37 @@ def test_the_console_log_is_ours(tmp_path: Path) -> None:
     log.write_text("before")
     console.prepare(log)
     assert log.read_text() == ""
+
+
+async def test_a_fault_with_one_guest_does_not_shut_out_others(kernel: Kernel) -> None:
+    """Whatever goes wrong while a connection is taken, the next one is taken."""
+    faults = [ValueError("planted")]
+
+    def cid_of(taken: socket.socket) -> int:
+        if faults:
+            raise faults.pop()
+        return kernel.cid_of(taken)
+
+    board = Switch(kernel.listen, cid_of)
+    home = await Home(kernel, "first").listen()
+    board.connect(3, home.path)
+    try:
+        assert await talk(kernel, 3) == b""
+        assert await talk(kernel, 3) == b"first hello\n"
+    finally:
+        await board.close()
+
+
+async def test_places_of_connections_that_were_ended_at_once_are_free_again(kernel: Kernel, board: Switch) -> None:
+    """Though nothing of them was passed on yet."""
+    home = await Home(kernel, "first").listen()
+    for _ in range(CONNECTIONS_PER_GUEST):
+        board.connect(3, home.path)
+        kernel.cid = 3
+        near, far = socket.socketpair()
+        board._admit(KBS_PORT, near)
+        await board.disconnect(home.path)
+        far.close()
+        near.close()
+    board.connect(3, home.path)
+    assert await talk(kernel, 3) == b"first hello\n"
