@@ -31,6 +31,7 @@ from jindiskd.jindisk.errors import VolumeUnauthentic
 SERVICE = "games"
 """Stands for the service's user: it is on every Debian machine."""
 NOBODY = 65534
+ACCEPTS = "00010000"  # __SO_ACCEPTCON (include/linux/net.h)
 
 
 @pytest.fixture
@@ -48,13 +49,19 @@ def listening(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     words = ["--user", SERVICE, "--run", tmp_path / "run", "--states", tmp_path / "states", "--listen", path]
     process = subprocess.Popen([sys.executable, "-I", "-m", "jindiskd.helper", *words])
     limit = time.monotonic() + 120
-    while not path.exists():
+    while not is_listening(path):
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.02)
     yield path, process
     process.kill()
     process.wait()
+
+
+def is_listening(path: Path) -> bool:
+    """Whether a socket is there and takes connections, by the kernel's list: asking itself would be a connection."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(line[-1] == os.fspath(path) and line[3] == ACCEPTS for line in lines)
 
 
 def ask(path: Path, packet: bytes, fds: list[int]) -> Answer | None:
