@@ -18,6 +18,7 @@ from pathlib import Path
 
 import devicevolumes
 import pytest
+from listening import is_listening
 
 from jindiskd.base import document
 from jindiskd.base.secret import Secret
@@ -31,7 +32,6 @@ from jindiskd.jindisk.errors import VolumeUnauthentic
 SERVICE = "games"
 """Stands for the service's user: it is on every Debian machine."""
 NOBODY = 65534
-ACCEPTS = "00010000"  # __SO_ACCEPTCON (include/linux/net.h)
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def helper() -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
         pytest.skip("the helper is root: run the tests as root")
     with tempfile.TemporaryDirectory(prefix="jindisk-helper-") as folder:
         Path(folder).chmod(0o755)
-        yield from listening(Path(folder))
+        yield from helper_in(Path(folder))
 
 
-def listening(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+def helper_in(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     path = tmp_path / "helper"
     words = ["--user", SERVICE, "--run", tmp_path / "run", "--states", tmp_path / "states", "--listen", path]
     process = subprocess.Popen([sys.executable, "-I", "-m", "jindiskd.helper", *words])
@@ -56,12 +56,6 @@ def listening(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     yield path, process
     process.kill()
     process.wait()
-
-
-def is_listening(path: Path) -> bool:
-    """Whether a socket is there and takes connections, by the kernel's list: asking itself would be a connection."""
-    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return any(line[-1] == os.fspath(path) and line[3] == ACCEPTS for line in lines)
 
 
 def ask(path: Path, packet: bytes, fds: list[int]) -> Answer | None:

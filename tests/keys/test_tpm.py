@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from listening import is_listening
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, InvalidArgument
@@ -43,7 +44,7 @@ class Software:
             words += [option, f"type=unixio,path={self.folder}/{name}"]
         self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(3000):
-            if (self.folder / "sock").exists():
+            if is_listening(self.folder / "sock"):
                 return self
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.01)
