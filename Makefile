@@ -1,8 +1,8 @@
 # make test: install what is needed and run every test but the long ones, which make test-long runs.
+# make test-long RESUME=1: those of them that did not pass yet for this source.
 # make demo: the main job, from a base image to a refusal.
 # Both run as root on Debian 12; scripts/setup says what to do otherwise.
 PYTHON = .venv/bin/python
-PYTEST = .venv/bin/pytest
 
 .PHONY: packages test test-long demo bench reliability setup lint clean
 
@@ -23,7 +23,7 @@ packages: setup
 	scripts/build-packages $$(. /etc/os-release && echo $$VERSION_CODENAME)
 
 test-long: lint base
-	scripts/testenv $(PYTEST) -q -m long
+	scripts/run-tests --long $(if $(RESUME),--resume)
 
 reliability: base
 	scripts/reliability

@@ -13,11 +13,19 @@ sys.path.insert(0, str(ROOT / "tests/support"))
 
 from messagebus import message_bus  # noqa: E402 (as below)
 from processes import own_children  # noqa: E402 (found by the line above)
+from recorder import Recorder  # noqa: E402 (as above)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--regenerate` rewrites golden files, so that their difference is reviewed with the change."""
     parser.addoption("--regenerate", action="store_true", help="rewrite golden files instead of comparing with them")
+    parser.addoption("--record", type=Path, metavar="FILE", help="put each test's result into this file when it ends")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--record`, have results written down."""
+    if path := config.getoption("--record"):
+        config.pluginmanager.register(Recorder(path.absolute(), ROOT))
 
 
 @pytest.fixture

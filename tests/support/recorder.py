@@ -1,0 +1,24 @@
+"""pytest's part of writing results down (`--record FILE`)."""
+
+from pathlib import Path
+
+import pytest
+from results import Results, source
+
+
+class Recorder:
+    """Puts each test into a file of results when it is through."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self._results, self._source = Results(path), source(root)
+        self._outcome, self._seconds = "", 0.0
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "setup":
+            self._outcome, self._seconds = "passed", 0.0
+        self._seconds += report.duration
+        if report.outcome != "passed" and self._outcome != "failed":
+            self._outcome = report.outcome
+        if report.when == "teardown":
+            self._results.put(report.nodeid, outcome=self._outcome, seconds=self._seconds, of=self._source)
