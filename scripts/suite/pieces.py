@@ -44,13 +44,13 @@ def short_pieces() -> list[Piece]:
     return [*found, *(Piece(name, [*rest, *where]) for name, where in parts.items())]
 
 
-def long_tests(words: Iterable[str]) -> list[str]:
-    """The long tests by pytest's names; `words` may choose among them.
+def collected(words: Iterable[str]) -> list[str]:
+    """The tests that pytest takes by these words, by its names.
 
     Raises:
         SystemExit: the tests cannot be collected; pytest's own words are shown.
     """
-    command = [".venv/bin/pytest", "--collect-only", "-q", "-m", "long", *words]
+    command = [".venv/bin/pytest", "--collect-only", "-q", *words]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode not in (0, EMPTY):
         raise SystemExit(done.stdout + done.stderr)

@@ -95,7 +95,7 @@ class Results:
         """Write one down; replaces what was known of this test."""
         result = Result(
             outcome=outcome, seconds=round(seconds, 1), commit=of.commit, changes=of.changes,
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), load=round(os.getloadavg()[0], 1),
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"), load=round(os.getloadavg()[0], 1),
         )  # fmt: skip
         with self._locked():
             kept = self.read() | {test: result}
