@@ -24,6 +24,7 @@ from pathlib import Path
 
 from jindiskd.base import document
 from jindiskd.base.files import replace_file
+from jindiskd.base.listening import is_listening
 from jindiskd.base.process import ENVIRONMENT, ToolFailed, ToolMissing
 from jindiskd.errors import TimedOut
 
@@ -93,7 +94,7 @@ async def start_device(program: Path, directory: Path, record: Record) -> Record
     """Start the device of a domain in `directory`, which is made; returns once it listens.
 
     Raises:
-        ToolMissing, ToolFailed, TimedOut: it did not come up; nothing is left of it.
+        ToolMissing, ToolFailed, TimedOut: it did not come up, or ended before it listened; nothing is left of it.
     """
     write_record(directory, record)
     device = device_path(directory)
@@ -115,7 +116,7 @@ async def start_device(program: Path, directory: Path, record: Record) -> Record
     replace_file(directory / RECORD, document.dump(started), 0o600)
     try:
         async with asyncio.timeout(READY_S):
-            while not device.exists():
+            while not (device.exists() and is_listening(device)):
                 ended, status = os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
                 if ended:
                     tail = (directory / LOG).read_text(errors="replace")[-500:]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from listening import is_listening
 
+from jindiskd.base.listening import is_listening
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, InvalidArgument
 from jindiskd.keys.database import KekWrong
