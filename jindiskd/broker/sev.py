@@ -50,9 +50,10 @@ ATTEMPTS = 3
 class ReleaseWaits(JindiskError, code="ReleaseWaits", exit_code=EXIT_BUSY):
     """A launch measured as it should, and its key is not released yet: ask again."""
 
-    def __init__(self) -> None:
-        """Who is asked knows more than who asks."""
+    def __init__(self, approval: int | None = None) -> None:
+        """`approval` as of `ApprovalWaiting`, where who is asked tells it."""
         super().__init__("it measured as it should, and its release waits for the owner's approval")
+        self.approval = approval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +213,7 @@ class SevJudge:
             who: as `requester` gives it.
 
         Raises:
-            ReleaseWaits: nothing speaks against it, but not yet.
+            ReleaseWaits: nothing speaks against it, but not yet; with the approval's number, if it waits for one.
             EvidenceRefused: with every reason.
             MalformedEvidence: no measurement. KeyUnreadable: a stored key does not open.
         """
@@ -225,7 +226,7 @@ class SevJudge:
                 except ReleaseRefused as exc:
                     raise EvidenceRefused([Finding(exc.finding, str(exc))]) from exc
                 except ApprovalWaiting as exc:
-                    raise ReleaseWaits from exc
+                    raise ReleaseWaits(exc.number) from exc
         raise ReleaseWaits
 
     def _release(self, keys: SevKeys, held: HeldLaunch, report: LaunchReport, who: Requester) -> SealedSecret:

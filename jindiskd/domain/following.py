@@ -35,14 +35,8 @@ class Follower:
     def on_waiting(self, domain_uuid: str, approval: int) -> None:
         """The broker lets a guest wait for a person; said once, until it goes on."""
         guest = self._guests.get(domain_uuid)
-        if guest is None or guest.view.state is not DomainState.ATTESTED:
-            return
-        command = f"jindiskctl approval approve {approval}" if approval else "so many wait already: jindiskctl approval"
-        reason = f"it waits for a person's approval ({command})"
-        if guest.view.reason != reason:
-            self._guests.amend(guest, name=guest.view.name, reason=reason)
-            if guest.follower is not None:
-                guest.follower(f"waiting for approval {approval}" if approval else "waiting for an approval")
+        if guest is not None and guest.view.state is DomainState.ATTESTED:
+            self._guests.wait(guest, approval)
 
     def on_released(self, domain_uuid: str) -> None:
         """The broker gave a guest its key."""

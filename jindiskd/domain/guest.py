@@ -45,8 +45,6 @@ class Guest:
         """Whether libvirt started this machine at somebody else's word; see `domain.starts`."""
         self.turn: SevTurn | None = None
         """The owner's side of a launch that is measured before it runs."""
-        self.waits = ""
-        """What such a launch waits for, once it was asked for its key."""
         self._lock = asyncio.Lock()
         self._retired = False
         self._broker: Closing | None = None

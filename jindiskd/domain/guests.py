@@ -231,6 +231,26 @@ class Guests:
             guest.view = replace(guest.view, name=name, reason=reason)
             self._tell(guest)
 
+    def wait(self, guest: Guest, approval: int | None) -> None:
+        """Note that a guest's release waits for a person; told once, until its state changes.
+
+        Args:
+            guest: one that is on.
+            approval: its number; 0 where so many wait that it has none, None where the broker that knows is another's.
+        """
+        if approval is None:
+            reason = "its release waits, for its owner's approval perhaps (there: jindiskctl broker approval list)"
+        elif approval:
+            reason = f"it waits for a person's approval (jindiskctl approval approve {approval})"
+        else:
+            reason = "it waits for a person's approval (so many wait already: jindiskctl approval list)"
+        if guest.view.reason != reason:
+            guest.view = replace(guest.view, reason=reason)
+            log.info("domain", domain=guest.view.name, waits=reason, simulated=guest.view.simulated)
+            if guest.follower is not None:
+                guest.follower(f"waiting for approval {approval}" if approval else "waiting for an approval")
+            self._tell(guest)
+
     def halt(self, guest: Guest, why: str) -> None:
         """Note that the processors of a domain stand still, or, with an empty `why`, that they go on."""
         if guest.view.halted != why:

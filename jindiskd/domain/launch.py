@@ -99,11 +99,11 @@ class Launcher:
                 await self._power_on(guest, text)
                 await self._follow(guest)
         except BaseException as exc:
-            reached = guest.view.state
+            reached, waited = guest.view.state, guest.view.reason
             guest.follower = None
             await asyncio.shield(self._abandon(guest, exc))
             if isinstance(exc, TimeoutError):
-                far = guest.waits or f"it came as far as {reached}"
+                far = waited or f"it came as far as {reached}"
                 raise TimedOut(f"the startup of domain {name!r} ({far})", seconds) from exc
             raise
         guest.follower = None
@@ -179,16 +179,13 @@ class Launcher:
             self._guests.set(guest, DomainState.REFUSED, reason)
         return LaunchRefused(guest.view.name, reason)
 
-    @staticmethod
-    async def _sealed(guest: Guest, turn: SevTurn, report: LaunchReport) -> SealedSecret:
+    async def _sealed(self, guest: Guest, turn: SevTurn, report: LaunchReport) -> SealedSecret:
         """The sealed secret, once its owner has approved the launch where that is wanted."""
         while True:
             try:
                 return await turn.approve(report)
             except ReleaseWaits as exc:
-                if not guest.waits:
-                    log.info("the launch waits", domain=guest.view.name, reason=str(exc))
-                guest.waits = str(exc)
+                self._guests.wait(guest, exc.approval)
             await asyncio.sleep(WAITING_PAUSE_S)
 
     def _made(

@@ -21,6 +21,7 @@ Calls block; call them in a thread.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -31,6 +32,7 @@ import sqlalchemy as sa
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_INTEGRITY, EXIT_UNAVAILABLE, JindiskError, NotSupported
 from jindiskd.keys import migrations, wrap
+from jindiskd.keys.news import CHANNEL, News
 
 VERSION = 3
 LOCK = 0x6A696E6469736B64  # "jindiskd"
@@ -179,6 +181,8 @@ class Database:
         self.engine, self.kek, self.now = engine, kek, now
         self._writing = threading.Lock()
         self._watchers: list[Callable[[], None]] = []
+        self._name = secrets.token_hex(8)
+        self._news: News | None = None
 
     @classmethod
     def open(cls, url: str, kek: Secret, now: Callable[[], datetime]) -> Database:
@@ -199,11 +203,18 @@ class Database:
         return database
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Have `changed()` called after each write of this process that is durable, in the thread that wrote.
+        """Have `changed()` called after each write that is durable, in the thread that wrote.
 
-        It must not block or raise. What other brokers on the database write is not told.
+        It must not block or raise. What other brokers on a shared database write is told within seconds, in another
+        thread, until the database is closed.
         """
         self._watchers.append(changed)
+        if self.shared and self._news is None:
+            self._news = News(self.engine, self._name, self._tell)
+
+    def _tell(self) -> None:
+        for changed in self._watchers:
+            changed()
 
     @property
     def shared(self) -> bool:
@@ -212,6 +223,9 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        if self._news is not None:
+            self._news.close()
+            self._news = None
         self.engine.dispose()
 
     @contextlib.contextmanager
@@ -221,10 +235,10 @@ class Database:
         with self._writing, _plain_errors(), engine.begin() as connection:
             if self.shared:
                 connection.execute(sa.text("SET LOCAL synchronous_commit = on"))
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
+                notice = sa.func.pg_notify(CHANNEL, self._name)  # sent when the transaction is durable
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK), notice))
             yield connection
-        for changed in self._watchers:
-            changed()
+        self._tell()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[sa.Connection]:

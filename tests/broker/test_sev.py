@@ -133,9 +133,10 @@ async def test_a_launch_waits_for_approval(tmp_path: Path, keys: SevPlatformKeys
 
     turn, told = await begun()
     for _ in range(2):
-        with pytest.raises(ReleaseWaits):
+        with pytest.raises(ReleaseWaits) as waits:
             await turn.approve(told)
     (waiting,) = owner.store.approvals.list()
+    assert waits.value.approval == waiting.number
     owner.store.approvals.grant(waiting.number)
     assert (await turn.approve(told)).payload
     other, its = await begun()

@@ -1,14 +1,17 @@
 """Two brokers, as processes, on one PostgreSQL: whatever one of them does or suffers, they are one broker to guests."""
 
 import asyncio
+import queue
 import shutil
 import signal
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from jindiskd.kbs.client import BrokerRefused
 from jindiskd.keys import wrap
 from jindiskd.keys.database import META
 from jindiskd.keys.store import Store
+from jindiskd.policy.rules import ReleaseRules
 from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
 from jindiskd.sim.sev_firmware import SevLaunch
@@ -334,3 +338,32 @@ def test_a_launch_begins_at_one_and_is_judged_at_the_other(
         assert [row["kind"] for row in pair.rows(pair.url)].count("released") == 2
     finally:
         pair.close()
+
+
+def test_what_another_broker_writes_is_heard(postgres: Cluster) -> None:
+    """What one writes is news at another that wrote nothing; also after the server was away."""
+    with Secret.random(32) as kek:
+        url = postgres.database("news")
+        here, there = Store.open(url, kek), Store.open(url, kek)
+        news: queue.Queue[str] = queue.Queue()
+        here.database.watch(lambda: news.put(threading.current_thread().name))
+        try:
+            assert news.get(timeout=200) == "database-news"  # it listens from now on
+            there.add_image("i", "web", Platform.SIMULATED_SNP, "default/i/root", Secret(b"k" * 32))
+            assert news.get(timeout=200) == "database-news"
+            there.set_rules("i", replace(ReleaseRules(), approval=True))
+            assert news.get(timeout=200) == "database-news"
+            assert here.image("i").rules.approval
+            here.set_rules("i", ReleaseRules())  # told by whoever wrote, and not again
+            assert news.get(timeout=200) == threading.current_thread().name
+            postgres.stop()
+            postgres.start()
+            assert news.get(timeout=200) == "database-news"  # something may have been missed
+            there.activate("i", [DIGEST])
+            assert news.get(timeout=200) == "database-news"
+            assert here.image("i").state == "active"
+            assert news.empty()
+        finally:
+            here.close()
+            there.close()
+        assert "database-news" not in {thread.name for thread in threading.enumerate()}

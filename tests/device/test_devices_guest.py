@@ -38,8 +38,8 @@ LIBRARIES = (
 """What the program imports; the whole of site-packages would be ten times as large."""
 COMMAND = "/bin/sh -c 'mount -o ro LABEL=payload /mnt && exec /bin/sh /mnt/run'"
 APPEND = (
-    "root=LABEL=cloudimg-rootfs console=ttyS0 quiet panic=5 no_timer_check systemd.mask=guest-witness.service "
-    f'systemd.run="{COMMAND}" systemd.run_success_action=poweroff-force'
+    "root=LABEL=cloudimg-rootfs console=ttyS0 quiet panic=5 no_timer_check mitigations=off tsc=reliable "
+    f'systemd.mask=guest-witness.service systemd.run="{COMMAND}" systemd.run_success_action=poweroff-force'
 )
 RUN = """
 exec >/dev/ttyS0 2>&1

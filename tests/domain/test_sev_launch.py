@@ -28,11 +28,12 @@ from jindiskd.broker.relay import Relay
 from jindiskd.broker.sev_owner import SevOwner
 from jindiskd.broker.sev_remote import RemoteOwner
 from jindiskd.domain.security import default_security
-from jindiskd.domain.state import LaunchRefused
+from jindiskd.domain.state import DomainView, LaunchRefused
 from jindiskd.guest.secret import TABLE
 from jindiskd.image.manifest import Manifest
 from jindiskd.kbs.client import BrokerUnreachable
 from jindiskd.keys.store import Store
+from jindiskd.policy.rules import ReleaseRules
 from jindiskd.sim.pki import SimulatedRoot
 from jindiskd.sim.sev_platform import SevPlatformKeys
 
@@ -101,13 +102,29 @@ def guest_memory(address: int, size_bytes: int) -> bytes:
     )
 
 
+async def waiting(sev: SevBench, task: asyncio.Task[DomainView]) -> int:
+    """The approval that a launch waits for, as the domain's reason names it; granted."""
+    service = sev.bench.services[-1]
+    await sev.bench.until(lambda: task.done() or any(view.reason for view in service.list()))
+    if task.done():
+        await task
+    (approval,) = sev.store.approvals.list()
+    view = service.get("demo")
+    assert view.state == "starting"
+    assert f"jindiskctl approval approve {approval.number}" in view.reason
+    sev.store.approvals.grant(approval.number)
+    return approval.number
+
+
 @pytest.mark.parametrize("platform", [Platform.SIMULATED_SEV, Platform.SIMULATED_SEV_ES])
 async def test_a_launch_is_measured_approved_and_given_its_secret(sev: SevBench, platform: Platform) -> None:
     """Paused until it is approved; then the secret lies where the firmware looks for it, and the guest runs."""
-    sev.image(platform)
+    image_id, by_hand = sev.image(platform).image_id, platform is Platform.SIMULATED_SEV
+    sev.store.set_rules(image_id, ReleaseRules(approval=by_hand))
     service = await sev.bench.service()
     stages: list[str] = []
     task = asyncio.create_task(service.launch("demo", progress=stages.append))
+    waits = [f"waiting for approval {await waiting(sev, task)}"] if by_hand else []
     await sev.bench.until(lambda: task.done() or any(view.state == "released" for view in service.list()))
     if task.done():
         await task
@@ -116,7 +133,7 @@ async def test_a_launch_is_measured_approved_and_given_its_secret(sev: SevBench,
     assert guest_memory(area, 16) == TABLE.bytes_le
     await sev.bench.say(service.get("demo").uuid, "boot\nunlocked\nrunning\n")
     assert (await task).state == "running"
-    assert stages == ["starting", "started", "attested", "released", "unlocked", "running"]
+    assert stages == ["starting", *waits, "started", "attested", "released", "unlocked", "running"]
     row = sev.store.audit_rows()[-1]
     assert (row["kind"], row["simulated"]) == ("released", True)
     conn = libvirt.open("qemu:///system")
@@ -199,6 +216,7 @@ async def test_a_launch_that_the_owners_broker_judges(
         await sev.bench.until(waits, seconds=300)
         if task.done():
             await task
+        await sev.bench.until(lambda: "broker approval list" in service.get("demo").reason)
         assert service.get("demo").state == "starting"
         number = owner.process.json("approval", "list")["approvals"][0]["number"]
         owner.process.ctl("approval", "grant", str(number))
@@ -208,6 +226,7 @@ async def test_a_launch_that_the_owners_broker_judges(
         area = inspect_firmware(FIRMWARE).secret_address
         assert area is not None
         assert guest_memory(area, 16) == TABLE.bytes_le
+        assert service.get("demo").reason == ""
         await sev.bench.say(service.get("demo").uuid, "boot\nunlocked\nrunning\n")
         assert (await task).state == "running"
         released = owner.rows()[-1]
