@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jindiskd.base.platform import Platform
-from jindiskd.doctor import host, image
+from jindiskd.doctor import host, image, policy
 from jindiskd.doctor.check import Check, Verdict, note, ok, problem, unknown
 from jindiskd.doctor.host import Surroundings
 from jindiskd.domain.service import DomainService
 from jindiskd.errors import InvalidArgument, JindiskError
 from jindiskd.image.service import ImageService
+from jindiskd.image.signing import policy_of
 from jindiskd.image.store import StoredImage
 
 
@@ -46,21 +47,35 @@ class DiagnosisBackend:
         """
         wanted = _platform(platform)
         checks: list[Check] = []
+        demanded: int | None = None
         if domain:
             view = self._domains.get(domain)
             image = image or view.image
             checks += await self._domain(domain)
+            demanded = await self._policy(domain)
         if image:
             stored = await self._images.get(image)
             wanted = wanted or stored.manifest.platform
-            checks += await asyncio.to_thread(self._image, stored)
+            checks += await asyncio.to_thread(self._image, stored, demanded)
         checks = [*await asyncio.to_thread(lambda: list(host.examine(self._where))), *checks]
         checks += await self._libvirt([wanted] if wanted else [p for p in Platform if not p.simulated])
         return [_row(check) for check in relevant(checks, wanted)]
 
-    def _image(self, stored: StoredImage) -> list[Check]:
-        why = self._key_problem(stored.manifest.image_id)
-        return list(image.examine(stored, broker_spki_sha256=self._pin, key_problem=why))
+    def _image(self, stored: StoredImage, demanded: int | None) -> list[Check]:
+        """`demanded`: the guest policy of the domain that was asked about; the image's if None."""
+        manifest = stored.manifest
+        why = self._key_problem(manifest.image_id)
+        found = list(image.examine(stored, broker_spki_sha256=self._pin, key_problem=why))
+        if not manifest.platform.simulated:  # where the host's processor does not matter
+            bits = policy_of(manifest) if demanded is None else demanded
+            found += policy.examine(bits, manifest.platform.tee, self._where)
+        return found
+
+    async def _policy(self, key: str) -> int | None:
+        try:
+            return await self._domains.guest_policy(key)
+        except JindiskError:  # told by the check of the definition
+            return None
 
     async def _domain(self, key: str) -> list[Check]:
         try:

@@ -113,8 +113,8 @@ def _flags(where: Surroundings) -> frozenset[str] | None:
     return frozenset()
 
 
-def _parameter(where: Surroundings, module: str, name: str) -> str:
-    """The value, or an empty string."""
+def parameter(where: Surroundings, module: str, name: str) -> str:
+    """The value of a kernel module's parameter, or an empty string."""
     try:
         return where.path(f"sys/module/{module}/parameters/{name}").read_text().strip()
     except OSError:
@@ -136,7 +136,7 @@ def _amd(where: Surroundings) -> Iterator[Check]:
                 f"use a machine with {kind}, and enable SMEE and SEV in its firmware setup",
                 [tee],
             )
-        value = _parameter(where, "kvm_amd", flag)
+        value = parameter(where, "kvm_amd", flag)
         if value[:1] in {"1", "Y", "y"}:
             yield ok(f"{name}.kernel", f"kvm_amd.{flag} is on", [tee])
         else:
@@ -153,7 +153,7 @@ def _amd(where: Surroundings) -> Iterator[Check]:
 
 
 def _tdx(where: Surroundings) -> Iterator[Check]:
-    value = _parameter(where, "kvm_intel", "tdx")
+    value = parameter(where, "kvm_intel", "tdx")
     if value[:1] in {"1", "Y", "y"}:
         yield ok("host.tdx.kernel", "kvm_intel.tdx is on", [Tee.TDX])
     else:

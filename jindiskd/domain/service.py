@@ -270,6 +270,19 @@ class DomainService:
         found = await machine.definition(self.connection, guest.view.uuid)
         return await asyncio.to_thread(self._judge.problem, xml.parse(found.text), binding, guest.view.name)
 
+    async def guest_policy(self, key: str) -> int | None:
+        """The guest policy in a domain's definition; None where it has none.
+
+        Raises:
+            NotFound: no such domain of ours.
+            LibvirtFailed, MalformedDomain: it cannot be read.
+        """
+        found = await machine.definition(self.connection, self._guests.find(key).view.uuid)
+        try:
+            return xml.stated(xml.parse(found.text)).policy
+        except ValueError as exc:
+            raise xml.MalformedDomain(f"its launch security cannot be read: {exc}") from exc
+
     async def host_problem(self, platform: Platform) -> str:
         """Why libvirt, QEMU and kernel cannot start a guest of a platform; empty if they can.
 
