@@ -15,7 +15,7 @@ from jindiskd.jindisk.device import write_parts
 from jindiskd.jindisk.errors import VolumeCrowded, VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK
 from jindiskd.jindisk.journal import EntryLog
-from jindiskd.jindisk.runs import SealedRun, entries_of
+from jindiskd.jindisk.runs import SealingRun, entries_of
 from jindiskd.jindisk.segments import FreeList, Stream, Taken
 from jindiskd.jindisk.volume import Volume
 
@@ -48,7 +48,7 @@ class Appender:
         self.free = FreeList(volume.segments.free_segments(volume.named), choose)
         self._streams = {name: Stream() for name in STREAMS}
         self.log = EntryLog()
-        self._run = SealedRun(RUN_BLOCKS)
+        self._run = SealingRun(RUN_BLOCKS)
         self._refused: _Sealed | None = None
         """What the store refused: written again as it is, or not at all."""
         self.written_blocks = 0
@@ -115,13 +115,13 @@ class Appender:
             self._next_segment(stream)
         items = items[: min(stream.room, len(self._run))]
         start = stream.seal(items, self._run)
-        data, tags = self._run.blocks[: len(items)], self._run.tags(len(items))
+        data, tags = [self._run.data(len(items))], self._run.tags(len(items))
         sealed = _Sealed(start=start, items=items, tags=tags, data=data)
         try:
             self._write(sealed)
         except VolumeDeviceFailed:
             if name == GUEST:
-                self._refused = replace(sealed, data=[bytes(block) for block in data])
+                self._refused = replace(sealed, data=[bytes(part) for part in data])
             raise
         self._enter(sealed, only_pending=False)
         return len(items)

@@ -13,6 +13,7 @@ import random
 import struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -22,10 +23,11 @@ from jindiskd.errors import InvalidArgument, NoSpace
 from jindiskd.jindisk.create import wipe
 from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
+from jindiskd.jindisk.direct import DirectWriter
 from jindiskd.jindisk.errors import VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
 from jindiskd.jindisk.pool import DEPTH, Pool, default_workers
-from jindiskd.jindisk.runs import SealedRun, packed_entries
+from jindiskd.jindisk.runs import SealingRun, packed_entries
 from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.superblock import HOLE, SLOT_START, Superblock, root_after_superblock
@@ -35,8 +37,6 @@ PIECE_BLOCKS = 256
 """Read at once; a worker holds `DEPTH` such pieces."""
 SMALL_BLOCKS = 8192
 """Below this, processes cost more than they bring."""
-STEP_BLOCKS = 64
-"""Sealed and written at once."""
 _TASK = struct.Struct("<?QI")
 """Whether to seal a piece, then first block and count of the piece to read; chunks follow."""
 _CHUNK = struct.Struct("<Q32sI")
@@ -106,10 +106,9 @@ def bulk_load(
     lengthen(target_fd, target_offset_bytes + shape.end * BLOCK)
     device = FileDevice(target_fd, name="the target", offset_bytes=target_offset_bytes)
     loader = _Loader(device, shape, Generator(key, session_id, entropy), ordered=ordered_placement)
-    worker = _Worker(source_fd, source_offset_bytes, device)
     try:
         wipe(device, shape)
-        with Pool(worker.work, workers) as pool:
+        with closing(_Worker(source_fd, source_offset_bytes, device)) as worker, Pool(worker.work, workers) as pool:
             if ranges is None:
                 pieces = data_pieces(source_fd, source_offset_bytes, blocks)
             else:
@@ -168,12 +167,16 @@ class _Worker:
     """
 
     def __init__(self, source_fd: int, source_offset: int, target: FileDevice) -> None:
-        self._source, self._offset, self._target = source_fd, source_offset, target
+        self._source, self._offset, self._target = source_fd, source_offset, DirectWriter(target)
         # Used again and again, and not too large: new memory, and memory far from the processor, cost more than the
         # cipher.
-        self._room = SealedRun(STEP_BLOCKS)
+        self._run = SealingRun(PIECE_BLOCKS)
         self._free = [_Buffer() for _ in range(DEPTH)]
         self._held: deque[tuple[int, _Buffer]] = deque()
+
+    def close(self) -> None:
+        """In the process that made it: nothing is left open."""
+        self._target.close()
 
     def work(self, task: bytes) -> bytes:
         """Seal the piece held longest, if told so, then read another; tags, and runs of blocks that are not zero."""
@@ -201,11 +204,9 @@ class _Worker:
                 plains += buffer.blocks[lba - start : lba - start + length]
             at += count * _RUN.size
             key = SealingKey.take_over(material)
-            for done in range(0, len(lbas), STEP_BLOCKS):
-                step = lbas[done : done + STEP_BLOCKS]
-                key.seal_run(raw + done, step, plains[done : done + STEP_BLOCKS], self._room)
-                self._target.pwritev((raw + done) * BLOCK, self._room.blocks[: len(step)])
-                tags.append(self._room.tags(len(step)))
+            key.seal_run(raw, lbas, plains, self._run)
+            self._target.write(raw * BLOCK, self._run.data(len(lbas)))
+            tags.append(self._run.tags(len(lbas)))
         return b"".join(tags)
 
 

@@ -8,6 +8,7 @@ generators and sealing keys are dead.
 
 from __future__ import annotations
 
+import functools
 import hmac
 import os
 import struct
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import OpeningRun, SealingRun
 
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -98,7 +99,7 @@ class OpeningKey:
         except InvalidTag:
             return None
 
-    def open_run(self, run: SealedRun, plains: Sequence[memoryview]) -> bool:
+    def open_run(self, run: OpeningRun, plains: Sequence[memoryview]) -> bool:
         """Open the first blocks of a numbered run, one into each of `plains`; whether all tags verify.
 
         Where one does not, nothing is said of the others, and what `plains` hold is worth nothing.
@@ -114,13 +115,21 @@ class OpeningKey:
             return False
         return True
 
-    def open_run_at(self, run: SealedRun, number: int, plain: memoryview) -> bool:
+    def open_run_at(self, run: OpeningRun, number: int, plain: memoryview) -> bool:
         """Open one block of a numbered run; whether its tag verifies."""
         found = self.opens(bytes(run.nonces[number]), bytes(run.places[number]), bytes(run.aads[number]))
         if found is None:
             return False
         plain[:] = found
         return True
+
+
+def _encrypt_into(
+    aead: AESGCM, nonce: memoryview, plain: bytes | memoryview, aad: memoryview, sealed: memoryview
+) -> int:
+    """What `AESGCM.encrypt_into` does."""
+    sealed[:] = aead.encrypt(nonce, plain, aad)
+    return len(sealed)
 
 
 class SealingKey:
@@ -154,7 +163,7 @@ class SealingKey:
             raise VolumeFenced("a sealing key was used in another process than its own")
         return self._aead.encrypt(nonce, plain, aad)
 
-    def seal_run(self, first: int, lbas: Sequence[int], plains: Sequence[bytes | memoryview], run: SealedRun) -> None:
+    def seal_run(self, first: int, lbas: Sequence[int], plains: Sequence[bytes | memoryview], run: SealingRun) -> None:
         """Seal blocks of 4096 bytes under consecutive numbers from `first` on, into the first places of a run.
 
         Args:
@@ -172,11 +181,9 @@ class SealingKey:
             raise ValueError("each block has one number")
         run.number(first, lbas)
         into = getattr(self._aead, "encrypt_into", None)  # since cryptography 47
-        if into is not None:
-            deque(map(into, run.nonces, plains, run.aads, run.places), maxlen=0)
-        else:
-            for nonce, plain, aad, sealed in zip(run.nonces, plains, run.aads, run.places, strict=False):
-                sealed[:] = self._aead.encrypt(nonce, plain, aad)
+        if into is None:
+            into = functools.partial(_encrypt_into, self._aead)
+        run.take(map(into, run.nonces, plains, run.aads, run.places))
 
     def hand_over(self) -> bytes:
         """Give the key up for a worker process; it seals no more here."""

@@ -69,6 +69,17 @@ class FileDevice:
                 part[:] = self.pread(offset, len(part))
                 offset += len(part)
 
+    def open_again(self, flags: int) -> int:
+        """Another descriptor of the same file with other flags, the caller's to close; -1 if that cannot be had."""
+        try:
+            return os.open(f"/proc/self/fd/{self._fd}", flags | os.O_CLOEXEC)
+        except OSError:
+            return -1
+
+    def write_by(self, fd: int, offset: int, data: memoryview) -> int:
+        """Write by a descriptor from `open_again`; how many bytes were written. Raises `OSError`."""
+        return os.pwrite(fd, data, self._offset + offset)
+
     def pwritev(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
         """Write parts, at most 1024, one after the other. Raises `OSError`."""
         done = os.pwritev(self._fd, parts, self._offset + offset)

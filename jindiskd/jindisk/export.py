@@ -15,7 +15,7 @@ from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeIncon
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind
 from jindiskd.jindisk.memtable import UNMAPPED
 from jindiskd.jindisk.pool import Pool, default_workers
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import OpeningRun
 from jindiskd.jindisk.segments import data_name
 from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
 
@@ -151,7 +151,7 @@ class _Worker:
         self._device, self._geometry, self._onward = volume.device, volume.geometry, onward
         self._target = FileDevice(target_fd, name="the target", offset_bytes=offset)
         # Used again and again: memory that is new costs more than the cipher.
-        self._room, self._plain = SealedRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
+        self._room, self._plain = OpeningRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
         self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
         self._bad: list[bytes] = []
 

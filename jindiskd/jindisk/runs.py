@@ -1,4 +1,4 @@
-"""Room for a run of sealed blocks: each ciphertext with its tag behind it, and the numbers that go with it.
+"""Room for runs of blocks that are sealed or opened, and the numbers that go with them.
 
 The cipher is called once a block, so what Python does around each call is most of the cost. Here all that a call needs
 is cut to size once, used again and again, and numbered for a whole run at a time: then one loop in C goes over it. New
@@ -8,8 +8,10 @@ memory for every run would cost more than the cipher.
 from __future__ import annotations
 
 import functools
+import mmap
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, Kind
 
@@ -52,20 +54,18 @@ def entries_of(first: int, tags: bytes) -> tuple[bytes, ...]:
     return _entries(len(tags) // TAG_BYTES).unpack(packed_entries(first, tags))
 
 
-class SealedRun:
-    """Room for some blocks. Not thread-safe."""
+class _Run:
+    """The numbers of a run of blocks."""
 
-    __slots__ = ("_aads", "_nonces", "_words", "aads", "blocks", "nonces", "places")
+    __slots__ = ("_aads", "_nonces", "aads", "nonces", "places")
 
-    def __init__(self, blocks: int) -> None:
-        """Take memory for so many."""
-        room = memoryview(bytearray(blocks * STRIDE))
-        self._words = room.cast("Q")
-        self._nonces, self._aads = memoryview(bytearray(blocks * NONCE_BYTES)), memoryview(bytearray(blocks * 8))
-        self.places = [room[at : at + STRIDE] for at in range(0, len(room), STRIDE)]
-        """4112 bytes of each block: ciphertext and tag."""
-        self.blocks = [place[:BLOCK] for place in self.places]
-        """The ciphertexts alone."""
+    def __init__(self, places: list[memoryview]) -> None:
+        """`places`: 4112 bytes for each block, ciphertext and tag."""
+        self.places = places
+        self._nonces, self._aads = (
+            memoryview(bytearray(len(places) * NONCE_BYTES)),
+            memoryview(bytearray(len(places) * 8)),
+        )
         self.nonces = [self._nonces[at : at + NONCE_BYTES] for at in range(0, len(self._nonces), NONCE_BYTES)]
         self.aads = [self._aads[at : at + 8] for at in range(0, len(self._aads), 8)]
 
@@ -80,16 +80,58 @@ class SealedRun:
         _nonces(count).pack_into(self._nonces, 0, *range(first, first + count))
         _numbers(count).pack_into(self._aads, 0, *lbas)
 
+
+class SealingRun(_Run):
+    """Room for blocks that are sealed: ciphertexts one behind the other, as they are written; tags apart.
+
+    The cipher puts a tag behind its ciphertext, where the next one begins: blocks are sealed in order, and each tag is
+    set aside before the next. Not thread-safe.
+    """
+
+    __slots__ = ("_ends", "_room", "_tags", "_tags_room")
+
+    def __init__(self, blocks: int) -> None:
+        """Take memory for so many; its start is that of a page."""
+        self._room = page_memory(blocks * BLOCK + TAG_BYTES)
+        super().__init__([self._room[at : at + STRIDE] for at in range(0, blocks * BLOCK, BLOCK)])
+        self._ends = [place[BLOCK:] for place in self.places]
+        self._tags_room = memoryview(bytearray(blocks * TAG_BYTES))
+        self._tags = [self._tags_room[at : at + TAG_BYTES] for at in range(0, len(self._tags_room), TAG_BYTES)]
+
+    def take(self, sealed: Iterable[int]) -> None:
+        """Draw from an iterator that seals one block after the other into `places`, each time it is drawn from."""
+        # All in C: each slice is 4112 long, which takes the 16 bytes of a tag whole.
+        deque(map(memoryview.__setitem__, self._tags, map(slice, sealed), self._ends), maxlen=0)
+
+    def data(self, count: int) -> memoryview:
+        """The ciphertexts of the first blocks, until the next are sealed."""
+        return self._room[: count * BLOCK]
+
     def tags(self, count: int) -> bytes:
         """The tags of the first blocks, 16 bytes each."""
-        tags = bytearray(count * TAG_BYTES)
-        with memoryview(tags) as view, view.cast("Q") as words:
-            words[0::2] = self._words[_TAG_WORD : count * _WORDS : _WORDS]
-            words[1::2] = self._words[_TAG_WORD + 1 : count * _WORDS : _WORDS]
-        return bytes(tags)
+        return bytes(self._tags_room[: count * TAG_BYTES])
+
+
+class OpeningRun(_Run):
+    """Room for blocks that are opened: each ciphertext with its tag behind it. Not thread-safe."""
+
+    __slots__ = ("_words", "blocks")
+
+    def __init__(self, blocks: int) -> None:
+        """Take memory for so many."""
+        room = memoryview(bytearray(blocks * STRIDE))
+        self._words = room.cast("Q")
+        super().__init__([room[at : at + STRIDE] for at in range(0, len(room), STRIDE)])
+        self.blocks = [place[:BLOCK] for place in self.places]
+        """The ciphertexts alone."""
 
     def put_tags(self, first_halves: memoryview, second_halves: memoryview) -> None:
         """Put tags behind the first blocks, given as views of 8-byte words."""
         end = len(first_halves) * _WORDS
         self._words[_TAG_WORD:end:_WORDS] = first_halves
         self._words[_TAG_WORD + 1 : end : _WORDS] = second_halves
+
+
+def page_memory(size: int) -> memoryview:
+    """Zeroed memory of this process alone, beginning at a page, as direct I/O needs it."""
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

@@ -14,7 +14,7 @@ from jindiskd.jindisk.crypto import OpeningKey, SealingKey
 from jindiskd.jindisk.device import Device, read_parts
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, PER_LEAF, Geometry, Kind
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import OpeningRun, SealingRun
 from jindiskd.jindisk.tree import Tree, TreeUpdate
 
 ENTRY = struct.Struct("<32sIIQ")
@@ -38,7 +38,7 @@ def data_name(lba: int, raw: int) -> str:
 
 
 def open_run(
-    device: Device, wanted: Sequence[Wanted], plains: Sequence[memoryview], room: SealedRun
+    device: Device, wanted: Sequence[Wanted], plains: Sequence[memoryview], room: OpeningRun
 ) -> VolumeError | None:
     """Read and open blocks that lie one behind the other in one segment, with one read.
 
@@ -226,7 +226,7 @@ class Stream:
         """Go on in another segment, from its first block, under a key drawn for it."""
         self.segment, self.next, self.end, self._key = segment, start, start + blocks, key
 
-    def seal(self, items: Sequence[tuple[int, bytes]], room: SealedRun) -> int:
+    def seal(self, items: Sequence[tuple[int, bytes]], room: SealingRun) -> int:
         """Seal blocks (LBA and plaintext) for the next raw blocks, the first of which is returned.
 
         The pointer advances before anything can fail, so a nonce cannot come twice.

@@ -23,7 +23,7 @@ from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Ki
 from jindiskd.jindisk.journal import Map, Unmap
 from jindiskd.jindisk.memtable import UNMAPPED, Memtable
 from jindiskd.jindisk.recovery import Recovered, recover
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import OpeningRun
 from jindiskd.jindisk.segments import SegmentTable, Wanted, data_aad, data_name, open_run
 from jindiskd.jindisk.tree import Tree
 
@@ -207,9 +207,9 @@ class Volume:
 
     def _open(self, wanted: list[Wanted], plains: list[memoryview]) -> None:
         """As `fetch`, each block into its part."""
-        room: SealedRun | None = getattr(self._rooms, "room", None)
+        room: OpeningRun | None = getattr(self._rooms, "room", None)
         if room is None:
-            room = self._rooms.room = SealedRun(RUN_BLOCKS)
+            room = self._rooms.room = OpeningRun(RUN_BLOCKS)
         at = 0
         while at < len(wanted):
             _, raw, _, key = wanted[at]

@@ -12,7 +12,7 @@ from jindiskd.jindisk import appender, checkpoint, recovery, segments, session, 
 from jindiskd.jindisk.crypto import SealingKey
 from jindiskd.jindisk.errors import VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import SealingRun
 
 NOTICED = (AssertionError, VolumeUnauthentic, VolumeInconsistent)
 
@@ -96,7 +96,7 @@ def test_a_nonce_that_comes_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     audit.install(monkeypatch)
     seal = segments.Stream.seal
 
-    def mutated(self: segments.Stream, items: list[tuple[int, bytes]], room: SealedRun) -> int:
+    def mutated(self: segments.Stream, items: list[tuple[int, bytes]], room: SealingRun) -> int:
         place = self.next
         seal(self, items, room)
         self.next = place

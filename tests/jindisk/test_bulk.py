@@ -22,7 +22,7 @@ from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic, VolumeUnrec
 from jindiskd.jindisk.export import bulk_export
 from jindiskd.jindisk.geometry import BLOCK, default_geometry, largest_logical, required_bytes
 from jindiskd.jindisk.pool import Pool, WorkerFailed
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import SealingRun
 from jindiskd.jindisk.volume import Volume, open_volume
 
 SIZE = 72 << 20
@@ -149,28 +149,56 @@ def test_a_key_that_was_handed_over_seals_no_more() -> None:
     with pytest.raises(VolumeFenced, match="another process"):
         key.seal(bytes(12), b"", b"")
     with pytest.raises(VolumeFenced):
-        key.seal_run(0, [0], [bytes(BLOCK)], SealedRun(1))
+        key.seal_run(0, [0], [bytes(BLOCK)], SealingRun(1))
     SealingKey.take_over(material).seal(bytes(12), b"", b"")
+
+
+def descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_store_ends_a_load(
     image: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, left_processes: Callable[[], set[int]]
 ) -> None:
-    """With the error that says so, no process left, and no volume that opens."""
-    write = FileDevice.pwritev
+    """With the error that says so, no process or descriptor left, and no volume that opens."""
+    write, before = FileDevice.write_by, descriptors()
 
-    def full(self: FileDevice, offset: int, parts: list[memoryview]) -> None:
+    def full(self: FileDevice, fd: int, offset: int, data: memoryview) -> int:
         if offset > 20 << 20:
             raise OSError(errno.ENOSPC, "no space left")
-        write(self, offset, parts)
+        return write(self, fd, offset, data)
 
-    monkeypatch.setattr(FileDevice, "pwritev", full)
+    monkeypatch.setattr(FileDevice, "write_by", full)
     with pytest.raises(NoSpace):
         load(image, tmp_path / "volume", workers, ordered_placement=True)
     assert not left_processes()
+    assert descriptors() == before
     with pytest.raises(VolumeUnrecognised):
         next(iter(opened(tmp_path / "volume", Anchor(open=False, session=bytes(32), sequence=1, root=bytes(32)))))
+
+
+@pytest.mark.parametrize("refusal", ["open", "write", "part"])
+def test_a_store_that_cannot_be_written_past_the_cache(
+    image: Path, tmp_path: Path, refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems refuse at once, some at the first write, any may write less: the volume is the same."""
+    anchor, before = load(image, tmp_path / "direct", 1), descriptors()
+    write = FileDevice.write_by
+
+    def refuses(_self: FileDevice, _fd: int, _offset: int, _data: memoryview) -> int:
+        raise OSError(errno.EINVAL, "not so")
+
+    def writes_less(self: FileDevice, fd: int, offset: int, data: memoryview) -> int:
+        return write(self, fd, offset, data[: len(data) // 2])
+
+    if refusal == "open":
+        monkeypatch.setattr(FileDevice, "open_again", lambda *_: -1)
+    else:
+        monkeypatch.setattr(FileDevice, "write_by", refuses if refusal == "write" else writes_less)
+    assert load(image, tmp_path / "cached", 1) == anchor
+    assert (tmp_path / "cached").read_bytes() == (tmp_path / "direct").read_bytes()
+    assert descriptors() == before
 
 
 def test_a_worker_that_is_killed_ends_the_work(left_processes: Callable[[], set[int]]) -> None:

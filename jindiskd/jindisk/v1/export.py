@@ -9,7 +9,7 @@ from jindiskd.jindisk.bulk import lengthen
 from jindiskd.jindisk.device import FileDevice, read_parts
 from jindiskd.jindisk.errors import VolumeUnauthentic
 from jindiskd.jindisk.pool import Pool, default_workers
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import OpeningRun
 from jindiskd.jindisk.v1.keys import open_run
 from jindiskd.jindisk.v1.layout import BLOCK
 from jindiskd.jindisk.v1.nodes import RECORD_BYTES
@@ -106,7 +106,7 @@ class _Worker:
         self._device, self._layout, self._size = volume.device, volume.layout, volume.size_bytes
         self._target = FileDevice(target_fd, name="the target", offset_bytes=offset)
         # Used again and again: memory that is new costs more than the cipher.
-        self._room, self._plain = SealedRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
+        self._room, self._plain = OpeningRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
         self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
 
     def work(self, task: bytes) -> bytes:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.errors import VolumeUnauthentic
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import OpeningRun, SealingRun
 
 ROOT_BYTES = 28
 """A root key as this package takes it: 16 bytes of AES key, then 12 of IV."""
@@ -92,20 +92,24 @@ def _aads(count: int) -> tuple[struct.Struct, struct.Struct]:
     return struct.Struct("<" + "Q12x" * count), struct.Struct("20s" * count)
 
 
-def seal_run(keys: Sequence[bytes], first: int, plains: Sequence[memoryview], run: SealedRun) -> None:
+def _seal_into(key: bytes, plain: memoryview, aad: bytes, sealed: memoryview) -> int:
+    aead = AESGCM(key)
+    into = getattr(aead, "encrypt_into", None)  # since cryptography 47
+    if into is not None:
+        into(ZERO_NONCE, plain, aad, sealed)
+    else:
+        sealed[:] = aead.encrypt(ZERO_NONCE, plain, aad)
+    return len(sealed)
+
+
+def seal_run(keys: Sequence[bytes], first: int, plains: Sequence[memoryview], run: SealingRun) -> None:
     """Seal blocks of consecutive numbers from `first` on, each under its own key, into the first places of a run."""
     pack, unpack = _aads(len(keys))
     aads = unpack.unpack(pack.pack(*range(first, first + len(keys))))
-    for key, plain, aad, sealed in zip(keys, plains, aads, run.places, strict=False):
-        aead = AESGCM(key)
-        into = getattr(aead, "encrypt_into", None)  # since cryptography 47
-        if into is not None:
-            into(ZERO_NONCE, plain, aad, sealed)
-        else:
-            sealed[:] = aead.encrypt(ZERO_NONCE, plain, aad)
+    run.take(map(_seal_into, keys, plains, aads, run.places))
 
 
-def open_run(keys: Sequence[bytes], first: int, run: SealedRun, plains: Sequence[memoryview]) -> int | None:
+def open_run(keys: Sequence[bytes], first: int, run: OpeningRun, plains: Sequence[memoryview]) -> int | None:
     """Open what `seal_run` sealed; the place of the first that does not open, or None."""
     pack, unpack = _aads(len(keys))
     aads = unpack.unpack(pack.pack(*range(first, first + len(keys))))

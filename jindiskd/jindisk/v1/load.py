@@ -11,14 +11,16 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
 from jindiskd.jindisk.bulk import data_pieces, lengthen
 from jindiskd.jindisk.device import Device, FileDevice
+from jindiskd.jindisk.direct import DirectWriter
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeMalformed
 from jindiskd.jindisk.pool import Pool, default_workers
-from jindiskd.jindisk.runs import SealedRun
+from jindiskd.jindisk.runs import SealingRun
 from jindiskd.jindisk.v1 import superblock
 from jindiskd.jindisk.v1.catalogue import Entry
 from jindiskd.jindisk.v1.index_file import IndexWriter
@@ -142,7 +144,7 @@ def bulk_load(
         loader = _Loader(device, shape, entropy)
         _begin(device, shape, key, blank=blank)
         source = _Source(source_fd, source_offset_bytes, size_bytes)
-        with Pool(_Worker(source, device).work, workers) as pool:
+        with closing(_Worker(source, device)) as worker, Pool(worker.work, workers) as pool:
             if ranges is not None:
                 runs = _runs(ranges, blocks)
             else:
@@ -216,10 +218,14 @@ class _Worker:
     """The task, as it runs in the worker processes: seal blocks into a segment; their tags."""
 
     def __init__(self, source: _Source, target: FileDevice) -> None:
-        self._source, self._target = source, target
+        self._source, self._target = source, DirectWriter(target)
         # Used again and again: memory that is new costs more than the cipher.
-        self._room, self._plain = SealedRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
+        self._room, self._plain = SealingRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
         self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
+
+    def close(self) -> None:
+        """In the process that made it: nothing is left open."""
+        self._target.close()
 
     def work(self, task: bytes) -> bytes:
         """First raw block, PBA, number of runs, the runs, a key for each block."""
@@ -234,7 +240,7 @@ class _Worker:
                 count = min(STEP_BLOCKS, length - start)
                 self._source.read_into(lba + start, self._plain[: count * BLOCK])
                 seal_run(keys[done : done + count], position + done, self._plains[:count], self._room)
-                self._target.pwritev((raw + done) * BLOCK, self._room.blocks[:count])
+                self._target.write((raw + done) * BLOCK, self._room.data(count))
                 tags.append(self._room.tags(count))
                 done += count
         return b"".join(tags)
