@@ -26,6 +26,7 @@ from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import resource_of
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
+from jindiskd.keys.changes import Change, Changes
 from jindiskd.keys.handover import HandoverUnusable, Opened
 from jindiskd.keys.registry import Registry
 from jindiskd.keys.store import KeyState, Store
@@ -48,7 +49,7 @@ class KeyPort:
     """What builds and images need of the key store."""
 
     def __init__(self, store: Store) -> None:
-        self._store, self._volumes = store, Volumes(store)
+        self._store, self._volumes, self._changes = store, Volumes(store), Changes(store)
 
     def add_pending(
         self,
@@ -65,22 +66,40 @@ class KeyPort:
         others = {resource_of(image_id, volume): one for volume, one in (volume_keys or {}).items()}
         self._store.add_image(image_id, name, platform, resource_of(image_id), key, given, others)
 
-    def for_clone(self, image_id: str, by: str) -> Opened:
-        """The keys of an image that is being cloned; an audit row says who took them.
+    def take(self, image_id: str, by: str, why: str) -> Opened:
+        """The keys of an image that is being cloned or changed; an audit row of the kind `why` says who took them.
 
         Raises:
             NotFound: the key store does not know the image. ReleaseRefused: it is revoked.
         """
-        return Registry(self._store).take(image_id, Requester(peer=by), "cloned", active=True)
+        return Registry(self._store).take(image_id, Requester(peer=by), why, active=True)
+
+    def released_to(self, image_id: str) -> tuple[bytes, ...]:
+        """The launch digests that the keys of an image are released to; raises `NotFound`."""
+        return self._store.image(image_id).launch_digests
+
+    def begin_change(self, change: Change, key: Secret | None) -> None:
+        """See `Changes.begin`."""
+        self._changes.begin(change, key)
+
+    def finish_change(self, change: Change, manifest: Manifest) -> bool:
+        """See `Changes.finish`; the image is that of the manifest now."""
+        digests = (manifest.launch_digest,) if manifest.launch_digest else ()
+        built = [one for one in _built(manifest) if one.resource == change.added]
+        return self._changes.finish(change, digests, built)
+
+    def undo_change(self, image_id: str) -> None:
+        """See `Changes.undo`."""
+        self._changes.undo(image_id)
+
+    def changes(self) -> Sequence[Change]:
+        """The changes of images' volumes that are under way."""
+        return self._changes.list()
 
     def activate(self, manifest: Manifest) -> None:
         """Allow release of the keys, and remember the states in which JinDisk volumes were closed by their builder."""
         digests = (manifest.launch_digest,) if manifest.launch_digest else ()
-        built = [
-            BuiltVolume(volume=volume.uuid, anchor=Anchor.unpack(volume.anchor), resource=resource)
-            for resource, volume in manifest.anchored
-        ]
-        self._volumes.activate(manifest.image_id, digests, built)
+        self._volumes.activate(manifest.image_id, digests, _built(manifest))
 
     def prepare(self, manifest: Manifest) -> None:
         """Nothing: the key is stored already."""
@@ -239,6 +258,14 @@ class KeysBackend:
         for domain in self._domains.list():
             if domain.image_id == image_id and domain.state in ACTIVE:
                 raise Busy(f"image {domain.image!r}", f"domain {domain.name!r} runs from it; stop that first")
+
+
+def _built(manifest: Manifest) -> list[BuiltVolume]:
+    """The volumes of an image whose states are remembered, as they were built."""
+    return [
+        BuiltVolume(volume=volume.uuid, anchor=Anchor.unpack(volume.anchor), resource=resource)
+        for resource, volume in manifest.anchored
+    ]
 
 
 def _volume(record: VolumeRecord, root: str) -> Mapping[str, object]:

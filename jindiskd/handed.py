@@ -31,6 +31,7 @@ from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import resource_of
 from jindiskd.jobs.job import Job
 from jindiskd.keys import handover
+from jindiskd.keys.changes import Change
 from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover, Opened, read_card
 
 SEALED, PENDING = "sealed", "pending"
@@ -83,10 +84,34 @@ class HandedKeys:
         with self._lock:
             self._building[image_id], self._rules[image_id] = held, rules
 
-    def for_clone(self, image_id: str, by: str) -> Opened:  # noqa: ARG002 (the port's arguments)
+    def take(self, image_id: str, by: str, why: str) -> Opened:  # noqa: ARG002 (the port's arguments)
         """Not here. Raises `NotSupported`."""
         remedy = "its key is at the owner's broker alone: clone it where it was built, and export the clone to here"
         raise NotSupported(f"cloning image {image_id} on this host", remedy)
+
+    def released_to(self, image_id: str) -> tuple[bytes, ...]:
+        """Not here. Raises `NotSupported`."""
+        remedy = (
+            "its keys are at the owner's broker alone: change it where they are, and export it to here under another "
+            "name"
+        )
+        raise NotSupported(f"changing the volumes of image {image_id} on this host", remedy)
+
+    def begin_change(self, change: Change, key: Secret | None) -> None:  # noqa: ARG002 (as above)
+        """Not here. Raises `NotSupported`."""
+        self.released_to(change.image_id)
+
+    def finish_change(self, change: Change, manifest: Manifest) -> bool:  # noqa: ARG002 (as above)
+        """Not here. Raises `NotSupported`."""
+        self.released_to(change.image_id)
+        return False
+
+    def undo_change(self, image_id: str) -> None:
+        """Nothing is under way."""
+
+    def changes(self) -> Sequence[Change]:
+        """None."""
+        return ()
 
     def prepare(self, manifest: Manifest) -> None:
         """Seal the keys of a finished image, durably; then they are held no longer."""

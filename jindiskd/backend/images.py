@@ -19,7 +19,7 @@ from jindiskd.attest.expected import expected
 from jindiskd.attest.measure import launch_digest
 from jindiskd.base import document, plugins
 from jindiskd.base.platform import Platform, Tee
-from jindiskd.bus.ports import BuildOrder, ImageView, ImportOrder
+from jindiskd.bus.ports import BuildOrder, ImageView, ImportOrder, VolumeOrder
 from jindiskd.config import Config
 from jindiskd.domain.service import DomainService
 from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError, NotSupported
@@ -29,6 +29,7 @@ from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress,
 from jindiskd.image.service import ImageService
 from jindiskd.image.signing import policy_of, signature_of
 from jindiskd.image.store import verify
+from jindiskd.image.volume_service import Changed
 from jindiskd.jobs.job import Job
 
 KEY_UNKNOWN = "unknown"
@@ -159,12 +160,12 @@ class ImagesBackend:
             ).name
 
     @contextlib.asynccontextmanager
-    async def _held(self, name: str, why: str) -> AsyncIterator[None]:
-        """No domain starts from it meanwhile, and it ends in time."""
+    async def _held(self, name: str, why: str) -> AsyncIterator[Manifest]:
+        """No domain starts from it meanwhile, and it ends in time; gives the manifest."""
         manifest = (await self._service.get(name)).manifest
         with self._domains.hold(manifest.name, manifest.image_id, why):
             async with asyncio.timeout(self._config.images.build_timeout_s):
-                yield
+                yield manifest
 
     async def remove(self, name: str) -> None:
         """Remove one and its key, unless a domain runs from it."""
@@ -177,6 +178,24 @@ class ImagesBackend:
             made = await self._service.update(name, kernel_fd, initrd_fd)
         job.log(f"kernel {made.kernel_release}")
         return made.launch_digest
+
+    async def add_volume(self, name: str, volume: VolumeOrder, by: str, job: Job) -> bytes:
+        """Give its guests one more data volume, unless a domain runs from it; the result is its new launch digest."""
+        why = "it is being given a volume; wait for that to end"
+        async with self._held(name, why) as manifest:
+            await self._domains.refuse_overlays(manifest.image_id)
+            changed = await self._service.volumes.add(name, _volume(volume), by, _telling(job))
+        _tell_change(changed, job)
+        return changed.after.launch_digest
+
+    async def remove_volume(self, name: str, volume: str, by: str, job: Job) -> bytes:
+        """Take a data volume from it, with its disk and key; as `add_volume`."""
+        why = "one of its volumes is being removed; wait for that to end"
+        async with self._held(name, why) as manifest:
+            await self._domains.refuse_overlays(manifest.image_id)
+            changed = await self._service.volumes.remove(name, volume, by, _telling(job))
+        _tell_change(changed, job)
+        return changed.after.launch_digest
 
     async def sign(self, name: str, block: bytes, auth: bytes) -> None:
         """Take an owner's ID block for the launches of an image, unless a domain runs from it; empty for none."""
@@ -263,16 +282,33 @@ def _request(order: BuildOrder) -> BuildRequest:
         debug=order.debug,
         guest_policy=policy,
         vouch_firmware=order.vouch_firmware,
-        volumes=tuple(
-            VolumeRequest(
-                name=name,
-                size_bytes=size_bytes,
-                format=VolumeFormat(_choice(VolumeFormat, "format of a volume", form or VolumeFormat.JINDISK)),
-                mount=mount,
-            )
-            for name, size_bytes, form, mount in order.volumes
-        ),
+        volumes=tuple(map(_volume, order.volumes)),
     )
+
+
+def _volume(order: VolumeOrder) -> VolumeRequest:
+    name, size_bytes, form, mount = order
+    return VolumeRequest(
+        name=name,
+        size_bytes=size_bytes,
+        format=VolumeFormat(_choice(VolumeFormat, "format of a volume", form or VolumeFormat.JINDISK)),
+        mount=mount,
+    )
+
+
+def _tell_change(changed: Changed, job: Job) -> None:
+    """What whoever changed the volumes of an image has to know."""
+    before, after = changed.before, changed.after
+    if after.platform.tee is Tee.TDX:
+        job.log("its RTMR2 is another now: its keys are released once its policy names that (docs/policy.md)")
+    elif after.launch_digest != before.launch_digest:
+        old, new = before.launch_digest.hex(), after.launch_digest.hex()
+        job.log(f"launch digest {new}; its keys are no longer released to {old}")
+    if changed.rules_measure:
+        job.log("its policy names measurements of its own, which stay allowed: see 'jindiskctl policy show'")
+    if before.id_block:
+        job.log("its signature was for the old digest and is gone: sign it again by 'jindiskctl image sign'")
+    job.log("domains adopted for it are refused until they are adopted again; 'jindiskctl launch' makes its own anew")
 
 
 def _view(manifest: Manifest, key_state: str) -> ImageView:

@@ -130,6 +130,32 @@ class ImageObject(Item[ImageView], spec="org.jindisk1.Image"):
             raise
         return job_path(job.number)
 
+    async def add_volume(
+        self, caller: Caller, name: str, size: int, form: str, mount: str, options: Options
+    ) -> ObjectPath:
+        """Give its guests one more data volume."""
+        image, by = self._view.name, f"user {caller.uid}"
+
+        async def work(job: Job) -> str:
+            try:
+                return (await self._images.add_volume(image, (name, size, form, mount), by, job)).hex()
+            finally:
+                await self._refresh()
+
+        return start_bound(self._jobs, caller, Operation.IMAGE_ADD_VOLUME, [image, name], work, options)
+
+    async def remove_volume(self, caller: Caller, name: str, options: Options) -> ObjectPath:
+        """Take a data volume from it, with disk and key."""
+        image, by = self._view.name, f"user {caller.uid}"
+
+        async def work(job: Job) -> str:
+            try:
+                return (await self._images.remove_volume(image, name, by, job)).hex()
+            finally:
+                await self._refresh()
+
+        return start_bound(self._jobs, caller, Operation.IMAGE_REMOVE_VOLUME, [image, name], work, options)
+
     async def set_id_block(self, caller: Caller, block: str, authentication: str, options: Options) -> None:  # noqa: ARG002
         """Take an owner's signature on it."""
         await self._images.sign(self._view.name, _binary("block", block), _binary("authentication", authentication))

@@ -54,6 +54,10 @@ class KeyView:
     """Hexadecimal; empty where another broker has the policy."""
 
 
+VolumeOrder = tuple[str, int, str, str]
+"""A data volume: name, bytes, format (empty for JinDisk 2) and mount point (empty for none)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOrder:
     """What a caller wants built; None and empty mean what is configured."""
@@ -77,8 +81,7 @@ class BuildOrder:
     """Name of a plug-in; empty for the platform's own way."""
     key_program: str | None = None
     """Path on the host; empty for the broker."""
-    volumes: Sequence[tuple[str, int, str, str]] = ()
-    """Name, bytes, format (empty for JinDisk 2) and mount point (empty for none) of each data volume."""
+    volumes: Sequence[VolumeOrder] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +169,12 @@ class Images(Protocol):
 
     async def update(self, name: str, kernel_fd: int, initrd_fd: int, job: Job) -> bytes:
         """Replace its kernel and initramfs; the caller closes the descriptors. The result is its new launch digest."""
+
+    async def add_volume(self, name: str, volume: VolumeOrder, by: str, job: Job) -> bytes:
+        """Give its guests one more data volume; the result is its new launch digest."""
+
+    async def remove_volume(self, name: str, volume: str, by: str, job: Job) -> bytes:
+        """Take a data volume from it, with disk and key; the result is its new launch digest."""
 
     async def sign(self, name: str, block: bytes, auth: bytes) -> None:
         """Take an owner's ID block for its launches; two empty ones take it away."""

@@ -33,6 +33,22 @@ def images(_context: click.Context, _parameter: click.Parameter, incomplete: str
     return _complete("org.jindisk1.Image", incomplete)
 
 
+def volumes(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of the data volumes of the image that is named already."""
+    image = context.params.get("name", "")
+
+    async def found() -> list[str]:
+        async with asyncio.timeout(TIMEOUT_S), connected(agent=False, auto_start=False) as client:
+            items = (await client.objects("org.jindisk1.Image")).values()
+            return sorted(str(one["name"]) for item in items if item["Name"] == image for one in item["Volumes"])
+
+    try:
+        names = asyncio.run(found())
+    except Exception:  # noqa: BLE001 (as above)
+        return []
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 def domains(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of domains."""
     return _complete("org.jindisk1.Domain", incomplete)

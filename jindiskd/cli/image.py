@@ -39,6 +39,7 @@ TAR_TIMEOUT_S = 3600.0
         "import": "copies:import_",
         "measure": "measure:measure",
         "sign": "sign:sign_",
+        "volume": "volume:volume",
     },
 )
 @common
@@ -110,8 +111,7 @@ def build(app: App, /, name: str, base: Path | None, rootfs: Path | None, no_wai
     """Build an image NAME from a disk image or a root file system, and keep its key."""
     if (base is None) == (rootfs is None):
         raise click.UsageError("give either --base or --rootfs")
-    if options["id_key"] or options["author_key"]:
-        _check_signing(options, no_wait)
+    check_signing(options, no_wait=no_wait)
     run(_build(app, name, base, rootfs, not no_wait, options))
 
 
@@ -187,25 +187,27 @@ async def _build(
 
             if await start_and_follow(client, app, start, wait=wait) is None:
                 return
-            properties = await _signed(client, name, given)
+            properties = await signed(client, name, given)
     app.show({"image": properties}, lambda: f"Built {described(properties)}.")
 
 
-def _check_signing(given: dict[str, Any], no_wait: bool) -> None:
-    """Refuse before the build what could not be signed after it."""
+def check_signing(given: dict[str, Any], *, no_wait: bool) -> None:
+    """Refuse before the work what could not be signed after it."""
+    if not given["id_key"] and not given["author_key"]:
+        return
     from jindiskd.attest.id_block import load_key
     from jindiskd.cli.sign import check_options  # which imports this module
 
     check_options(given)
     if no_wait:
-        raise click.UsageError("an image is signed when it is built: with --no-wait, use image sign afterwards")
+        raise click.UsageError("an image is signed when the work is done: with --no-wait, use image sign afterwards")
     if given["platform_"] and Platform(given["platform_"]).tee is not Tee.SNP:
         raise click.UsageError(f"images for {given['platform_']} have no ID block: leave out --id-key")
     for path in filter(None, (given["id_key"], given["author_key"])):
         load_key(path)
 
 
-async def _signed(client: Client, name: str, given: dict[str, Any]) -> dict[str, Any]:
+async def signed(client: Client, name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Sign an image that was built, if that was asked for; its properties."""
     if not given["id_key"]:
         return (await IMAGES.find(client, name))[1]

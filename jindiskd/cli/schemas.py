@@ -67,6 +67,10 @@ SHAPES: Mapping[str, Any] = {
     "image measure": {"image?": "text", "launch_digest?": "text", "measurements": "object", "inputs": "object",
                       "init_data?": "object", "id_block?": "object", "guest_policy?": "object", "signed?": "object"},
     "image sign": {"image": "@Image"},
+    "image volume add": {"image": "@Image"},
+    "image volume remove": {"image": "@Image"},
+    "image volume list": {"volumes": [{"name": "text", "format": "text", "uuid": "text", "mount": "text",
+                                       "size-bytes": "count", "file-bytes": "count"}]},
     "image remove": {"removed": "text"},
     "launch": {"domain": "@Domain"},
     "domain adopt": {"domain": "@Domain"},
@@ -127,8 +131,8 @@ NO_OBJECT: Mapping[str, str] = {
 """Commands, or groups of them, that print something else."""
 LEFT = frozenset(
     (
-        "image build", "image clone", "image import", "image remove", "launch", "domain start", "domain stop",
-        "domain undefine", "device open", "device close",
+        "image build", "image clone", "image import", "image remove", "image volume add", "image volume remove",
+        "launch", "domain start", "domain stop", "domain undefine", "device open", "device close",
     )
 )  # fmt: skip
 """Commands with --no-wait."""

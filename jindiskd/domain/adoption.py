@@ -185,12 +185,13 @@ def _devices(root: ET.Element, spec: DomainSpec) -> None:
 
 
 def _volumes(devices: ET.Element, spec: DomainSpec) -> None:
-    """The disks of the image's data volumes: those that say to be one of them are made anew, others stay."""
+    """Make the disks of the image's data volumes anew: those that say to be one, or were one, go; others stay."""
     ours = {volume.serial: str(volume.path) for volume in spec.volumes}
     for other in devices.findall("disk"):
         source = other.find("source")
         path = "" if source is None else source.get("file", "")
-        if (other.findtext("serial") or "").strip() in ours or path in ours.values():
+        known = (other.findtext("serial") or "").strip() in ours or path in ours.values()
+        if known or check.of_volume(path, spec.disk.parent):
             devices.remove(other)
     taken = {target.get("dev") for target in devices.iterfind("disk/target")}
     free = (target for target in xml.TARGETS if target not in taken)

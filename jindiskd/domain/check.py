@@ -13,15 +13,18 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from jindiskd.domain import security, xml
 from jindiskd.domain.spec import DataDisk
 from jindiskd.errors import EXIT_INTEGRITY, JindiskError
+from jindiskd.image.manifest import volume_file
 
 SNP_POLICY_MUST = 1 << 17
 TDX_POLICY_MAY = 1 << 0 | 1 << 28
 SEV_POLICY_ES = security.SEV_POLICY_ES
 FIRST_CID = 3
+VOLUME_FILE = re.compile(re.escape(volume_file("*")).replace(r"\*", ".*"))
 MACHINE = re.compile(r"(pc-)?q35(-[0-9.]+)?")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,32}|[0-9]{1,32}")
 
@@ -66,6 +69,21 @@ def volume_faults(root: ET.Element, volumes: Sequence[DataDisk]) -> Iterator[Fau
         if target is None or target.get("bus") != "virtio" or disks[0].get("device", "disk") != "disk":
             problem = f"of the disk with serial number {volume.serial!r} must be 'virtio', where the guest looks for it"
             yield Fault(element="target@bus", problem=problem)
+
+
+def stray_faults(root: ET.Element, directory: Path, volumes: Sequence[DataDisk]) -> Iterator[Fault]:
+    """Disks of data volumes that the image does not have any more, `directory` being the image's."""
+    known = {str(volume.path) for volume in volumes}
+    for disk in root.iterfind("devices/disk"):
+        source = disk.find("source")
+        path = "" if source is None else source.get("file", "")
+        if path not in known and of_volume(path, directory):
+            yield Fault(element="source@file", problem=f"is {path!r}, which is no volume of the image any more")
+
+
+def of_volume(path: str, directory: Path) -> bool:
+    """Whether a path is one that the disk of a data volume of an image has."""
+    return Path(path).parent == directory and VOLUME_FILE.fullmatch(Path(path).name) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

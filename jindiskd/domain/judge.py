@@ -83,9 +83,11 @@ class Judge:
         unchecked = "" if measured else enforcement_problem(manifest.shape.firmware_sha256)
         if unchecked:
             return f"its firmware {unchecked}: build image {binding.image!r} again with one that does"
+        disks = data_disks(manifest, stored.path)
         found = itertools.chain(
             check.faults(root, simulated=manifest.platform.simulated),
-            check.volume_faults(root, data_disks(manifest, stored.path)),
+            check.volume_faults(root, disks),
+            check.stray_faults(root, stored.path, disks),
         )
         faults = [str(fault) for fault in found]
         if faults:

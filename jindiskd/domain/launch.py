@@ -135,7 +135,7 @@ class Launcher:
             text = await self._adopted(view, binding)
         else:
             if binding is not None and binding.image_id == view.image_id:
-                await self._refuse_overlay(view)
+                await self.refuse_overlay(view, "making its definition anew")
             text = self._made(view, directory, manifest, memory_mib, host_data)
         if turn is not None:
             text = with_session(text, turn.dh_certificate, turn.session)
@@ -214,22 +214,22 @@ class Launcher:
         await asyncio.to_thread(self._judge.refuse, xml.parse(text), binding, view.name)
         return text
 
-    async def _refuse_overlay(self, view: DomainView) -> None:
-        """Keep a definition that has a snapshot's file before the image's disk: made anew, what is in it was lost."""
+    async def refuse_overlay(self, view: DomainView, what: str) -> None:
+        """Keep a definition that has a snapshot's file before a disk of the image: made anew, what is in it was lost.
+
+        Raises:
+            NotSupported: it has; `what` is not done.
+        """
         try:
             root = xml.parse((await machine.definition(self._connection, view.uuid)).text)
         except NotFound:
             return  # removed meanwhile
-        disk = next((disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") == "disk"), None)
-        driver = disk.find("driver") if disk is not None else None
-        if disk is not None and driver is not None and driver.get("type", "raw") != "raw":
-            source = disk.find("source")
-            path = "" if source is None else source.get("file", "")
+        for path in xml.overlays(root):
             remedy = (
                 f"its disk goes on in {path!r}, by a snapshot perhaps: 'virsh start {view.name}' starts it as it is; "
                 "'virsh blockcommit' puts that back into the image's disk"
             )
-            raise NotSupported(f"making domain {view.name!r} anew", remedy)
+            raise NotSupported(f"{what}, with domain {view.name!r} as it is,", remedy)
 
     async def can_start(self, platform: Platform) -> None:
         """Refuse a platform that this host cannot start, before anything is made."""

@@ -166,6 +166,16 @@ class DomainService:
         """Keep any domain from starting from an image while its files are read or removed; see `Guests.hold`."""
         return self._guests.hold(image, image_id, why)
 
+    async def refuse_overlays(self, image_id: str) -> None:
+        """Refuse to change the disks of an image of which a domain has a snapshot's file before one.
+
+        Raises:
+            Busy: one has. LibvirtFailed, ServiceUnavailable: it cannot be told.
+        """
+        for view in self.list():
+            if view.image_id == image_id:
+                await self._launcher.refuse_overlay(view, f"changing the volumes of image {view.image!r}")
+
     async def launch(
         self,
         image_name: str,

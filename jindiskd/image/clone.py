@@ -18,22 +18,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from jindiskd.attest import measure
 from jindiskd.base import document, files
 from jindiskd.base.secret import Secret
-from jindiskd.errors import NotSupported
 from jindiskd.guest import config as guest
 from jindiskd.guest.config import GuestConfig
 from jindiskd.image import data_volumes, disk
 from jindiskd.image import manifest as manifests
-from jindiskd.image.cpio import Archive, MalformedArchive
 from jindiskd.image.data_volumes import Keys
 from jindiskd.image.manifest import Manifest
-from jindiskd.image.measurement import inputs_of, launch_digest
+from jindiskd.image.measured import measured_config
+from jindiskd.image.measurement import launch_digest
 from jindiskd.image.reading import read_data, read_root
 from jindiskd.image.request import BuildTask, CloneTask, Progress, resource_of
 from jindiskd.image.sparse import block_ranges, unlinked_file
-from jindiskd.image.store import CMDLINE, INITRD, KERNEL, ImageDamaged, StoredImage, read_manifest, verify
+from jindiskd.image.store import CMDLINE, INITRD, KERNEL, StoredImage, read_manifest
 from jindiskd.image.volume import Expectation, prepare_volume
 
 Report = Callable[[Progress], None]
@@ -65,35 +63,6 @@ def clone(task: CloneTask, keys: CloneKeys, report: Report) -> Manifest:
     """
     with files.space_for(Path(task.build.staging)), ExitStack() as stack:
         return _clone(task, keys, report, stack)
-
-
-def measured_config(source: StoredImage, released_to: tuple[bytes, ...]) -> tuple[Archive, GuestConfig]:
-    """The initrd of an image and the configuration in it, once all of it is what its key is released to.
-
-    Raises:
-        ImageDamaged: it is not.
-        NotSupported: the initrd is not ours, but the system's own. MalformedDocument: its configuration is none.
-    """
-    verify(source)
-    manifest = source.manifest
-    if manifest.launch_digest:
-        found = measure.launch_digest(manifest.platform.tee, inputs_of(source))
-        if found not in released_to:
-            raise ImageDamaged(manifest.name, f"it measures as {found.hex()}, to which its key is not released")
-    try:
-        archive = Archive.read((source.path / INITRD).read_bytes())
-    except MalformedArchive as exc:
-        # That has the configuration in the root file system too, where its system makes initramfs images.
-        what = f"cloning image {manifest.name!r}, which starts with its system's own initramfs,"
-        raise NotSupported(what, "build it again from its base under another name") from exc
-    entry = archive.entries.get(guest.PATH)
-    data = entry.data if entry is not None else b""
-    config = document.load(GuestConfig, data, document="the guest's configuration")
-    if (config.schema, config.image_id, config.root.resource) != (guest.SCHEMA, manifest.image_id, manifest.resource):
-        raise ImageDamaged(manifest.name, "its initrd is that of another image")
-    if [one.resource for one in config.volumes] != [one.resource for one in manifest.volumes]:
-        raise ImageDamaged(manifest.name, "its manifest names other volumes than its initrd")
-    return archive, config
 
 
 def _clone(task: CloneTask, keys: CloneKeys, report: Report, stack: ExitStack) -> Manifest:

@@ -17,6 +17,7 @@ Layout of the archive (usr-merged)::
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from jindiskd.base import document, files
@@ -24,7 +25,7 @@ from jindiskd.base.platform import Platform, Tee
 from jindiskd.guest import config as guest_config
 from jindiskd.guest.config import GuestConfig
 from jindiskd.image import kmod
-from jindiskd.image.cpio import Archive
+from jindiskd.image.cpio import Archive, MalformedArchive
 from jindiskd.image.python_closure import LATE_IMPORTS, MERGED, add_python, script
 
 ENTRY = "jindiskd.guest.agent"
@@ -81,6 +82,24 @@ def build_initrd(
         ModulesUnusable: the kernel lacks a module, or one is damaged.
         InitrdFailed: this installation cannot supply the agent.
     """
+    config, archive = make_initrd(config, module_files(config, modules_dir), key_program)
+    files.replace_file(output, archive.to_gzip(source_date_epoch))
+    return config
+
+
+def make_initrd(
+    config: GuestConfig, modules: Iterable[tuple[str, bytes]], key_program: bytes | None = None
+) -> tuple[GuestConfig, Archive]:
+    """The archive of an initrd, and the configuration as it is in it.
+
+    Args:
+        config: what the guest shall know; `modules` and `key_program` are filled in here.
+        modules: path in the archive and content of each kernel module, in the order of loading.
+        key_program: as of `build_initrd`.
+
+    Raises:
+        InitrdFailed: this installation cannot supply the agent.
+    """
     archive = Archive()
     for directory in EMPTY:
         archive.directory(directory)
@@ -105,17 +124,39 @@ def build_initrd(
     config = dataclasses.replace(config, key_program=key_program is not None)
     add_python(archive, tuple(names))
     loaded = []
-    for file in wanted_modules(config, modules_dir):
-        relative = file.relative_to(modules_dir)
-        stem = relative.name.partition(".ko")[0]
-        path = f"usr/lib/modules/{modules_dir.name}/{relative.parent.as_posix()}/{stem}.ko"
-        archive.file(path, kmod.module_bytes(file))
+    for path, content in modules:
+        archive.file(path, content)
         loaded.append(f"/{path}")
     config = dataclasses.replace(config, modules=tuple(loaded))
     archive.file(guest_config.PATH, document.dump(config))
     archive.file("init", init_script(emulated=Platform(config.platform).simulated), 0o755)
-    files.replace_file(output, archive.to_gzip(source_date_epoch))
-    return config
+    return config, archive
+
+
+def module_files(config: GuestConfig, modules_dir: Path) -> list[tuple[str, bytes]]:
+    """The kernel modules that a guest loads, as `make_initrd` takes them; arguments and errors as of `build_initrd`."""
+    found = []
+    for file in wanted_modules(config, modules_dir):
+        relative = file.relative_to(modules_dir)
+        stem = relative.name.partition(".ko")[0]
+        path = f"usr/lib/modules/{modules_dir.name}/{relative.parent.as_posix()}/{stem}.ko"
+        found.append((path, kmod.module_bytes(file)))
+    return found
+
+
+def modules_of(archive: Archive, config: GuestConfig) -> list[tuple[str, bytes]]:
+    """The kernel modules in an archive that `config` is in, as `make_initrd` takes them.
+
+    Raises:
+        MalformedArchive: one is missing.
+    """
+    entries, found = archive.entries, []
+    for path in config.modules:
+        entry = entries.get(path.removeprefix("/"))
+        if entry is None or not entry.data:
+            raise MalformedArchive(f"has no {path}")
+        found.append((path.removeprefix("/"), entry.data))
+    return found
 
 
 def init_script(*, emulated: bool = False) -> bytes:

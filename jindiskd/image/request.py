@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from jindiskd.attest import guest_policy
 from jindiskd.base.platform import Platform
-from jindiskd.errors import InvalidArgument, NotSupported
+from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound, NotSupported
 from jindiskd.guest.config import MAX_VOLUMES
 from jindiskd.image import randomness
 from jindiskd.image.manifest import Manifest
@@ -208,7 +208,37 @@ class BuildRequest:
 
 def clone_request(manifest: Manifest, name: str) -> BuildRequest:
     """What a build of the clone would be asked for; raises as `BuildRequest.check`."""
-    request = BuildRequest(
+    request = _as_built(manifest, name)
+    request.check()
+    return request
+
+
+def with_volume(manifest: Manifest, volume: VolumeRequest) -> BuildRequest:
+    """What a build of the image with one more data volume would be asked for.
+
+    Raises:
+        AlreadyExists: it has a volume of that name. Others as `BuildRequest.check`.
+    """
+    request = _as_built(manifest, manifest.name)
+    if volume.name in {other.name for other in request.volumes}:
+        raise AlreadyExists(f"volume of image {manifest.name!r}", volume.name)
+    request = replace(request, volumes=(*request.volumes, volume))
+    request.check()
+    return request
+
+
+def without_volume(manifest: Manifest, name: str) -> BuildRequest:
+    """What a build of the image without a data volume would be asked for; raises `NotFound`."""
+    request = _as_built(manifest, manifest.name)
+    left = tuple(volume for volume in request.volumes if volume.name != name)
+    if len(left) == len(request.volumes):
+        raise NotFound(f"volume of image {manifest.name!r}", name)
+    return replace(request, volumes=left)
+
+
+def _as_built(manifest: Manifest, name: str) -> BuildRequest:
+    """An order for what is there."""
+    return BuildRequest(
         name=name,
         platform=manifest.platform,
         format=VolumeFormat(manifest.volume.format),
@@ -227,9 +257,8 @@ def clone_request(manifest: Manifest, name: str) -> BuildRequest:
             for volume in manifest.volumes
         ),
         guest_policy=manifest.shape.guest_policy,
+        initrd=InitrdKind(manifest.initrd_kind),
     )
-    request.check()
-    return request
 
 
 def check_name(name: str) -> None:
@@ -274,6 +303,22 @@ class CloneTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VolumesTask:
+    """A change of the data volumes of an image, as the worker reads it from its standard input."""
+
+    build: BuildTask
+    """Of the image as it shall be, with all its volumes."""
+    source: str
+    """The directory of the image in the store, which does not change meanwhile."""
+    added: str
+    """The name of the volume that is new; empty where one goes."""
+    anchor: bytes
+    """JinDisk 2: the last known state of the root, 73 bytes; empty where the root is not read."""
+    released_to: tuple[bytes, ...]
+    """The launch digests that the image's keys are released to, as the key store has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportTask:
     """An export, as the worker reads it."""
 
@@ -298,7 +343,7 @@ class ImportTask:
     """For how long the stream may be silent; None for ever."""
 
 
-Task = BuildTask | CloneTask | ExportTask | ImportTask
+Task = BuildTask | CloneTask | VolumesTask | ExportTask | ImportTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,13 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import structlog
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
+from jindiskd.base.threads import finished
 from jindiskd.errors import AlreadyExists, JindiskError, NotFound
 from jindiskd.image import boot_update, randomness, signing
 from jindiskd.image.data_volumes import joined
@@ -26,14 +27,13 @@ from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import BuildRequest, BuildTask, CloneTask, ExportTask, ImportTask, Progress, clone_request
 from jindiskd.image.running import run_worker
 from jindiskd.image.store import ImageStore, Staging, StoredImage
-from jindiskd.keys.handover import Opened
+from jindiskd.image.volume_service import ChangePort, VolumeService
 from jindiskd.policy.rules import by_guest_policy
 
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 
-class KeyPort(Protocol):
+class KeyPort(ChangePort, Protocol):
     """What is needed of the key store; calls block, and are made in a thread."""
 
     def add_pending(
@@ -50,9 +50,6 @@ class KeyPort(Protocol):
 
         `rules` of their release, as the key store keeps them.
         """
-
-    def for_clone(self, image_id: str, by: str) -> Opened:
-        """The keys of an image that is being cloned, and the last states of its volumes; written down who took them."""
 
     def prepare(self, manifest: Manifest) -> None:
         """The image is finished, and becomes visible next: do what needs the key and its manifest; pending still."""
@@ -90,6 +87,8 @@ class ImageService:
     ) -> None:
         self._store, self._keys = store, keys
         self._spki, self._workers, self._now = broker_spki_sha256, workers, now
+        self.volumes = VolumeService(store, keys, broker_spki_sha256=broker_spki_sha256, workers=workers)
+        """What adds data volumes to images, and takes them away."""
         self._building: set[str] = set()
         self._committing = asyncio.Lock()
 
@@ -129,9 +128,9 @@ class ImageService:
                 boot_update.stage(found, staging.path, kernel_fd, initrd_fd)
                 return self._store.replace(staging, name).manifest
 
-            manifest = await _finished(work)
+            manifest = await finished(work)
         finally:
-            await _finished(staging.close)
+            await finished(staging.close)
         log.info("boot files of an image replaced", image=name, image_id=manifest.image_id)
         return manifest
 
@@ -148,7 +147,7 @@ class ImageService:
             self._store.rewrite(manifest)
             return manifest
 
-        manifest = await _finished(work)
+        manifest = await finished(work)
         log.info("ID block of an image set", image=name, image_id=manifest.image_id, present=bool(block))
         return manifest
 
@@ -163,6 +162,7 @@ class ImageService:
             else:
                 await asyncio.to_thread(self._keys.forget, image_id)
                 log.info("key of an unfinished image forgotten", image_id=image_id)
+        await self.volumes.settle(images)
 
     async def build(self, request: BuildRequest, base_fd: int, progress: Callable[[Progress], None]) -> Manifest:
         """Build an image. Cancelling ends the worker and leaves nothing.
@@ -248,9 +248,9 @@ class ImageService:
             )
             found = await run_worker(task, {}, {"import": source_fd}, progress)
             async with self._committing:  # of two imports of one stream, one is there first
-                manifest = await _finished(lambda: self._take(staging, found))
+                manifest = await finished(lambda: self._take(staging, found))
         finally:
-            await _finished(staging.close)
+            await finished(staging.close)
         log.info("image imported", image=found, image_id=manifest.image_id, simulated=manifest.platform.simulated)
         return manifest
 
@@ -280,7 +280,7 @@ class ImageService:
         image_id = randomness.new_uuid(randomness.system)
         manifest = source.manifest
         stored: list[str] = []
-        taken = await _finished(lambda: self._keys.for_clone(manifest.image_id, by))
+        taken = await finished(lambda: self._keys.take(manifest.image_id, by, "cloned"))
         staging = await asyncio.to_thread(self._store.stage)
 
         def store_key() -> None:
@@ -302,7 +302,7 @@ class ImageService:
                 joined(volume_keys, names) as all_volume_keys,
                 joined(old_volume_keys, names) as all_old_volume_keys,
             ):
-                await _finished(store_key)
+                await finished(store_key)
                 anchor = taken.anchors.get(manifest.volume.uuid)
                 task = CloneTask(
                     build=BuildTask(
@@ -326,14 +326,14 @@ class ImageService:
                 if names:
                     keys |= {"volume-keys": all_volume_keys, "source-volume-keys": all_old_volume_keys}
                 await run_worker(task, keys, {}, progress)
-            made = await _finished(lambda: self._finish(staging, new_name))
+            made = await finished(lambda: self._finish(staging, new_name))
         except BaseException:
             if stored:
-                await _finished(lambda: self._undo(new_name, image_id))
+                await finished(lambda: self._undo(new_name, image_id))
             raise
         finally:
             taken.close()
-            await _finished(staging.close)
+            await finished(staging.close)
         told = {"image_id": image_id, "source": manifest.name, "simulated": manifest.platform.simulated}
         log.info("image cloned", image=new_name, **told)
         return made
@@ -355,7 +355,7 @@ class ImageService:
                 _volume_keys(request) as volume_keys,
                 joined(volume_keys, [volume.name for volume in request.volumes]) as all_volume_keys,
             ):
-                await _finished(store_key)
+                await finished(store_key)
                 task = BuildTask(
                     request=request,
                     image_id=image_id,
@@ -366,13 +366,13 @@ class ImageService:
                 )
                 given = {"key": key, **({"volume-keys": all_volume_keys} if request.volumes else {})}
                 await run_worker(task, given, {"base": base_fd}, progress)
-            manifest = await _finished(lambda: self._finish(staging, request.name))
+            manifest = await finished(lambda: self._finish(staging, request.name))
         except BaseException:
             if stored:
-                await _finished(lambda: self._undo(request.name, image_id))
+                await finished(lambda: self._undo(request.name, image_id))
             raise
         finally:
-            await _finished(staging.close)
+            await finished(staging.close)
         log.info("image built", image=request.name, image_id=image_id, simulated=request.platform.simulated)
         return manifest
 
@@ -403,13 +403,3 @@ def _volume_keys(request: BuildRequest) -> Iterator[Mapping[str, Secret]]:
             drawn = bytearray(request.stream(f"key of volume {volume.name}")(volume.format.key_bytes))
             keys[volume.name] = stack.enter_context(Secret(drawn))
         yield keys
-
-
-async def _finished(function: Callable[[], T]) -> T:
-    """Run in a thread to its end, even when cancelled meanwhile; the cancellation is delivered afterwards."""
-    task = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise

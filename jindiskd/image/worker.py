@@ -5,6 +5,8 @@
     --key FD --base FD            build: the new key, and the base
     --key FD --source-key FD      clone: the new key, and that of the image that is cloned
     --volume-keys FD              build, clone: the new keys of the data volumes, one after the other
+    --volumes FD                  a data volume comes or goes: the key of the new one, or nothing
+    --source-key FD               with that: the root's, where it must be read
     --source-volume-keys FD       clone: those of the image that is cloned
     --export FD                   export: where the stream goes
     --import FD                   import: where it comes from
@@ -37,8 +39,18 @@ from jindiskd.errors import EXIT_FAILED, Internal, JindiskError
 from jindiskd.image.builder import build
 from jindiskd.image.clone import CloneKeys, clone
 from jindiskd.image.data_volumes import Keys, parted
-from jindiskd.image.request import KEY_BYTES, BuildRequest, BuildTask, CloneTask, ExportTask, ImportTask, Progress
+from jindiskd.image.request import (
+    KEY_BYTES,
+    BuildRequest,
+    BuildTask,
+    CloneTask,
+    ExportTask,
+    ImportTask,
+    Progress,
+    VolumesTask,
+)
 from jindiskd.image.transfer import export, import_
+from jindiskd.image.volume_change import change
 
 log = structlog.get_logger(__name__)
 REQUEST_LIMIT_BYTES = 1 << 16
@@ -117,6 +129,8 @@ def work(line: bytes, arguments: argparse.Namespace) -> str:
         return export(document.load(ExportTask, line, document="export task"), arguments.export, report)
     if arguments.import_ is not None:
         return import_(document.load(ImportTask, line, document="import task"), arguments.import_, report).name
+    if arguments.volumes is not None:
+        return change_volumes(document.load(VolumesTask, line, document="volumes task"), arguments, report)
     if arguments.source_key is None:
         task = document.load(BuildTask, line, document="build task")
         with (
@@ -139,10 +153,23 @@ def work(line: bytes, arguments: argparse.Namespace) -> str:
         return clone(cloning, keys, report).name
 
 
+def change_volumes(task: VolumesTask, arguments: argparse.Namespace, report: Reporter) -> str:
+    """Add a data volume or take one away; the result is the image's name."""
+    request = task.build.request
+    with contextlib.ExitStack() as stack:
+        root_key = None
+        if arguments.source_key is not None:
+            root_key = stack.enter_context(read_key(arguments.source_key, request.format.key_bytes))
+        names = [task.added] if task.added else []
+        data = read_key(arguments.volumes, KEY_BYTES * len(names))
+        volume_keys = stack.enter_context(parted(data, names))
+        return change(task, root_key, volume_keys, report).name
+
+
 def main() -> int:
     """Do one piece of work; the exit status is the error's."""
     parser = argparse.ArgumentParser(prog="jindiskd.image.worker")
-    for option in ("--key", "--base", "--source-key", "--volume-keys", "--source-volume-keys", "--export"):
+    for option in ("--key", "--base", "--source-key", "--volume-keys", "--source-volume-keys", "--volumes", "--export"):
         parser.add_argument(option, type=int)
     parser.add_argument("--import", type=int, dest="import_")
     arguments = parser.parse_args()

@@ -21,6 +21,8 @@ class Operation(enum.StrEnum):
     IMAGE_REMOVE = "image-remove"
     IMAGE_MEASURE = "image-measure"
     IMAGE_UPDATE = "image-update"
+    IMAGE_ADD_VOLUME = "image-add-volume"
+    IMAGE_REMOVE_VOLUME = "image-remove-volume"
     REFUSAL_EXPLAIN = "refusal-explain"
     AUDIT_VERIFY = "audit-verify"
     DOMAIN_ADOPT = "domain-adopt"

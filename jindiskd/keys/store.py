@@ -22,10 +22,12 @@ from jindiskd.keys import wrap
 from jindiskd.keys.approvals import Approvals
 from jindiskd.keys.audit import AuditBroken, AuditLog, Requester
 from jindiskd.keys.database import (
+    CHANGE_PREFIX,
     KEY_PURPOSE,
     Database,
     images_table,
     keys_table,
+    meta_table,
     releases_table,
     volumes_table,
 )
@@ -169,6 +171,7 @@ class Store:
             if connection.execute(images_table.delete().where(images_table.c.image_id == image_id)).rowcount:
                 for table in (keys_table, volumes_table):
                     connection.execute(table.delete().where(table.c.image_id == image_id))
+                connection.execute(meta_table.delete().where(meta_table.c.name == f"{CHANGE_PREFIX}{image_id}"))
                 self.approvals.forget(connection, image_id)
                 self.audit.append(connection, "forgotten", image_id, by)
 

@@ -166,3 +166,32 @@ def test_a_data_disk_the_guest_cannot_find_is_refused() -> None:
         assert element is not None
         element.set(attribute, value)
     assert {fault.element for fault in check.volume_faults(root, VOLUMES)} == {"target@bus", "driver@type"}
+
+
+def test_a_data_disk_of_before_goes_with_its_volume() -> None:
+    """A definition of when the image had other volumes is refused; adopted again, it has what there are."""
+    directory = VOLUMES[0].path.parent
+    old = xml.write(of_kind("snp", volumes=VOLUMES))
+    left = of_kind("snp", volumes=VOLUMES[1:])
+    assert list(check.stray_faults(xml.parse(old), directory, VOLUMES)) == []
+    (fault,) = check.stray_faults(xml.parse(old), directory, left.volumes)
+    assert fault.element == "source@file"
+    assert str(VOLUMES[0].path) in fault.problem
+    stray = xml.parse(old.replace(str(VOLUMES[0].path), "/srv/volume-data.img"))
+    assert list(check.stray_faults(stray, directory, left.volumes)) == [], "a disk that its owner put there"
+    again = xml.parse(adoption.adopt(old, left))
+    assert list(check.stray_faults(again, directory, left.volumes)) == []
+    assert list(check.volume_faults(again, left.volumes)) == []
+    more = xml.parse(adoption.adopt(xml.write(left), of_kind("snp", volumes=VOLUMES)))
+    assert list(check.volume_faults(more, VOLUMES)) == []
+
+
+def test_files_before_the_disks_are_found() -> None:
+    """Of a snapshot, before the root's disk or a data volume's; the owner's own disks may be what they like."""
+    root = xml.parse(xml.write(of_kind("snp", volumes=VOLUMES)))
+    assert xml.overlays(root) == []
+    for disk in root.iterfind("devices/disk"):
+        disk.find("driver").set("type", "qcow2")  # type: ignore[union-attr]  # ours have one
+    stray = ET.SubElement(root.find("devices"), "disk", device="disk")  # type: ignore[arg-type]  # as above
+    ET.SubElement(stray, "driver", type="qcow2")
+    assert len(xml.overlays(root)) == 1 + len(VOLUMES)

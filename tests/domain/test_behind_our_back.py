@@ -194,9 +194,11 @@ async def test_a_snapshot_puts_another_file_before_the_disk(bench: Bench) -> Non
     assert service.get("demo").state == "running"
     await asyncio.to_thread(virsh, "destroy", "demo")
     await bench.until(lambda: service.get("demo").state == "stopped")
-    for start in (service.launch("demo"), service.start_domain("demo")):
+    changed = service.refuse_overlays(service.get("demo").image_id)
+    for start in (service.launch("demo"), service.start_domain("demo"), changed):
         with pytest.raises(NotSupported, match=str(overlay)):
             await start
+    await service.refuse_overlays("another image")
     assert str(overlay) in await service.definition("demo")
     await bench.until(lambda: bench.strays() == [])
 

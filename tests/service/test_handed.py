@@ -16,6 +16,7 @@ from jindiskd.image.manifest import BootFile, DataVolume, Manifest, Shape, Volum
 from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
 from jindiskd.kbs import jwk
 from jindiskd.keys import handover
+from jindiskd.keys.changes import Change
 from jindiskd.keys.handover import BrokerCard
 
 IMAGE = "11111111-1111-4111-8111-111111111111"
@@ -110,7 +111,11 @@ async def test_what_the_owner_decides_is_not_decided_here(tmp_path: Path) -> Non
         with pytest.raises(NotSupported, match="jindiskctl broker"):
             await call
     with pytest.raises(NotSupported, match="clone it where it was built"):
-        keys.for_clone(IMAGE, "me")
+        keys.take(IMAGE, "me", "cloned")
+    with pytest.raises(NotSupported, match="at the owner's broker alone"):
+        keys.begin_change(Change(image_id=IMAGE, added=f"default/{IMAGE}/data"), Secret(bytes(32)))
+    keys.undo_change(IMAGE)
+    assert keys.changes() == ()
     with pytest.raises(InvalidArgument):
         keys.export(IMAGE, replace(CARD))
 

@@ -49,6 +49,8 @@ def test_real_output_fits(daemon: Any, rootfs: Path, tmp_path: Path, vectors: Pa
         ["status"], ["doctor", "--platform", "simulated-snp"], ["daemon", "config"],
         ["image", "build", "printed", "--rootfs", str(rootfs)], ["image", "list"], ["image", "show", "printed"],
         ["image", "measure", "printed"], ["image", "export", "printed", str(tmp_path / "stream")],
+        ["image", "volume", "add", "printed", "more:16M"], ["image", "volume", "list", "printed"],
+        ["image", "volume", "remove", "printed", "more", "--yes"],
         ["image", "clone", "printed", "again"], ["image", "remove", "again", "--yes"], ["domain", "list"],
         ["domain", "xml", "--image", "printed"], ["approval", "list"],
         ["device", "list"], ["job", "list"], ["job", "show", "1"], ["job", "cancel", "1"],

@@ -1,0 +1,128 @@
+"""Adding a data volume to an image that exists, and taking one away. Runs in a worker process.
+
+The image is made anew in a staging directory: its disks are linked, not copied, and nothing is written to them; the
+configuration of its guests names other volumes, so that the initrd is another and the image measures otherwise. The
+agent in that initrd is this installation's, since an older one may not know what it is told; its kernel modules are
+those that it had. Where the new volume needs others, they are read from the root, which is decrypted for that.
+
+Killed at any step, only the staging directory is left: the image changes when the store exchanges the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from jindiskd.base import document, files
+from jindiskd.base.secret import Secret
+from jindiskd.guest.config import GuestConfig
+from jindiskd.image import data_volumes, disk, initrd
+from jindiskd.image import kernel as kernels
+from jindiskd.image import manifest as manifests
+from jindiskd.image.cpio import Archive
+from jindiskd.image.data_volumes import Keys
+from jindiskd.image.debugfs import FileSystem
+from jindiskd.image.manifest import Manifest
+from jindiskd.image.measured import measured_config
+from jindiskd.image.measurement import launch_digest
+from jindiskd.image.reading import read_root
+from jindiskd.image.request import Progress, VolumeFormat, VolumesTask
+from jindiskd.image.sparse import unlinked_file
+from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL, StoredImage, read_manifest
+
+Report = Callable[[Progress], None]
+
+
+def needs_modules(manifest: Manifest, form: VolumeFormat) -> bool:
+    """Whether a volume of a format needs kernel modules that the initrd of an image does not have."""
+    return form.value not in {manifest.volume.format, *(volume.volume.format for volume in manifest.volumes)}
+
+
+def change(task: VolumesTask, root_key: Secret | None, volume_keys: Keys, report: Report) -> Manifest:
+    """Make the image that `task` describes in its staging directory.
+
+    Args:
+        task: what the service decided.
+        root_key: of the root, where `needs_modules` says that it must be read.
+        volume_keys: of the new volume, by its name.
+        report: called with progress.
+
+    Raises:
+        ImageDamaged: the image is not what was built, or measures otherwise than its keys are released to.
+        VolumeError, Luks2HeaderRefused, WrongKey: its root cannot be read.
+        NoKernel, ModulesUnusable: its kernel lacks a module that the volume needs.
+        NoSpace: the file system is full.
+    """
+    with files.space_for(Path(task.build.staging)), ExitStack() as stack:
+        return _change(task, root_key, volume_keys, report, stack)
+
+
+def _change(
+    task: VolumesTask, root_key: Secret | None, volume_keys: Keys, report: Report, stack: ExitStack
+) -> Manifest:
+    build, request = task.build, task.build.request
+    staging, path = Path(build.staging), Path(task.source)
+
+    def share(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: report(
+            Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total)
+        )
+
+    report(Progress(stage="prepare", fraction=None))
+    source = StoredImage(path=path, manifest=read_manifest((path / manifests.FILE).read_bytes(), path.name))
+    archive, config = measured_config(source, task.released_to)
+    names = {volume.name for volume in request.volumes}
+    kept = tuple(volume for volume in source.manifest.volumes if volume.name in names)
+    alone = dataclasses.replace(request, volumes=tuple(one for one in request.volumes if one.name == task.added))
+    new = data_volumes.prepare(dataclasses.replace(build, request=alone), volume_keys, int(time.time()), stack)
+    told = tuple(volume for volume in config.volumes if volume.name in names)
+    config = dataclasses.replace(config, volumes=(*told, *(one.config for one in new)))
+    modules = initrd.modules_of(archive, config)
+    if root_key is not None:
+        modules = _modules(task, source, config, root_key, share("decrypt"))
+    report(Progress(stage="boot", fraction=None))
+    _, made = initrd.make_initrd(config, modules, _key_program(archive))
+    files.replace_file(staging / INITRD, made.to_gzip(), 0o644)
+    unchanged = [DISK, KERNEL, CMDLINE, *(volume.file for volume in kept)]
+    for name in unchanged:
+        os.link(path / name, staging / name)
+    written = tuple(one.write(staging, share("encrypt")) for one in new)
+    report(Progress(stage="finish", fraction=None))
+    manifest = dataclasses.replace(
+        source.manifest,
+        initrd=disk.boot_file(staging, INITRD),
+        launch_digest=launch_digest(request, staging, (staging / CMDLINE).read_text(encoding="ascii")),
+        volumes=(*kept, *written),
+        id_block=b"",  # it was signed for the other digest
+        id_auth=b"",
+    )
+    files.replace_file(staging / manifests.FILE, document.dump(manifest), 0o644)
+    return manifest
+
+
+def _key_program(archive: Archive) -> bytes | None:
+    entry = archive.entries.get(initrd.KEY_PROGRAM)
+    return entry.data if entry is not None else None
+
+
+def _modules(
+    task: VolumesTask, source: StoredImage, config: GuestConfig, key: Secret, share: Callable[[int, int], None]
+) -> list[tuple[str, bytes]]:
+    """The modules that the guest needs now, from its own root, which is read into a file without a name."""
+    staging = Path(task.build.staging)
+    work, clear = staging / "work", unlinked_file(staging)
+    try:
+        read_root(source, config, clear, key=key, anchor=task.anchor, workers=task.build.workers, share=share)
+        release = source.manifest.kernel_release
+        tree = kernels.extract_modules(
+            FileSystem(clear), release, work, lambda directory: initrd.wanted_modules(config, directory)
+        )
+        return initrd.module_files(config, tree)
+    finally:
+        os.close(clear)
+        shutil.rmtree(work, ignore_errors=True)
