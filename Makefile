@@ -33,7 +33,7 @@ demo: base
 
 bench: base
 	.venv/bin/pip install -q --disable-pip-version-check -e '.[bench]'
-	for file in bench/*/*.py; do $(PYTHON) $$file || exit 1; done
+	scripts/bench
 
 clean:
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache

@@ -192,6 +192,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     folder = options.vectors / "attestation"
+    if not folder.is_dir():
+        print(f"not measured: the recorded evidence is not at {folder}; set JINDISK_VECTORS", file=sys.stderr)
+        return
     found = {"SEV-SNP": snp(folder, options.seconds), "TDX": tdx(folder, options.seconds)}
     if options.json:
         print(json.dumps(found, indent=2))

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from brokerbench import REQUEST
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from sev_place import DIGESTS, IMAGE, KEYS, OTHER, PEER, POLICY, Place, cookie_of, report
 
 from jindiskd.attest.model import EvidenceRefused
-from jindiskd.attest.sev import LaunchReport
-from jindiskd.attest.snp import SnpVerifier
 from jindiskd.base import document
-from jindiskd.base.endpoint import Endpoint
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.broker.identity import TlsIdentity
-from jindiskd.broker.listener import listen_tcp
-from jindiskd.broker.peer import BrokerEvent, BrokerLimits, Peer
-from jindiskd.broker.relay import Relay, RelayState
-from jindiskd.broker.service import Broker
+from jindiskd.broker.peer import BrokerLimits
+from jindiskd.broker.relay import RelayState
 from jindiskd.broker.sessions import SessionKeeper
-from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevJudge, SevTurn
+from jindiskd.broker.sev import ReleaseWaits
 from jindiskd.broker.sev_messages import (
-    BeginRequest,
     dump_approve,
-    parse_approve,
-    parse_begin,
     parse_begun,
     parse_sealed,
 )
-from jindiskd.broker.sev_remote import LaunchForgotten, RemoteOwner, SevClient
+from jindiskd.broker.sev_remote import LaunchForgotten, RemoteOwner
 from jindiskd.broker.sev_steps import LONGEST_WAIT_S
 from jindiskd.broker.shared import DatabaseSessions
 from jindiskd.broker_config import BrokerConfig, Config
@@ -48,122 +35,15 @@ from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.guest.secret import DISK_KEY, entries
 from jindiskd.kbs.client import BrokerMisbehaved, BrokerNotTrusted, BrokerRefused, BrokerUnreachable
 from jindiskd.kbs.messages import MalformedMessage
-from jindiskd.keys.store import Store
 from jindiskd.policy.rules import ReleaseRules
 from jindiskd.sim.pki import SimulatedRoot
-from jindiskd.sim.sev_firmware import SevLaunch, SevRefused
-from jindiskd.sim.sev_platform import API, BUILD, CPU_ID, SevPlatformKeys
-
-IMAGE, OTHER = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
-KEYS = {IMAGE: bytes(range(32)), OTHER: bytes(range(32, 64))}
-DIGESTS = {IMAGE: b"\x5a" * 32, OTHER: b"\xa5" * 32}
-POLICY = 0xB
-PEER = Peer(description="domain d", domain_uuid="d", image_id=IMAGE)
-
-
-class Place:
-    """An owner's broker on TCP, and a host that reaches it."""
-
-    def __init__(self, path: Path, keys: SevPlatformKeys, root: SimulatedRoot, **more: Any) -> None:
-        self.keys, self.now = keys, [time.time()]
-        self.store = Store.open(f"sqlite:///{path}/keys.db", Secret.random(32))
-        for image, name in ((IMAGE, "web"), (OTHER, "db")):
-            self.store.add_image(image, name, Platform.SIMULATED_SEV, f"default/{image}/root", Secret(KEYS[image]))
-            self.store.activate(image, [DIGESTS[image]])
-        self.identity = TlsIdentity.load_or_create(path / "broker.pem")
-        self.events: list[BrokerEvent] = []
-        self._arguments = {
-            "store": self.store,
-            "verifiers": [SnpVerifier(roots=root.roots)],
-            "allow_simulated": True,
-            "on_event": self.events.append,
-            "sev": SevJudge(self.store, certificates=path / "sev", simulated=lambda: keys.root),
-            **more,
-        }
-        self.broker = self.another()
-        self.port = 0
-
-    def another(self, **more: Any) -> Broker:
-        """A broker of the same owner."""
-        return Broker(**{**self._arguments, **more})
-
-    @contextlib.asynccontextmanager
-    async def listening(self, broker: Broker | None = None, port: int = 0) -> AsyncIterator[RemoteOwner]:
-        listener = await listen_tcp(broker or self.broker, self.identity, "127.0.0.1", port)
-        self.port = listener.addresses[0][1]
-        try:
-            yield self.owner()
-        finally:
-            await listener.close()
-
-    def owner(self, pin: bytes | None = None) -> RemoteOwner:
-        return RemoteOwner(Relay(Endpoint(host="127.0.0.1", port=self.port)), pin or self.identity.spki_sha256)
-
-    @property
-    def host(self) -> HostPlatform:
-        return HostPlatform(pdh=self.keys.pdh, chain=self.keys.chain, cpu_id=CPU_ID)
-
-    def start(self, turn: SevTurn, policy: int = POLICY) -> SevLaunch:
-        """The host's processor, with the owner's session."""
-        return SevLaunch(self.keys, policy=policy, dh_certificate=turn.dh_certificate, session=turn.session)
-
-    async def measured(self, owner: RemoteOwner, image: str = IMAGE) -> tuple[SevTurn, SevLaunch, LaunchReport]:
-        """A launch that is paused, and measures as it should."""
-        turn = await owner.begin(replace(PEER, image_id=image), POLICY, self.host)
-        launch = self.start(turn)
-        return turn, launch, report(launch.measure(DIGESTS[image]))
-
-    async def raw(self, verb: str, body: bytes, cookie: str | None = None, source: str = "127.0.0.1") -> bytes:
-        """What a host of its own making asks."""
-
-        def connect() -> socket.socket:
-            return socket.create_connection(("127.0.0.1", self.port), timeout=60, source_address=(source, 0))
-
-        client = SevClient(connect, spki_sha256=self.identity.spki_sha256, deadline=time.monotonic() + 60)
-        return (await asyncio.to_thread(client.ask, verb, body, cookie))[0]
-
-    async def http(self, method: str, path: str, body: bytes, cookie: str | None = None) -> tuple[int, str | None]:
-        """One request of a guest; status and new session."""
-
-        def exchange() -> tuple[int, str | None]:
-            connect = lambda: socket.create_connection(("127.0.0.1", self.port), timeout=60)  # noqa: E731 (once)
-            client = SevClient(connect, spki_sha256=self.identity.spki_sha256, deadline=time.monotonic() + 60)
-            with client._channel() as channel:
-                status, _answer, session = channel.request(method, path, body, cookie)
-            return status, session
-
-        return await asyncio.to_thread(exchange)
-
-    def kinds(self) -> list[str]:
-        return [row["kind"] for row in self.store.audit_rows() if row["kind"] in {"released", "refused", "waiting"}]
-
-    def findings(self) -> list[str]:
-        row = self.store.audit_rows()[-1]
-        assert row["kind"] == "refused"
-        return [found["id"] for found in row["detail"]["findings"]]
-
-
-def report(measurement: bytes, **changes: int) -> LaunchReport:
-    told = LaunchReport(measurement=measurement, api_major=API[0], api_minor=API[1], build=BUILD, policy=POLICY)
-    return replace(told, **changes)
-
-
-def cookie_of(turn: SevTurn) -> str:
-    found = turn._cookie  # type: ignore[attr-defined]  # what a hostile host has in its hands
-    assert isinstance(found, str)
-    return found
+from jindiskd.sim.sev_firmware import SevRefused
+from jindiskd.sim.sev_platform import CPU_ID, SevPlatformKeys
 
 
 @pytest.fixture(scope="module")
 def other() -> SevPlatformKeys:
     return SevPlatformKeys.generate()
-
-
-@pytest.fixture
-async def place(tmp_path: Path, keys: SevPlatformKeys, root: SimulatedRoot) -> AsyncIterator[Place]:
-    made = Place(tmp_path, keys, root)
-    yield made
-    made.store.close()
 
 
 async def test_a_launch_is_judged_through_the_host(place: Place) -> None:
@@ -407,56 +287,3 @@ def test_a_simulated_platform_that_cannot_be_read(tmp_path: Path, place: Place, 
             launch_judge(config, place.store)
     file.write_bytes(document.dump(keys.root))
     launch_judge(config, place.store)
-
-
-def good(keys: SevPlatformKeys) -> dict[str, dict[str, Any]]:
-    host = HostPlatform(pdh=keys.pdh, chain=keys.chain, cpu_id=CPU_ID)
-    return {
-        "sev-begin": json.loads(BeginRequest(image_id=IMAGE, policy=POLICY, host=host).dump()),
-        "sev-approve": json.loads(dump_approve(report(bytes(48)))),
-    }
-
-
-def test_both_messages_read_as_they_were_written(keys: SevPlatformKeys) -> None:
-    """And nothing but exactly that is read: members, types, lengths, ranges."""
-    told = good(keys)
-    assert parse_begin(json.dumps(told["sev-begin"]).encode()).host.pdh == keys.pdh
-    assert parse_approve(json.dumps(told["sev-approve"]).encode()) == report(bytes(48))
-    for verb, parse in (("sev-begin", parse_begin), ("sev-approve", parse_approve)):
-        for name in told[verb]:
-            for value in (None, "", [], {}, -1, 1 << 40, True, "\0", "=", "A!" * 9, 1.5):
-                with pytest.raises(MalformedMessage):
-                    parse(json.dumps({**told[verb], name: value}).encode())
-            with pytest.raises(MalformedMessage):
-                parse(json.dumps({n: v for n, v in told[verb].items() if n != name}).encode())
-        with pytest.raises(MalformedMessage):
-            parse(json.dumps({**told[verb], "more": 1}).encode())
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_cut_long_and_altered_messages(keys: SevPlatformKeys, data: st.DataObject) -> None:
-    """Whatever a host sends is read or refused, and nothing else."""
-    verb, parse = data.draw(st.sampled_from([("sev-begin", parse_begin), ("sev-approve", parse_approve)]))
-    body = bytearray(json.dumps(good(keys)[verb]).encode())
-    place = data.draw(st.integers(0, len(body)))
-    body[place:place] = data.draw(st.binary(max_size=64))
-    del body[data.draw(st.integers(0, len(body))) :]
-    with contextlib.suppress(MalformedMessage):
-        parse(bytes(body))
-
-
-async def test_bad_messages_cost_an_answer(place: Place, keys: SevPlatformKeys) -> None:
-    """Over the wire: too long, cut, none at all. A launch whose measurement could not be read is not judged again."""
-    async with place.listening() as owner:
-        for body in (b"", b"{}", b"{" * 1000, b" " * (17 << 10), json.dumps(good(keys)["sev-begin"]).encode()[:-9]):
-            with pytest.raises(BrokerRefused) as caught:
-                await place.raw("sev-begin", body)
-            assert caught.value.kind == "SerdeError"
-        turn, _launch, told = await place.measured(owner)
-        with pytest.raises(BrokerRefused) as caught:
-            await place.raw("sev-approve", b"{}", cookie_of(turn))
-        assert caught.value.kind == "SerdeError"
-        with pytest.raises(LaunchForgotten):
-            await turn.approve(told)
-    assert place.kinds() == []

@@ -1,5 +1,7 @@
 """What the tests of JinDisk share."""
 
+import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers, `jd`
 
-from jd import Audit
+from jd import KEY, Audit
+
+from jindiskd.jindisksetup.main import main
 
 
 @pytest.fixture
@@ -18,3 +22,36 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Audit]:
     found.install(monkeypatch)
     yield found
     found.verify()
+
+
+@pytest.fixture
+def key(tmp_path) -> Path:
+    path = tmp_path / "key"
+    path.write_bytes(KEY)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """A raw image: data, holes, an end that is no whole block."""
+    path, generator = tmp_path / "plain", random.Random(9)
+    with path.open("wb") as file:
+        file.write(generator.randbytes(1_000_000))
+        file.seek(12 << 20)
+        file.write(generator.randbytes(70_001))
+    return path
+
+
+@pytest.fixture
+def setup(capsys):
+    """Runs the program in this process: the parsed output, with its status and what it told."""
+
+    def run(*words: object, status: int = 0) -> dict:
+        capsys.readouterr()
+        assert main(["--json", *(str(word) for word in words)]) == status
+        out, run.said = capsys.readouterr()
+        return json.loads(out) if out else {}
+
+    run.said = ""
+    return run

@@ -1,13 +1,11 @@
-"""What a session does when things go wrong below it or above it, and what it offers besides reading and writing."""
+"""What a session does when things go wrong below it or above it, and that what is written is exact."""
 
 import errno
-import multiprocessing
 import os
 import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from uuid import UUID
 
 import pytest
 from jd import KEY, UUID1, ZERO, Audit, Broker, MemoryDevice, World, content, world
@@ -20,24 +18,15 @@ from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import (
-    VolumeCrowded,
     VolumeDeviceFailed,
-    VolumeError,
     VolumeFenced,
     VolumeReadOnly,
-    VolumeUnauthentic,
-    VolumeUnrecognised,
 )
-from jindiskd.jindisk.export import bulk_export
-from jindiskd.jindisk.geometry import BLOCK, Kind, default_geometry
-from jindiskd.jindisk.repair import restore_identification, salvage
+from jindiskd.jindisk.geometry import BLOCK, default_geometry
 from jindiskd.jindisk.session import Session
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.tree import ref_raw
 from jindiskd.jindisk.volume import open_volume
-
-UUID2 = UUID(int=2)
-KEY2 = bytes(range(100, 132))
 
 
 class Failing(MemoryDevice):
@@ -281,78 +270,6 @@ def test_a_session_that_has_not_begun_writes_nothing() -> None:
     assert here.device.blocks == before
 
 
-def test_rekeying_replaces_both_superblocks(audit: Audit) -> None:
-    """The old key opens nothing any more, the data stay; stopped between the two, the new key opens."""
-    here = world(audit=audit)
-    session = here.create()
-    session.write(0, content(1))
-    session.rekey(Secret(KEY2))
-    session.write(BLOCK, content(2))
-    session.close()
-    with pytest.raises(VolumeUnauthentic, match="superblock slot"):
-        here.open()
-    here.key = Secret(KEY2)
-    assert here.open().read(0, 2 * BLOCK) == content(1) + content(2)
-    session = here.begin()
-    session.volume.key = Secret(KEY)
-    session.checkpoint()
-    stopped = here.fork()
-    assert stopped.begin().read(0, BLOCK) == content(1)  # the older superblock, under the older key
-    stopped = here.fork()
-    stopped.key = Secret(KEY)
-    assert stopped.begin().read(0, 2 * BLOCK) == content(1) + content(2)
-    with pytest.raises(InvalidArgument):
-        session.rekey(Secret(b"short"))
-
-
-def test_a_copy_becomes_a_volume_of_its_own(audit: Audit) -> None:
-    """Its own UUID, key and label; the original is untouched, and neither opens as the other."""
-    here = world(audit=audit)
-    session = here.create()
-    session.write(0, content(1))
-    session.close()
-    copied = here.fork()
-    session = copied.begin()
-    session.rekey(Secret(KEY2), uuid=UUID2, label="the copy")
-    session.close()
-    with pytest.raises(VolumeError):
-        copied.open()
-    copied.key, copied.uuid = Secret(KEY2), UUID2
-    session = copied.begin()
-    assert session.volume.identification.label == "the copy"
-    session.write(BLOCK, content(2))
-    session.close()
-    assert copied.open().read(0, 2 * BLOCK) == content(1) + content(2)
-    assert here.open().read(0, 2 * BLOCK) == content(1) + ZERO
-
-
-@pytest.mark.parametrize("poor", ["the system's", "the broker's"])
-def test_one_good_source_of_randomness_is_enough(poor: str, audit: Audit) -> None:
-    """The host starts ten guests on one disk and replays the random source, or the session id: no key comes twice."""
-    here = world()
-    session = here.create()
-    session.write(0, content(1))
-    session.close()
-    for number in range(10):
-        copied = here.fork()
-        anchor = copied.broker.anchor
-        assert anchor is not None
-        audit.new_process()
-        volume = open_volume(copied.device, key=here.key, uuid=UUID1, anchor=anchor)
-        again = Session(
-            volume,
-            session_id=bytes([number]) * 32 if poor == "the system's" else bytes(32),
-            entropy=bytes if poor == "the system's" else os.urandom,
-            ordered_placement=True,
-        )
-        again.begin()
-        again.write(0, content(100 + number))
-        again.flush()
-        again.close()
-    # `audit` has looked at every sealing; the same places and numbers were sealed in all ten.
-    assert audit.count > 40
-
-
 def test_zeroing_and_trimming_are_exact() -> None:
     """Parts of blocks, single blocks, whole leaves of the map; in one commit; what is not within stays."""
     here, rng = world(), random.Random(3)
@@ -379,157 +296,6 @@ def test_zeroing_and_trimming_are_exact() -> None:
         session.zero(session.size_bytes - 1, 2)
 
 
-def damage(here: World, session: Session, lba: int) -> int:
-    """Flip a bit of a block's data on the disk; its raw block."""
-    raw = int.from_bytes(session.volume.entry(lba)[:8], "little")
-    block = here.device.blocks[raw]
-    here.device.blocks[raw] = bytes([block[0] ^ 1]) + block[1:]
-    return raw
-
-
-def full_session(here: World) -> Session:
-    session = here.create()
-    for lba in range(0, 4096, 64):
-        session.write(lba * BLOCK, b"".join(content(n) for n in range(lba, lba + 64)))
-    session.flush()
-    return session
-
-
-def test_damaged_blocks_stay_in_their_place_and_salvage_gives_them_up() -> None:
-    """Cleaning goes round them, however full the volume; after salvage they read as zeros and all is clean."""
-    here, rng = world(), random.Random(4)
-    session = full_session(here)
-    lost = {5, 1000, 4000}
-    for lba in lost:
-        damage(here, session, lba)
-    expected = {lba: content(lba) for lba in range(4096)}
-    for number in range(4096):
-        lba = rng.randrange(4096)
-        if lba not in lost:
-            expected[lba] = content(10_000 + number)
-            session.write(lba * BLOCK, expected[lba])
-    session.flush()
-    assert len(session.cleaner.damaged) == 3
-    for lba in lost:
-        with pytest.raises(VolumeUnauthentic, match=f"logical block {lba} "):
-            session.read(lba * BLOCK, BLOCK)
-    found = salvage(session)
-    assert set(found.unmapped) == lost
-    assert not found.pages
-    expected |= dict.fromkeys(lost, ZERO)
-    assert not session.cleaner.damaged
-    assert session.read(0, 4096 * BLOCK) == b"".join(expected[lba] for lba in range(4096))
-    session.close()
-    assert here.open().read(0, 4096 * BLOCK) == b"".join(expected[lba] for lba in range(4096))
-    assert not check_volume(here.open(), data=True).faults
-
-
-def test_a_damaged_segment_that_became_free_is_as_good_as_any() -> None:
-    """What was damaged goes when it is trimmed or overwritten; the next use of its place is cleaned like others."""
-    here = world()
-    session = full_session(here)
-    segment = session.volume.geometry.segment_of(damage(here, session, 5))
-    session.discard(6 * BLOCK, BLOCK)  # a segment without garbage is no victim
-    session.discard(100 * BLOCK, 3900 * BLOCK)
-    session.checkpoint()
-    session.cleaner.clean(session.volume.geometry.segments)  # goes on until nothing is gained
-    assert session.cleaner.damaged == {segment}
-    session.write(0, b"".join(content(5000 + n) for n in range(64)))
-    session.checkpoint()
-    assert not session.cleaner.damaged
-    assert session.read(0, 100 * BLOCK) == b"".join(content(5000 + n if n < 64 else n) for n in range(100))
-
-
-def test_a_volume_crowded_by_damage_says_so_and_can_be_trimmed() -> None:
-    """Where every segment has a damaged block nothing can be cleaned: writing fails with ENOSPC, trimming works."""
-    here = world()
-    session = full_session(here)
-    for lba in range(0, 4096, 8):
-        damage(here, session, lba)
-
-    def overwrite() -> None:
-        for number in range(4096):
-            session.write((number * 8 % 4096 + 1 + number // 512) * BLOCK, content(number))
-
-    with pytest.raises(VolumeCrowded, match="damaged") as caught:
-        overwrite()
-    assert caught.value.errno == errno.ENOSPC
-    assert session.fenced is None
-    session.discard(0, 2048 * BLOCK)
-    session.checkpoint()
-    session.write(0, content(1))
-    session.flush()
-    assert session.read(0, BLOCK) == content(1)
-
-
-def test_exporting_past_damage(tmp_path: Path) -> None:
-    """Blocks and pages that cannot be read become zeros and are reported; unless asked to go on, the first ends it."""
-    here = world()
-    session = full_session(here)
-    session.close()
-    raw = damage(here, session, 100)
-    refs = {index: ref for level, index, ref in session.volume.trees[Kind.F].interior_refs() if not level}
-    page_raw = int.from_bytes(refs[3][:8], "little")
-    target = tmp_path / "image"
-    with target.open("w+b") as file:
-        with pytest.raises(VolumeUnauthentic, match=f"logical block 100 .raw block {raw}."):
-            bulk_export(here.open(), file.fileno(), workers=1)
-        here.device.blocks[page_raw] = ZERO
-        told: list[VolumeError] = []
-        bulk_export(here.open(), file.fileno(), workers=1, damaged=told.append)
-    assert [str(exc).split(" is not")[0] for exc in told] == [
-        f"page 3 of level 0 of tree F (raw block {page_raw})",
-        f"the data of logical block 100 (raw block {raw})",
-    ]
-    expected = [content(n) if n // 170 != 3 and n != 100 else ZERO for n in range(4096)]
-    assert target.read_bytes() == b"".join(expected)
-
-
-def test_the_identification_block_can_be_restored() -> None:
-    """From the superblock, with the UUID that the owner knows."""
-    here = world()
-    session = here.create()
-    session.write(0, content(1))
-    session.close()
-    before = here.device.blocks[0]
-    here.device.blocks[0] = ZERO
-    with pytest.raises(VolumeUnrecognised):
-        here.open()
-    with pytest.raises(VolumeUnauthentic):
-        restore_identification(here.device, key=here.key, uuid=UUID2, anchor=UNANCHORED)
-    assert here.device.blocks[0] == ZERO
-    assert here.broker.anchor is not None
-    restore_identification(here.device, key=here.key, uuid=UUID1, anchor=here.broker.anchor)
-    assert here.device.blocks[0] == before
-    assert here.open().read(0, BLOCK) == content(1)
-
-
-def _child_seals(session: Session, answer: "multiprocessing.Queue[str]") -> None:
-    try:
-        session.write(BLOCK, content(2))
-        session.flush()
-        answer.put("written")
-    except VolumeFenced as exc:
-        answer.put(str(exc))
-
-
-def test_a_forked_process_has_no_sealing_keys() -> None:
-    """The child of a fork can neither draw nor seal; the parent goes on."""
-    here = world()
-    session = here.create()
-    session.write(0, content(1))
-    session.flush()
-    context = multiprocessing.get_context("fork")
-    answer: multiprocessing.Queue[str] = context.Queue()
-    child = context.Process(target=_child_seals, args=(session, answer))
-    child.start()
-    assert "process" in answer.get(timeout=60)
-    child.join(60)
-    session.write(BLOCK, content(3))
-    session.close()
-    assert here.open().read(0, 2 * BLOCK) == content(1) + content(3)
-
-
 def test_threads_share_a_session(tmp_path: Path, audit: Audit) -> None:
     """Writers, readers, flushes, cleaning and reports at once; every block is its writer's last, reopened too."""
     geometry, path = default_geometry(4096), tmp_path / "volume"
@@ -538,9 +304,7 @@ def test_threads_share_a_session(tmp_path: Path, audit: Audit) -> None:
     with path.open("w+b") as file:
         file.truncate(geometry.end * BLOCK)
         device = FileDevice(file.fileno(), name="volume")
-        session = create_volume(
-            device, geometry=geometry, key=Secret(KEY), uuid=UUID1, session_id=sid, keeper=broker
-        )
+        session = create_volume(device, geometry=geometry, key=Secret(KEY), uuid=UUID1, session_id=sid, keeper=broker)
         broker.first(session.durable)
         failures: list[BaseException] = []
         last: dict[int, bytes] = {}

@@ -1,5 +1,6 @@
 """pytest's part of writing results down (`--record FILE`)."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ class Recorder:
 
     def __init__(self, path: Path, root: Path) -> None:
         self._results, self._source = Results(path), source(root)
-        self._outcome, self._seconds = "", 0.0
+        self._outcome, self._seconds, self._used_s = "", 0.0, 0.0
+
+    @pytest.hookimpl
+    def pytest_runtest_logstart(self) -> None:
+        self._used_s = processor_s()
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -21,4 +26,12 @@ class Recorder:
         if report.outcome != "passed" and self._outcome != "failed":
             self._outcome = report.outcome
         if report.when == "teardown":
-            self._results.put(report.nodeid, outcome=self._outcome, seconds=self._seconds, of=self._source)
+            used_s = processor_s() - self._used_s
+            self._results.put(
+                report.nodeid, outcome=self._outcome, seconds=self._seconds, processor_s=used_s, of=self._source
+            )
+
+
+def processor_s() -> float:
+    """Processor time of this process and of those of its children that have ended."""
+    return sum(os.times()[:4])

@@ -38,6 +38,8 @@ class Result:
     """`passed`, `skipped`, `failed`."""
     seconds: float
     """With the setting up of what it was the first to use."""
+    processor_s: float
+    """Processor time of pytest, and of those of its processes that have ended."""
     commit: str
     changes: str
     date: str
@@ -91,10 +93,11 @@ class Results:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def put(self, test: str, *, outcome: str, seconds: float, of: Source) -> None:
+    def put(self, test: str, *, outcome: str, seconds: float, processor_s: float, of: Source) -> None:
         """Write one down; replaces what was known of this test."""
         result = Result(
-            outcome=outcome, seconds=round(seconds, 1), commit=of.commit, changes=of.changes,
+            outcome=outcome, seconds=round(seconds, 1), processor_s=round(processor_s, 1),
+            commit=of.commit, changes=of.changes,
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"), load=round(os.getloadavg()[0], 1),
         )  # fmt: skip
         with self._locked():
