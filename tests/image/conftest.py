@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.image import tarroot
+from jindiskd.image import cpio, initrd, tarroot
 from jindiskd.image.builder import build
 from jindiskd.image.request import BaseKind, BuildRequest, BuildTask, VolumeFormat
 
@@ -212,6 +212,29 @@ def make_disk(path: Path, parts: list[tuple[str, Path | None, int]], label: str 
 ROOT_TYPE = "4f68bce3-e8cd-4db1-96e7-fbcaf984b709"
 LINUX_TYPE = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_initrds() -> Iterator[None]:
+    """The interpreter's part of all initrds made in this process is put together once, and they are packed in a hurry.
+
+    That took two thirds of each build. tests/initrd tries both as they are, and so do builds by the service's worker.
+    """
+    made: dict[tuple[str, ...], cpio.Archive] = {}
+    add_python = initrd.add_python
+
+    def once(archive: cpio.Archive, names: Iterable[str]) -> None:
+        key = tuple(names)
+        if key not in made:
+            made[key] = cpio.Archive()
+            add_python(made[key], key)
+        for name, entry in made[key].entries.items():
+            archive._add(name, entry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initrd, "add_python", once)
+        patch.setattr(cpio, "GZIP_LEVEL", 1)
+        yield
 
 
 @pytest.fixture(scope="session")
