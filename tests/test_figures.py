@@ -52,7 +52,7 @@ def test_the_page_is_what_the_script_writes(reliability: ModuleType, tmp_path: P
 def test_each_test_is_written_down_as_it_ends(tmp_path: Path) -> None:
     """By pytest: also what is skipped, fails, or fails after it passed; what others wrote stays."""
     record, tests = tmp_path / "record.json", tmp_path / "test_four.py"
-    Results(record).put("another", outcome="passed", seconds=1, processor_s=1, of=OF)
+    Results(record).put("another", outcome="passed", seconds=1, processor_s=1, of=OF, figures={})
     tests.write_text(
         """
 import os
@@ -61,7 +61,7 @@ import pytest
 def bad():
     yield
     raise ValueError
-def test_good(): pass
+def test_good(record_property): record_property("stones", 3)
 def test_skipped(): pytest.skip("so")
 def test_failed(): assert False
 def test_failed_after(bad): pass
@@ -79,6 +79,7 @@ def test_cut(): os._exit(9)
         "test_failed_after": "failed",
     }, done.stdout + done.stderr  # fmt: skip
     assert found["another"].source == OF
+    assert found[next(name for name in found if name.endswith("test_good"))].figures == {"stones": 3}
 
 
 def test_the_table_names_what_did_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,13 +87,14 @@ def test_the_table_names_what_did_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from suite.table import table
 
-    good = Result(outcome="passed", seconds=2, processor_s=1, date="", load=0, **asdict(OF))
+    good = Result(outcome="passed", seconds=2, processor_s=1, date="", load=0, figures={"stones": 3}, **asdict(OF))
     bad = Result(outcome="failed", seconds=3, processor_s=1, date="", load=0, commit="fedcba9876", changes="abc")
     text = table(["tests/a.py::one[1]", "tests/a.py::one[2]", "tests/a.py::one[3]"], {
         "tests/a.py::one[1]": good, "tests/a.py::one[2]": bad,
     })  # fmt: skip
     line = text.splitlines()[1].split()
     assert line[:8] == ["a.py::one", "3", "1", "0", "1", "1", "5", "2"]
+    assert "3 stones" in text
     assert "0123456789" in text
     assert "fedcba9876 and changes abc" in text
     assert text.splitlines()[-2:] == ["FAILED tests/a.py::one[2]", "NOT RUN tests/a.py::one[3]"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from results import Result, Results
+from results import Result, Results, counted
 from suite.lanes import ROOT
 from suite.pieces import collected
 
@@ -60,7 +60,8 @@ class Row:
     def cells(self) -> list[str]:
         """As the table has them."""
         seconds = round(sum(one.seconds for one in self.found))
-        return [str(self.cases), str(self.count("passed")), str(self.count("skipped")), str(seconds), self._measured()]
+        cases = ", ".join(filter(None, [str(self.cases), counted(self.found)]))
+        return [cases, str(self.count("passed")), str(self.count("skipped")), str(seconds), self._measured()]
 
     def _measured(self) -> str:
         if not self.found:

@@ -1,6 +1,7 @@
 """The machine stops at any point; what was acknowledged is there, and nothing that nobody wrote (section 22)."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from jd import Audit
@@ -8,6 +9,7 @@ from jd_crash import Run, crashes, verify
 
 from jindiskd.jindisk.anchor import Reporting
 
+Counted = Callable[[str, object], None]
 CASES = [
     pytest.param(1, False, Reporting.INTERVAL, id="sparse"),
     pytest.param(2, True, Reporting.INTERVAL, id="full"),
@@ -16,7 +18,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("seed", "full", "reporting"), CASES)
-def test_a_stop_loses_nothing_acknowledged(seed: int, full: bool, reporting: Reporting, audit: Audit) -> None:
+def test_a_stop_loses_nothing_acknowledged(
+    seed: int, full: bool, reporting: Reporting, audit: Audit, record_property: Counted
+) -> None:
     """A share of the points of a run, with torn and reordered writes, and stops inside recovery."""
     recorded = Run(seed=seed, full=full, reporting=reporting, audit=audit).record(150 if full else 120)
     if full:
@@ -25,6 +29,8 @@ def test_a_stop_loses_nothing_acknowledged(seed: int, full: bool, reporting: Rep
     for crash in crashes(recorded, rng, share=0.05 if full else 0.25, subsets=1, exhaustive=False):
         verify(recorded, crash, rng, inside=2 if count % 10 == 0 else 0, check=count % 20 == 0)
         count += 1
+    record_property("images", count)
+    record_property("sealings", audit.count)
     assert count > 15
 
 
@@ -32,7 +38,9 @@ def test_a_stop_loses_nothing_acknowledged(seed: int, full: bool, reporting: Rep
 @pytest.mark.parametrize("seed", range(10, 13))
 @pytest.mark.parametrize("reporting", [Reporting.INTERVAL, Reporting.COMMIT])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_stop_at_every_point(seed: int, full: bool, reporting: Reporting, audit: Audit) -> None:
+def test_a_stop_at_every_point(
+    seed: int, full: bool, reporting: Reporting, audit: Audit, record_property: Counted
+) -> None:
     """Every point, several subsets of sectors for each, and every subset where there are few sectors."""
     recorded = Run(seed=seed, full=full, reporting=reporting, audit=audit).record(200)
     rng, count = random.Random(seed), 0
@@ -40,5 +48,6 @@ def test_a_stop_at_every_point(seed: int, full: bool, reporting: Reporting, audi
     for crash in crashes(recorded, rng, share=share, subsets=3, exhaustive=not full):
         verify(recorded, crash, rng, inside=2 if count % 10 == 0 else 0, check=count % 50 == 0)
         count += 1
-    print(f"{count} images")
+    record_property("images", count)
+    record_property("sealings", audit.count)
     assert count > 200

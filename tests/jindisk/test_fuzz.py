@@ -140,9 +140,7 @@ def test_features(disk: dict[int, bytes]) -> None:
     forge.superblock(10, U16.pack(7))  # a later minor version
     repaired = device(forge)
     restore_identification(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED)
-    session = Session(
-        open_volume(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED), session_id=bytes(32)
-    )
+    session = Session(open_volume(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED), session_id=bytes(32))
     session.begin()
     session.close()
     assert open_volume(repaired, key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED).superblock.compatible == 1 << 60
@@ -365,8 +363,11 @@ def mutate(rng: random.Random, data: bytes, used_bytes: int) -> tuple[int, bytes
 
 
 @pytest.mark.parametrize(("seed", "count"), [(1, 150), pytest.param(2, 6000, marks=pytest.mark.long)])
-def test_random_changes_of_authentic_structures(disk: dict[int, bytes], seed: int, count: int) -> None:
+def test_random_changes_of_authentic_structures(
+    disk: dict[int, bytes], seed: int, count: int, record_property: Callable[[str, object], None]
+) -> None:
     """Superblock, pages of every tree, journal."""
+    record_property("changed volumes", count)
     rng = random.Random(seed)
     for _ in range(count):
         forge = Forge(disk, KEY)

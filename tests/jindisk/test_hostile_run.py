@@ -1,6 +1,7 @@
 """A host that goes on changing the disk while the volume is used, stopped, and opened again, while it still opens."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from jd import ZERO, Audit, MemoryDevice, World, content, small_geometry, world
@@ -157,14 +158,15 @@ class Run:
 
 
 @pytest.mark.parametrize("runs", [40, pytest.param(800, marks=pytest.mark.long)])
-def test_under_constant_attack(runs: int, audit: Audit) -> None:
+def test_under_constant_attack(runs: int, audit: Audit, record_property: Callable[[str, object], None]) -> None:
     """Right or failed, never wrong; reopened only in states that were committed and are not older than the report."""
     right = failed = opened = 0
     for seed in range(runs):
         run = Run(seed, audit)
         run.go(400)
         right, failed, opened = right + run.right, failed + run.failed, opened + run.opened
-    print(f"{right} reads right, {failed} requests failed, {opened} times reopened")
+    for kind, number in (("runs", runs), ("reads right", right), ("requests failed", failed), ("reopened", opened)):
+        record_property(kind, number)
     assert right > runs
     assert failed > runs
     assert opened > runs // 2

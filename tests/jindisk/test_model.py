@@ -1,6 +1,7 @@
 """A volume against a dict: every mechanism, with cleaning, crashes of the process, and reopening."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -94,7 +95,9 @@ LONG = [
 
 
 @pytest.mark.parametrize(("seed", "requests", "size"), [*SHORT, *LONG])
-def test_the_volume_holds_what_a_dict_holds(seed: int, requests: int, size: int, audit: Audit) -> None:
+def test_the_volume_holds_what_a_dict_holds(
+    seed: int, requests: int, size: int, audit: Audit, record_property: Callable[[str, object], None]
+) -> None:
     """Random requests, reopening and crashes; compared after each opening, and checked at the end."""
     model = Model(seed, audit, size)
     steps = [model.write] * 60 + [model.read] * 15 + [model.write_part] * 6 + [model.flush] * 14 + [model.trim] * 4
@@ -102,6 +105,8 @@ def test_the_volume_holds_what_a_dict_holds(seed: int, requests: int, size: int,
     rare = [model.reopen] * 3 + [model.clean]
     for number in range(requests):
         model.random.choice(rare if number % 50 == 49 else steps)()
+    record_property("requests", requests)
+    record_property("sealings", audit.count)
     model.compare()
     model.session.close()
     found = check_volume(model.world.open(), data=True)

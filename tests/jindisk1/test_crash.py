@@ -4,6 +4,7 @@ Between barriers a device may do writes in any order, or leave them out, and tea
 """
 
 import random
+from collections.abc import Callable
 
 import pytest
 from jd1 import BLOCK, KEY, SparseDevice, key, pattern
@@ -120,12 +121,17 @@ def crash(seed: int, n: int, cuts: int) -> None:
 
 @pytest.mark.parametrize(("seed", "n"), [(1, 1), (2, 1024)])
 @pytest.mark.usefixtures("small_limits")
-def test_a_crash_leaves_the_state_of_a_commit(seed: int, n: int) -> None:
-    crash(seed, n, 60 if n == 1 else 20)
+def test_a_crash_leaves_the_state_of_a_commit(
+    seed: int, n: int, record_property: Callable[[str, object], None]
+) -> None:
+    cuts = 60 if n == 1 else 20
+    crash(seed, n, cuts)
+    record_property("images", cuts)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10, 14))
 @pytest.mark.usefixtures("small_limits")
-def test_many_crashes(seed: int) -> None:
+def test_many_crashes(seed: int, record_property: Callable[[str, object], None]) -> None:
     crash(seed, 1, 1000)
+    record_property("images", 1000)

@@ -150,8 +150,9 @@ def test_it_equals_a_plain_array(seed: int, n: int) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("seed", "n"), [(100, 1), (101, 1), (102, 1), (103, 1024)])
 @pytest.mark.usefixtures("small_limits")
-def test_it_equals_a_plain_array_for_long(seed: int, n: int) -> None:
+def test_it_equals_a_plain_array_for_long(seed: int, n: int, record_property: Callable[[str, object], None]) -> None:
     """As above, a hundred thousand operations in all."""
+    record_property("requests", 25_000)
     run_model(seed, 25_000, blocks=min(n * 1024, 4000), n=n)
 
 

@@ -28,8 +28,9 @@ class Recorder:
         if report.when == "teardown":
             used_s = processor_s() - self._used_s
             self._results.put(
-                report.nodeid, outcome=self._outcome, seconds=self._seconds, processor_s=used_s, of=self._source
-            )
+                report.nodeid, outcome=self._outcome, seconds=self._seconds, processor_s=used_s, of=self._source,
+                figures={kind: number for kind, number in report.user_properties if isinstance(number, int)},
+            )  # fmt: skip
 
 
 def processor_s() -> float:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,10 +46,20 @@ class Result:
     date: str
     load: float
     """The machine's load average when it ended."""
+    figures: Mapping[str, int] = field(default_factory=dict)
+    """What the test counted (pytest's `record_property`): of each kind, how many."""
 
     @property
     def source(self) -> Source:
         return Source(commit=self.commit, changes=self.changes)
+
+
+def counted(found: Iterable[Result]) -> str:
+    """The sums of what tests counted, such as `3768 images`; empty if they counted nothing."""
+    sums: Counter[str] = Counter()
+    for one in found:
+        sums.update(one.figures)
+    return ", ".join(f"{number} {kind}" for kind, number in sums.items())
 
 
 def _git(root: Path, *words: str) -> bytes:
@@ -93,12 +104,15 @@ class Results:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def put(self, test: str, *, outcome: str, seconds: float, processor_s: float, of: Source) -> None:
+    def put(
+        self, test: str, *, outcome: str, seconds: float, processor_s: float, of: Source, figures: Mapping[str, int]
+    ) -> None:
         """Write one down; replaces what was known of this test."""
         result = Result(
             outcome=outcome, seconds=round(seconds, 1), processor_s=round(processor_s, 1),
             commit=of.commit, changes=of.changes,
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"), load=round(os.getloadavg()[0], 1),
+            figures=dict(figures),
         )  # fmt: skip
         with self._locked():
             kept = self.read() | {test: result}
