@@ -108,7 +108,7 @@ def _guest(view: DomainView, way: RelayView | None) -> GuestView:
         platform=view.platform.value,
         simulated=view.simulated,
         state=view.state.value,
-        reason=view.halted or view.reason,
+        reason=view.halted or view.reason or view.layer,
         since=view.since,
         cid=view.cid,
         relay_state=way.state.value if way is not None else "",

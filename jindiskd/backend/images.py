@@ -28,7 +28,7 @@ from jindiskd.image.measurement import inputs_of
 from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress, VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
 from jindiskd.image.signing import policy_of, signature_of
-from jindiskd.image.store import verify
+from jindiskd.image.store import DISK, verify
 from jindiskd.image.volume_service import Changed
 from jindiskd.jobs.job import Job
 
@@ -135,12 +135,12 @@ class ImagesBackend:
 
     async def clone(self, name: str, new_name: str, by: str, job: Job) -> str:
         """Make a second image of the same system under keys of its own; the result is its name."""
-        async with self._held(name, "it is being cloned; wait for that to end"):
+        async with self._held(name, "it is being cloned; wait for that to end", disks=True):
             return (await self._service.clone(name, new_name, by, _telling(job))).name
 
     async def export(self, name: str, target_fd: int, job: Job) -> str:
         """Write one as a stream; the result is the stream's SHA-256, hexadecimal."""
-        async with self._held(name, "it is being exported; wait for that to end"):
+        async with self._held(name, "it is being exported; wait for that to end", disks=True):
             return await self._service.export(name, target_fd, _telling(job))
 
     async def import_(self, order: ImportOrder, source_fd: int, job: Job) -> str:
@@ -160,16 +160,21 @@ class ImagesBackend:
             ).name
 
     @contextlib.asynccontextmanager
-    async def _held(self, name: str, why: str) -> AsyncIterator[Manifest]:
-        """No domain starts from it meanwhile, and it ends in time; gives the manifest."""
-        manifest = (await self._service.get(name)).manifest
+    async def _held(self, name: str, why: str, *, disks: bool = False) -> AsyncIterator[None]:
+        """No domain starts from it meanwhile, and it ends in time. `disks`: its disks are read or changed, too."""
+        found = await self._service.get(name)
+        manifest = found.manifest
         with self._domains.hold(manifest.name, manifest.image_id, why):
             async with asyncio.timeout(self._config.images.build_timeout_s):
-                yield manifest
+                if disks:
+                    files = (DISK, *(volume.file for volume in manifest.volumes))
+                    paths = frozenset(os.fspath(found.path / file) for file in files)
+                    await self._domains.refuse_users(manifest.name, manifest.image_id, paths)
+                yield
 
     async def remove(self, name: str) -> None:
         """Remove one and its key, unless a domain runs from it."""
-        async with self._held(name, "it is being removed"):
+        async with self._held(name, "it is being removed", disks=True):
             await self._service.remove(name)
 
     async def update(self, name: str, kernel_fd: int, initrd_fd: int, job: Job) -> bytes:
@@ -182,8 +187,7 @@ class ImagesBackend:
     async def add_volume(self, name: str, volume: VolumeOrder, by: str, job: Job) -> bytes:
         """Give its guests one more data volume, unless a domain runs from it; the result is its new launch digest."""
         why = "it is being given a volume; wait for that to end"
-        async with self._held(name, why) as manifest:
-            await self._domains.refuse_overlays(manifest.image_id)
+        async with self._held(name, why, disks=True):
             changed = await self._service.volumes.add(name, _volume(volume), by, _telling(job))
         _tell_change(changed, job)
         return changed.after.launch_digest
@@ -191,8 +195,7 @@ class ImagesBackend:
     async def remove_volume(self, name: str, volume: str, by: str, job: Job) -> bytes:
         """Take a data volume from it, with its disk and key; as `add_volume`."""
         why = "one of its volumes is being removed; wait for that to end"
-        async with self._held(name, why) as manifest:
-            await self._domains.refuse_overlays(manifest.image_id)
+        async with self._held(name, why, disks=True):
             changed = await self._service.volumes.remove(name, volume, by, _telling(job))
         _tell_change(changed, job)
         return changed.after.launch_digest

@@ -11,7 +11,7 @@ import itertools
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
-from jindiskd.domain import check, xml
+from jindiskd.domain import check, layers, xml
 from jindiskd.domain.check import DomainRefused, Fault
 from jindiskd.domain.security import Tdx, element
 from jindiskd.domain.spec import DomainSpec
@@ -91,14 +91,13 @@ def _obstacles(root: ET.Element, spec: DomainSpec) -> Iterator[Fault]:
             yield Fault(
                 element="disk", problem=f"has the first source {path!r} instead of the image's {str(spec.disk)!r}"
             )
-        driver = disks[0].find("driver")
-        if driver is not None and driver.get("type", "raw") != "raw":
-            yield Fault(
-                element="driver@type", problem=f"of the image's disk is {driver.get('type')!r} and must be 'raw'"
-            )
         target = disks[0].find("target")
         if target is None or target.get("bus") != "virtio":
             yield Fault(element="target@bus", problem="of the image's disk must be 'virtio'")
+    for layer in layers.of_image(root):
+        # Made the image's own again, it would be started without what was written since.
+        problem = f"of the image's disk {layer.target} must be 'raw': {layer.told(root.findtext('name') or '')}"
+        yield Fault(element="driver@type", problem=problem)
     for address in root.iterfind("devices/*/address[@type='pci']"):
         if check.number(address.get("bus")) == 0 and check.number(address.get("slot")) == VSOCK_SLOT:
             yield Fault(

@@ -60,6 +60,8 @@ def volume_faults(root: ET.Element, volumes: Sequence[DataDisk]) -> Iterator[Fau
             continue
         source, driver, target = (disks[0].find(tag) for tag in ("source", "driver", "target"))
         path = "" if source is None else source.get("file", "")
+        if path != str(volume.path) and driver is not None and driver.get("type") == "qcow2":
+            continue  # a snapshot lies on top of it: the guest finds the latest state there, and no other would do
         if path != str(volume.path):
             problem = f"of the disk with serial number {volume.serial!r} is {path!r} instead of {str(volume.path)!r}"
             yield Fault(element="source@file", problem=problem)

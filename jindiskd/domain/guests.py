@@ -258,6 +258,13 @@ class Guests:
             log.info("domain", domain=guest.view.name, halted=why, simulated=guest.view.simulated)
             self._tell(guest)
 
+    def layer(self, guest: Guest, told: str) -> None:
+        """Note that a disk of a domain's image goes on in another file, or, with an empty `told`, that none does."""
+        if guest.view.layer != told:
+            guest.view = replace(guest.view, layer=told)
+            log.info("domain", domain=guest.view.name, layer=told, simulated=guest.view.simulated)
+            self._tell(guest)
+
     def advance(self, uuid: str, state: DomainState) -> None:
         """Change a state by what a guest or the broker says; what may not follow is not believed."""
         guest = self.get(uuid)

@@ -15,7 +15,7 @@ from jindiskd.attest.sev import LaunchReport, SealedSecret
 from jindiskd.base.platform import Platform
 from jindiskd.broker.peer import Peer
 from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevSide, SevTurn
-from jindiskd.domain import capabilities, check, machine, xml
+from jindiskd.domain import capabilities, check, layers, machine, xml
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.guest import Guest, OpenBroker
@@ -135,7 +135,7 @@ class Launcher:
             text = await self._adopted(view, binding)
         else:
             if binding is not None and binding.image_id == view.image_id:
-                await self.refuse_overlay(view, "making its definition anew")
+                await self._refuse_layers(view)
             text = self._made(view, directory, manifest, memory_mib, host_data)
         if turn is not None:
             text = with_session(text, turn.dh_certificate, turn.session)
@@ -214,22 +214,22 @@ class Launcher:
         await asyncio.to_thread(self._judge.refuse, xml.parse(text), binding, view.name)
         return text
 
-    async def refuse_overlay(self, view: DomainView, what: str) -> None:
-        """Keep a definition that has a snapshot's file before a disk of the image: made anew, what is in it was lost.
-
-        Raises:
-            NotSupported: it has; `what` is not done.
-        """
+    async def _refuse_layers(self, view: DomainView) -> None:
+        """Keep a definition that has a snapshot's file before a disk of the image: made anew, what is in it was lost."""
         try:
             root = xml.parse((await machine.definition(self._connection, view.uuid)).text)
         except NotFound:
             return  # removed meanwhile
-        for path in xml.overlays(root):
+        layer = next(layers.of_image(root), None)
+        if layer is not None and view.platform.measured_before:
             remedy = (
-                f"its disk goes on in {path!r}, by a snapshot perhaps: 'virsh start {view.name}' starts it as it is; "
-                "'virsh blockcommit' puts that back into the image's disk"
+                f"its disk {layer.target} goes on in {layer.file!r}, by a snapshot perhaps: 'qemu-img commit' puts "
+                f"that back while it is off, and 'virsh edit {view.name}' the image's disk (raw) into its definition"
             )
-            raise NotSupported(f"{what}, with domain {view.name!r} as it is,", remedy)
+            raise NotSupported(f"making domain {view.name!r} anew", remedy)
+        if layer is not None:
+            remedy = f"'virsh start {view.name}' starts it as it is; {layer.told(view.name)}"
+            raise NotSupported(f"making domain {view.name!r} anew", remedy)
 
     async def can_start(self, platform: Platform) -> None:
         """Refuse a platform that this host cannot start, before anything is made."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain, repeat
 
 import structlog
 
-from jindiskd.domain import inventory, machine, vsock, xml
+from jindiskd.domain import inventory, layers, machine, vsock, xml
 from jindiskd.domain.binding import Binding, Bindings
 from jindiskd.domain.connection import Connection
 from jindiskd.domain.following import Follower
@@ -100,6 +101,7 @@ class Reconciler:
                     await self._adopt(item, binding)  # its last machine is gone: this one was started without our hook
                 elif not item.active:
                     await self._look_at(known, item, binding)
+            self._note_layers(found)
             there = {item.uuid for item in found}
             self._strangers &= there
             for guest, view in before:
@@ -117,6 +119,12 @@ class Reconciler:
                     vsock.clear(home)
             self.ready.set()
             self._guests.notify()
+
+    def _note_layers(self, found: Iterable[inventory.Found]) -> None:
+        for item in found:
+            guest = self._guests.get(item.uuid)
+            if guest is not None and not item.coming_up:
+                self._guests.layer(guest, layers.told(item.root, item.name))
 
     def _tell_of_stranger(self, item: inventory.Found) -> None:
         if item.uuid not in self._strangers:

@@ -16,7 +16,7 @@ import structlog
 from jindiskd.base.platform import Platform
 from jindiskd.broker.sev import SevSide
 from jindiskd.domain import connection as events
-from jindiskd.domain import machine, xml
+from jindiskd.domain import layers, machine, xml
 from jindiskd.domain.adopter import Adopter
 from jindiskd.domain.binding import Bindings
 from jindiskd.domain.connection import Connection, LibvirtFailed
@@ -166,15 +166,28 @@ class DomainService:
         """Keep any domain from starting from an image while its files are read or removed; see `Guests.hold`."""
         return self._guests.hold(image, image_id, why)
 
-    async def refuse_overlays(self, image_id: str) -> None:
-        """Refuse to change the disks of an image of which a domain has a snapshot's file before one.
+    async def refuse_users(self, image: str, image_id: str, files: frozenset[str]) -> None:
+        """Refuse to have an image's disks, `files` by path, read or removed while others use them, or while what its
+        guest wrote is in other files on top of them. Where libvirt is not connected, what was seen last counts.
 
         Raises:
-            Busy: one has. LibvirtFailed, ServiceUnavailable: it cannot be told.
+            Busy: with the domain, and what to do. LibvirtFailed: it cannot be told.
         """
-        for view in self.list():
-            if view.image_id == image_id:
-                await self._launcher.refuse_overlay(view, f"changing the volumes of image {view.image!r}")
+
+        def ours(uuid: str) -> bool:
+            binding = self._bindings.get(uuid)
+            return binding is not None and binding.image_id == image_id
+
+        if self.connection.remote:
+            return  # its domains have no files of this machine's
+        if self.connection.connected:
+            await self.connection.call(
+                f"looking for users of image {image!r}", lambda conn: layers.refuse_users(conn, image, files, ours)
+            )
+            return
+        for view in self._guests.views():
+            if view.image_id == image_id and view.layer:
+                raise Busy(f"image {image!r}", f"of domain {view.name!r}, {view.layer}")
 
     async def launch(
         self,

@@ -63,6 +63,8 @@ class DomainView:
     """Path of its console log."""
     halted: str = ""
     """Why its processors stand still although it is on, one sentence with a remedy; empty while they run."""
+    layer: str = ""
+    """That a disk of its image's goes on in another file, one sentence with a remedy; empty where none does."""
 
     @property
     def simulated(self) -> bool:

@@ -156,18 +156,6 @@ def with_serial(root: ET.Element, serial: str) -> list[ET.Element]:
     return [disk for disk in root.iterfind("devices/disk") if (disk.findtext("serial") or "").strip() == serial]
 
 
-def overlays(root: ET.Element) -> list[str]:
-    """The files that are not raw in the places of an image's disks: the first disk, and those of data volumes."""
-    disks = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") == "disk"]
-    found = []
-    for number, one in enumerate(disks):
-        driver, source = one.find("driver"), one.find("source")
-        ours = number == 0 or (one.findtext("serial") or "").strip().startswith(SERIAL_PREFIX)
-        if ours and driver is not None and driver.get("type", "raw") != "raw":
-            found.append("" if source is None else source.get("file", ""))
-    return found
-
-
 def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
     ET.SubElement(parent, tag, attributes).text = text
 

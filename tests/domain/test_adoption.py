@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
-from jindiskd.domain import adoption, check, xml
+from jindiskd.domain import adoption, check, layers, xml
 from jindiskd.domain.check import DomainRefused
 
 from .test_xml import NEWEST_SCHEMA, UUID, VOLUMES, of_kind
@@ -189,9 +189,9 @@ def test_a_data_disk_of_before_goes_with_its_volume() -> None:
 def test_files_before_the_disks_are_found() -> None:
     """Of a snapshot, before the root's disk or a data volume's; the owner's own disks may be what they like."""
     root = xml.parse(xml.write(of_kind("snp", volumes=VOLUMES)))
-    assert xml.overlays(root) == []
+    assert list(layers.of_image(root)) == []
     for disk in root.iterfind("devices/disk"):
         disk.find("driver").set("type", "qcow2")  # type: ignore[union-attr]  # ours have one
     stray = ET.SubElement(root.find("devices"), "disk", device="disk")  # type: ignore[arg-type]  # as above
     ET.SubElement(stray, "driver", type="qcow2")
-    assert len(xml.overlays(root)) == 1 + len(VOLUMES)
+    assert len(list(layers.of_image(root))) == 1 + len(VOLUMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,7 +16,8 @@ import pytest
 
 from jindiskd.domain import connection, inventory, reconciler
 from jindiskd.domain.binding import Bindings
-from jindiskd.errors import NotFound, NotSupported
+from jindiskd.domain.check import DomainRefused
+from jindiskd.errors import Busy, NotFound, NotSupported
 
 from .conftest import Bench
 
@@ -182,25 +184,73 @@ async def test_one_whose_launch_failed(bench: Bench, watchful: None) -> None:
 
 
 @pytest.mark.host
-async def test_a_snapshot_puts_another_file_before_the_disk(bench: Bench) -> None:
-    """The machine runs on; its definition is not made anew over what was written since."""
+async def test_a_snapshot_puts_another_file_before_the_disk(bench: Bench, watchful: None) -> None:
+    """The machine runs on, and what is shown says so; its image is not read as if it were all, nor is its definition
+    made anew over what was written since. The command that is named puts it back.
+    """
     service = await bench.service()
-    await bench.launch(service)
+    view = await bench.launch(service)
+    files = frozenset({str(bench.images.root / "demo/disk.img")})
+
+    async def users() -> None:
+        await service.refuse_users("demo", view.image_id, files)
+
+    with pytest.raises(AssertionError, match="internal snapshot"):  # libvirt has none in raw disks
+        await asyncio.to_thread(virsh, "snapshot-create-as", "demo", "inside")
+    await users()
+
+    async def snapshot(overlay: Path) -> str:
+        disk = f"vda,file={overlay},snapshot=external"
+        await asyncio.to_thread(
+            virsh, "snapshot-create-as", "demo", "one", "--disk-only", "--no-metadata", "--diskspec", disk
+        )
+        await bench.until(lambda: str(overlay) in service.get("demo").layer)
+        assert service.get("demo").state == "running"
+        with pytest.raises(Busy, match="blockcommit demo vda") as said:
+            await users()
+        return str(said.value)
+
+    (command,) = re.findall(r"'virsh (blockcommit [^']*)'", await snapshot(bench.directory / "first"))
+    await asyncio.to_thread(virsh, *command.split(), "--wait")
+    await bench.until(lambda: service.get("demo").layer == "")
+    await users()
     overlay = bench.directory / "overlay"
-    disk = f"vda,file={overlay},snapshot=external"
-    await asyncio.to_thread(
-        virsh, "snapshot-create-as", "demo", "one", "--disk-only", "--no-metadata", "--diskspec", disk
-    )
-    assert service.get("demo").state == "running"
+    await snapshot(overlay)
     await asyncio.to_thread(virsh, "destroy", "demo")
     await bench.until(lambda: service.get("demo").state == "stopped")
-    changed = service.refuse_overlays(service.get("demo").image_id)
-    for start in (service.launch("demo"), service.start_domain("demo"), changed):
+    for start in (service.launch("demo"), service.start_domain("demo")):
         with pytest.raises(NotSupported, match=str(overlay)):
             await start
-    await service.refuse_overlays("another image")
+    with pytest.raises(DomainRefused, match="blockcommit"):
+        await service.adopt("demo", "demo")
     assert str(overlay) in await service.definition("demo")
+    await bench.until(lambda: str(overlay) in service.get("demo").layer)
+    with pytest.raises(Busy, match=str(overlay)):
+        await users()
+    # The same for whoever does not know the domain, as a stranger's.
+    with pytest.raises(Busy, match="on top of its disk"):
+        await service.refuse_users("demo", "another", files)
+    await asyncio.to_thread(virsh, "undefine", "demo")
+    await bench.until(lambda: service.list() == [])
+    await users()
     await bench.until(lambda: bench.strays() == [])
+
+
+@pytest.mark.host
+async def test_a_stranger_runs_from_the_disk(bench: Bench) -> None:
+    """What it changes is not read by others meanwhile."""
+    service = await bench.service()
+    disk = bench.images.root / "demo/disk.img"
+    text = (
+        f"<domain type='qemu'><name>stranger</name><memory unit='MiB'>64</memory><os><type>hvm</type></os><devices>"
+        f"<disk type='file'><driver name='qemu' type='raw'/><source file='{disk}'/><target dev='vda' bus='virtio'/>"
+        "</disk></devices></domain>"
+    )
+    await asyncio.to_thread(virsh, "create", "/dev/stdin", "--paused", given=text)
+    with pytest.raises(Busy, match="'stranger', which is not ours"):
+        await service.refuse_users("demo", "whatever", frozenset({str(disk)}))
+    await asyncio.to_thread(virsh, "destroy", "stranger")
+    await service.refuse_users("demo", "whatever", frozenset({str(disk)}))
 
 
 @pytest.mark.host

@@ -163,6 +163,30 @@ def test_two_launches_of_one_image_at_once(bare: Host, walk: Callable[..., Walk]
     assert virsh("list", "--name").split() == ["one"]
 
 
+def test_an_image_is_not_taken_without_what_a_snapshot_has(
+    bare: Host, walk: Callable[..., Walk], tmp_path: Path
+) -> None:
+    """Neither exported nor cloned nor removed while its guest's disk goes on elsewhere; shown, with the remedy."""
+    walk().to("running")
+    layer = bare.image("one") / "disk.layer"
+    try:
+        virsh("snapshot-create-as", "one", "s", "--disk-only", "--diskspec", f"vda,file={layer},snapshot=external")
+        bare.ctl("domain", "stop", "one", "--force", "--yes")
+        bare.until(lambda: str(layer) in bare.domain("one")["Reason"], "the snapshot")
+        for words in (f"export one {tmp_path}/stream", "clone one copy", "remove one --yes"):
+            done = bare.ctl("image", *words.split(), check=False)
+            assert (done.returncode, "virsh blockcommit one vda" in done.stderr) == (6, True), done.stderr
+        assert not (tmp_path / "stream").exists()
+        virsh("start", "one")
+        virsh("blockcommit", "one", "vda", "--active", "--pivot", "--wait")
+        bare.ctl("domain", "stop", "one", "--force", "--yes")
+        bare.ctl("image", "export", "one", str(tmp_path / "stream"))
+        bare.until(lambda: bare.domain("one")["Reason"] == "", "the end of the snapshot")
+    finally:
+        virsh("snapshot-delete", "one", "s", "--metadata")
+        layer.unlink(missing_ok=True)
+
+
 def test_a_name_that_somebody_else_uses(bare: Host) -> None:
     """A domain of that name which is not ours stays as it is."""
     text = "<domain type='qemu'><name>one</name><memory>1024</memory><os><type>hvm</type></os></domain>"
