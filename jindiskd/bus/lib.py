@@ -14,17 +14,20 @@ if not hasattr(typing, "no_type_check_decorator"):  # gone in Python 3.15, and t
 
 import dbus_next
 import dbus_next.aio.message_bus
+import dbus_next.auth
 import dbus_next.errors
 from dbus_next import signature
 from dbus_next._private import constants, unmarshaller
 
 _top: Any = dbus_next
 _aio: Any = dbus_next.aio.message_bus
+_auth: Any = dbus_next.auth
 _errors: Any = dbus_next.errors
 _unmarshaller: Any = unmarshaller
 _constants: Any = constants
 _signature: Any = signature
 
+AuthAnonymous = _auth.AuthAnnonymous
 BusType = _top.BusType
 Message = _top.Message
 MessageFlag = _top.MessageFlag

@@ -42,6 +42,8 @@ class App:
         self.json = False
         self.log_json = False
         self.legend = True
+        self.host = ""
+        """The machine whose service is asked, as ssh takes it; empty for this one."""
 
     @property
     def progress_bar(self) -> bool:

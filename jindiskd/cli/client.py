@@ -11,9 +11,13 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from jindiskd.bus.contract import BUS_NAME, ERROR_PREFIX, FDO, ROOT_PATH, interface
 from jindiskd.bus.lib import BusType, Message, MessageFlag, MessageType, Variant
 from jindiskd.bus.transport import Connection, close_all, connect_to
+from jindiskd.cli import elsewhere
+from jindiskd.cli.app import App
 from jindiskd.cli.exits import BY_CODE, BY_NAME
 from jindiskd.errors import EXIT_FAILED, JindiskError, ServiceUnavailable
 
@@ -50,8 +54,11 @@ def plain(value: Any) -> Any:
 class Client:
     """A connection to the service."""
 
-    def __init__(self, bus: Connection, *, auto_start: bool = True, interactive: bool = True) -> None:
-        self._bus, self.auto_start = bus, auto_start
+    def __init__(
+        self, bus: Connection, *, auto_start: bool = True, interactive: bool = True, host: str = ""
+    ) -> None:
+        """`host`: whose service it is, if not this machine's."""
+        self._bus, self.auto_start, self.host = bus, auto_start, host
         self._signals: asyncio.Queue[Any] = asyncio.Queue()
         self._interactive = interactive and sys.stdin.isatty()
         bus.add_message_handler(self._on_message)
@@ -99,6 +106,8 @@ class Client:
     async def call(self, path: str, iface: str, member: str, *arguments: Any, fds: Sequence[int] = ()) -> Any:
         """Call a method of the contract; returns its result, or a tuple of several, or None."""
         method = interface(iface).methods[member]
+        if not self._bus.carries_fds and (fds or "h" in method.out_signature):
+            elsewhere.refuse_files(self.host, member)
         reply = await self._send(BUS_NAME, path, iface, member, method.in_signature, list(arguments), fds)
         if method.out_signature == "h":
             return reply.unix_fds[reply.body[0]]
@@ -167,9 +176,17 @@ class Client:
 async def connected(*, agent: bool = True, auto_start: bool = True) -> AsyncIterator[Client]:
     """A client of the service on the system bus; `agent`: ask for a password in the terminal where that is needed.
 
+    With `--host` it is that machine's, where no agent of ours is asked.
+
     Raises:
         ServiceUnavailable: there is no bus.
     """
+    context = click.get_current_context(silent=True)
+    app = context.find_object(App) if context is not None else None
+    if app is not None and app.host:
+        async with elsewhere.bus_of(app.host) as there:
+            yield Client(there, auto_start=auto_start, interactive=False, host=app.host)
+        return
     bus = await connect_to(BusType.SYSTEM)
     asking = await asyncio.to_thread(_start_agent) if agent else None
     try:

@@ -55,7 +55,7 @@ async def _doctor(app: App, asked: Mapping[str, str | None], *, everything: bool
         async with connected() as client:
             rows = await client.call(ROOT_PATH, MANAGER, "Diagnose", options)
     except ServiceUnavailable:
-        if asked["image"] or asked["domain"]:
+        if asked["image"] or asked["domain"] or app.host:
             raise
         rows = [SERVICE_DOWN, *_local(asked["platform"])]
     problems = sum(row["verdict"] == Verdict.PROBLEM for row in rows)

@@ -90,7 +90,12 @@ class Connection:
             NotSupported: libvirt is another machine's.
         """
         if self.remote:
-            remedy = "guests reach sockets of their own host alone: run jindiskd there, with domains.libvirt_uri unset"
+            host = urlsplit(self._uri).hostname
+            remedy = (
+                "guests reach the sockets of their own host alone: run jindiskd there, with domains.libvirt_uri unset, "
+                f"take images there by 'jindiskctl image export IMAGE - | ssh {host} jindiskctl image import -', and "
+                f"work with it from here by 'jindiskctl --host {host} ...'"
+            )
             raise NotSupported(f"{what} on another machine ({shown(self._uri)})", remedy)
 
     @property

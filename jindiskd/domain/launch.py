@@ -215,7 +215,7 @@ class Launcher:
         return text
 
     async def _refuse_layers(self, view: DomainView) -> None:
-        """Keep a definition that has a snapshot's file before a disk of the image: made anew, what is in it was lost."""
+        """Keep a definition that has a snapshot's file before a disk of the image: made anew, what it has was lost."""
         try:
             root = xml.parse((await machine.definition(self._connection, view.uuid)).text)
         except NotFound:
