@@ -177,14 +177,10 @@ def test_an_image_is_not_taken_without_what_a_snapshot_has(
             done = bare.ctl("image", *words.split(), check=False)
             assert (done.returncode, "virsh blockcommit one vda" in done.stderr) == (6, True), done.stderr
         assert not (tmp_path / "stream").exists()
-        virsh("start", "one")
-        virsh("blockcommit", "one", "vda", "--active", "--pivot", "--wait")
-        bare.ctl("domain", "stop", "one", "--force", "--yes")
-        bare.ctl("image", "export", "one", str(tmp_path / "stream"))
-        bare.until(lambda: bare.domain("one")["Reason"] == "", "the end of the snapshot")
     finally:
-        virsh("snapshot-delete", "one", "s", "--metadata")
+        virsh("undefine", "one", "--snapshots-metadata")
         layer.unlink(missing_ok=True)
+    bare.ctl("image", "export", "one", str(tmp_path / "stream"))
 
 
 def test_a_name_that_somebody_else_uses(bare: Host) -> None:
