@@ -2,74 +2,23 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-POLKITD = Path("/usr/lib/polkit-1/polkitd")
-POLICY = Path(__file__).resolve().parents[2] / "dbus/org.jindisk1.policy"
-NOBODY, SERVICE = 65534, 5
+from polkitbus import POLKITD, SERVICE, Rules, ctl, polkitd
 
 pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="needs root to become other users and to mount"),
     pytest.mark.skipif(not POLKITD.exists(), reason="polkitd is not installed"),
 ]
 
-# In its own mount namespace polkitd finds our actions and rules, and knows the service's user by its name.
-START = """
-set -e
-mount --bind {folder}/actions /usr/share/polkit-1/actions
-mount --bind {folder}/rules.d /etc/polkit-1/rules.d
-mount --bind {folder}/passwd /etc/passwd
-exec {polkitd} --no-debug
-"""
-
-
-class Rules:
-    """What the administrator decided."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "rules.d/50-test.rules"
-
-    def write(self, body: str) -> None:
-        """Decide by the body of a rule."""
-        self.file.write_text(f"polkit.addRule(function (action, subject) {{ {body} }});\n")
-
 
 @pytest.fixture
 def polkit(unstarted, private_bus) -> Iterator[Rules]:
     """polkitd on the private bus."""
-    folder = unstarted.folder / "polkit"
-    for name in ("actions", "rules.d"):
-        (folder / name).mkdir(parents=True)
-    shutil.copy(POLICY, folder / "actions")
-    lines = [line for line in Path("/etc/passwd").read_text().splitlines() if f":{SERVICE}:" not in line]
-    lines.append(f"jindiskd:x:{SERVICE}:{SERVICE}::/:/usr/sbin/nologin")
-    (folder / "passwd").write_text("\n".join(lines) + "\n")
-    rules = Rules(folder)
-    rules.write("")
-    with (folder / "log").open("wb") as log:
-        words = ["unshare", "--mount", "sh", "-c", START.format(folder=folder, polkitd=POLKITD)]
-        process = subprocess.Popen(words, env=unstarted.environment, stdout=log, stderr=log)
-    try:
-        until = time.monotonic() + 120
-        while (
-            b"org.freedesktop.PolicyKit1"
-            not in subprocess.run(
-                ["busctl", f"--address={private_bus}", "list", "--no-legend"], capture_output=True
-            ).stdout
-        ):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < until, (folder / "log").read_text()
-            time.sleep(0.05)
+    with polkitd(unstarted, private_bus) as rules:
         yield rules
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
@@ -80,17 +29,6 @@ def service(unstarted):
     os.chown(unstarted.state / "simulated-root", SERVICE, SERVICE)
     unstarted.start(uid=SERVICE)
     return unstarted
-
-
-def ctl(service, *words: str) -> tuple[int, str]:
-    """jindiskctl as nobody: status and all its output."""
-    program = Path(sys.executable).with_name("jindiskctl")
-    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    out = subprocess.run(
-        [*user, program, *words], env=service.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=300, cwd="/",
-    )  # fmt: skip
-    return out.returncode, out.stdout + out.stderr
 
 
 def settled(service, rules: Rules, body: str, *words: str) -> tuple[int, str]:
