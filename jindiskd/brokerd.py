@@ -7,7 +7,7 @@ What lies in the state directory::
 
     kek          32 bytes, mode 0600: the key-encryption key, unless it comes from a credential or a TPM
     keys.db      the key store and audit log (SQLite, mode 0600), unless configured elsewhere
-    sev/         AMD's certificates of the hosts' processors, for SEV and SEV-ES (`broker.sev`)
+    sev/         AMD's certificates of a host's processor, put there by hand (`broker.sev`)
     broker.pem   the key that guests pin, mode 0600: every image of this owner pins it; brokers that share a database
                  share it
 """
@@ -83,10 +83,13 @@ def warnings(config: Config) -> tuple[str, ...]:
     return tuple(found)
 
 
-def verifiers_of(config: Config) -> list[Verifier]:
+def collector_of(config: Config) -> Collector:
+    """What gives the collateral. One is enough, and counts how often the makers are asked."""
+    return Collector(CollateralCache(config.collateral_dir), Vendors() if config.collateral.fetch else None)
+
+
+def verifiers_of(config: Config, collector: Collector) -> list[Verifier]:
     """Verifiers for AMD's and Intel's roots, and one for the simulated root where that is allowed."""
-    cache = CollateralCache(config.collateral_dir)
-    collector = Collector(cache, Vendors() if config.collateral.fetch else None)
     found = [*genuine_verifiers(collector), *plugged_in(config.broker.verifiers, collector)]
     if config.broker.allow_simulated:
         path = config.broker.simulated_root
@@ -101,7 +104,7 @@ def verifiers_of(config: Config) -> list[Verifier]:
     return found
 
 
-def launch_judge(config: Config, store: Store) -> SevJudge:
+def launch_judge(config: Config, store: Store, collector: Collector) -> SevJudge:
     """What judges SEV and SEV-ES launches, of the simulated platform where that is allowed and known.
 
     Raises:
@@ -118,6 +121,7 @@ def launch_judge(config: Config, store: Store) -> SevJudge:
     return SevJudge(
         store,
         certificates=config.service.state_dir / SEV_CERTIFICATES,
+        collector=collector,
         simulated=None if simulated is None else lambda: simulated,
     )
 
@@ -139,7 +143,8 @@ class Service:
         config, stack = self._config, self._stack
         for directory, mode in ((config.service.state_dir, 0o700), (config.service.runtime_dir, 0o755)):
             directory.mkdir(parents=True, exist_ok=True, mode=mode)
-        verifiers = verifiers_of(config)
+        collector = collector_of(config)
+        verifiers = verifiers_of(config, collector)
         store = await asyncio.to_thread(open_store, kek_place(config), config.database_url, config.database_file)
         stack.callback(store.close)
         identity = await asyncio.to_thread(TlsIdentity.load_or_create, config.service.state_dir / IDENTITY)
@@ -159,7 +164,7 @@ class Service:
                 limits=limits,
                 sessions=DatabaseSessions(store.database, limits) if store.database.shared else None,
                 metrics=metrics,
-                sev=launch_judge(config, store),
+                sev=launch_judge(config, store, collector),
             )
         )
         admin = await asyncio.to_thread(self._admin, store, identity, metrics)

@@ -56,7 +56,7 @@ class StateFiles:
         handover/          instead of the three: keys sealed for the owner's broker, where the deployment is a relay
         simulated-root/    the root of the simulated platform, where that is allowed
         simulated-sev.json the simulated SEV platform, once it was needed
-        sev/               AMD's certificates of this host's processor, for SEV and SEV-ES (`broker.sev`); with a relay
+        sev/               AMD's certificates of this host's processor, put there by hand (`broker.sev`); with a relay
                            the owner's broker has them
         console/           what guests write on their consoles
         collateral/        certificates and revocation lists of the processors' makers
@@ -157,6 +157,7 @@ async def embedded(config: Config, stack: contextlib.AsyncExitStack) -> Side:
     sev = SevOwner(
         store,
         certificates=state.root / "sev",
+        collector=collector,
         simulated=(lambda: SevPlatformKeys.load_or_create(simulated).root) if config.broker.allow_simulated else None,
         on_event=lambda event: tell_domains(side.domains[0], event),
     )

@@ -6,14 +6,18 @@ from anywhere, also on a disk for a machine without any network. One directory::
     snp/<product>/vcek-chain.pem  vlek-chain.pem      AMD's intermediates and root (ASK or ASVK, ARK)
     snp/<product>/vcek.crl        vlek.crl            revocation lists, DER
     snp/<product>/<chip>-<tcb>.der                    a chip's certificate (VCEK) for certain firmware versions
+    sev/<generation>/ask-ark.cert                     AMD's intermediate and root for SEV and SEV-ES, as AMD gives them
+    sev/cek/<id>.cert                                 the signed CEK of a processor
     tdx/<fmspc>-<ca>.json                             Intel's collateral for a family of platforms
 
-`<chip>` is 128 hexadecimal digits (16 on Turin), `<tcb>` the components by name (`bl3-tee0-snp8-ucode115`). Files are
-replaced whole; several readers and writers may use the directory at once.
+`<id>` is what SEV's GET_ID says of a processor (libvirt's `cpu0-id`), 16 to 128 hexadecimal digits; `<chip>` is 128 of
+them (16 on Turin), `<tcb>` the components by name (`bl3-tee0-snp8-ucode115`). Files are replaced whole; several readers
+and writers may use the directory at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -26,6 +30,7 @@ from pathlib import Path
 from cryptography import x509
 
 from jindiskd.attest.model import MalformedEvidence
+from jindiskd.attest.sev_certs import GENERATIONS, parse_cek, parse_pair
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, to_der
 from jindiskd.attest.snp_endorsement import parse_endorsement
 from jindiskd.attest.snp_report import Product, SnpReport, Tcb
@@ -37,6 +42,7 @@ KINDS = ("vcek", "vlek")
 NAMES = "|".join(product.value for product in Product)
 LAYOUT = re.compile(
     rf"snp/({NAMES})/((vcek|vlek)-chain\.pem|(vcek|vlek)\.crl|[0-9a-f]{{16,128}}-[a-z0-9-]{{8,60}}\.der)"
+    rf"|sev/({'|'.join(GENERATIONS)})/ask-ark\.cert|sev/cek/([0-9a-f]{{2}}){{8,64}}\.cert"
     r"|tdx/[0-9a-f]{12}-(platform|processor)\.json"
 )
 MAX_ENTRY_BYTES = MAX_COLLATERAL_BYTES
@@ -61,13 +67,16 @@ class Entry:
     what: str
     """For people."""
     expires: datetime | None
-    """When it stops being of use; None where it cannot be read."""
+    """When it stops being of use; None where it cannot be read, and for what never does."""
     problem: str = ""
+    """Why it cannot be read; empty if it can."""
 
     def state(self, now: datetime) -> str:
         """`ok`, `expires soon` (within 14 days), `expired` or `damaged`."""
-        if self.expires is None:
+        if self.problem:
             return "damaged"
+        if self.expires is None:
+            return "ok"
         return "expired" if self.expires < now else "expires soon" if self.expires < now + SOON else "ok"
 
 
@@ -119,6 +128,32 @@ class CollateralCache:
             except MalformedEvidence:
                 continue  # `entries` tells of it
             found += parts
+        return found
+
+    # SEV and SEV-ES
+
+    def sev_authorities_name(self, generation: str) -> str:
+        """Name of AMD's intermediate and root for a generation of `attest.sev_certs.GENERATIONS`."""
+        return f"sev/{generation}/ask-ark.cert"
+
+    def cek_name(self, cpu_id: bytes) -> str:
+        """Name of the signed CEK of a processor, by 8 to 64 bytes that SEV's GET_ID says of it."""
+        return f"sev/cek/{cpu_id.hex()}.cert"
+
+    def cek(self, cpu_id: bytes) -> bytes | None:
+        """The signed CEK of a processor, 2084 bytes."""
+        name = self.cek_name(cpu_id)
+        return self._read(name) if LAYOUT.fullmatch(name) else None
+
+    def sev_authorities(self) -> list[tuple[bytes, bytes]]:
+        """ASK and ARK of each generation that can be read."""
+        found = []
+        for generation in GENERATIONS:
+            blob = self._read(self.sev_authorities_name(generation))
+            if blob is None:
+                continue
+            with contextlib.suppress(MalformedEvidence):  # `entries` tells of it
+                found.append(parse_pair(blob, generation))
         return found
 
     # TDX
@@ -229,6 +264,13 @@ def read_entry(name: str, blob: bytes) -> Entry:
         fmspc, _, ca = rest.removesuffix(".json").partition("-")
         return Entry(name=name, what=f"TDX collateral of {fmspc} ({ca})", expires=_tdx_expiry(blob, fmspc))
     product, _, file = rest.partition("/")
+    if kind == "sev":
+        # SEV certificates have no dates.
+        if product == "cek":
+            parse_cek(blob)
+            return Entry(name=name, what=f"CEK of processor {file[:16]}…", expires=None)
+        parse_pair(blob, product)
+        return Entry(name=name, what=f"authorities of {product} (SEV)", expires=None)
     if file.endswith(".crl"):
         revoked = parse_crl(to_der(blob, "revocation list")[0])
         if revoked.next_update is None:

@@ -7,11 +7,12 @@ import functools
 import importlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
 from jindiskd.attest.collateral import KINDS, CollateralCache, products_of
 from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
+from jindiskd.attest.sev_certs import GENERATIONS, halves, signed_by
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier, VerifiedSnp
 from jindiskd.attest.snp_certs import parse_certificate, to_der
 from jindiskd.attest.snp_report import Product, SnpReport, parse_report
@@ -69,6 +70,39 @@ class Collector:
             blob = self._ask(self.cache.tdx_name(fmspc, ca), functools.partial(self.vendors.tdx, fmspc, ca))
         return blob
 
+    def cek(self, cpu_id: bytes) -> bytes | None:
+        """The signed CEK of a processor, by what a host that is not believed says of it."""
+        blob = self.cache.cek(cpu_id)
+        if blob is None and self.vendors is not None and any(cpu_id):
+            blob = self._ask(self.cache.cek_name(cpu_id), functools.partial(self.vendors.cek, cpu_id))
+        return blob
+
+    def sev_authorities(self, cek: bytes) -> tuple[bytes, bytes] | None:
+        """ASK and ARK of the generation whose ASK signed a CEK (2084 bytes), which does not name it.
+
+        Raises:
+            MalformedEvidence: the CEK is none.
+        """
+        for ask, ark in self.cache.sev_authorities():
+            if signed_by(ask, cek):
+                return ask, ark
+        for name, fetch in self._missing_authorities():
+            blob = self._ask(name, fetch)
+            if blob is not None:
+                ask, ark = halves(blob)
+                if signed_by(ask, cek):
+                    return ask, ark
+        return None
+
+    def _missing_authorities(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Name and function that fetches it, of each generation's that is not in the cache; none without vendors."""
+        if self.vendors is not None:
+            there = set(self.cache.names())
+            for generation in GENERATIONS:
+                name = self.cache.sev_authorities_name(generation)
+                if name not in there:
+                    yield name, functools.partial(self.vendors.sev_authorities, generation)
+
     def _ask(self, name: str, fetch: Callable[[], bytes]) -> bytes | None:
         """Fetch into the cache; None where that fails: evidence is then refused for what is missing.
 
@@ -102,6 +136,27 @@ class Collector:
                     except (VendorUnavailable, MalformedEvidence) as exc:
                         problems.append(exc)
         return problems
+
+    def fetch_sev(self, cpu_id: bytes) -> list[JindiskError]:
+        """Fetch the CEK of a processor, and the authorities of its generation; returns what went wrong."""
+        assert self.vendors is not None
+        try:
+            cek = self.vendors.cek(cpu_id)
+            self.cache.put(self.cache.cek_name(cpu_id), cek)
+        except (VendorUnavailable, MalformedEvidence) as exc:
+            return [exc]
+        if any(signed_by(ask, cek) for ask, _ in self.cache.sev_authorities()):
+            return []
+        problems: list[JindiskError] = []
+        for name, fetch in self._missing_authorities():
+            try:
+                blob = fetch()
+                self.cache.put(name, blob)
+                if signed_by(halves(blob)[0], cek):
+                    return []
+            except (VendorUnavailable, MalformedEvidence) as exc:
+                problems.append(exc)
+        return problems or [MalformedEvidence("CEK of the processor", "no generation's authorities signed it")]
 
 
 def _plausible(report: SnpReport, product: Product) -> bool:

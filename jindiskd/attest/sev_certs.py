@@ -47,6 +47,7 @@ ARK_SHA256: Mapping[str, str] = {
     "f6405e5096a6eee1eb7d5df75c49f9b9f7c8357a31c7fff150149d68588a7bf7": "Turin",
 }
 """SHA-256 of AMD's SEV root certificates; those of Milan and later have the keys of the SEV-SNP roots."""
+GENERATIONS = tuple(ARK_SHA256.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +183,59 @@ def split_chain(chain: bytes) -> tuple[SevCertificate, SevCertificate, SevCertif
     return found[0], found[1], found[2]
 
 
+def halves(blob: bytes) -> tuple[bytes, bytes]:
+    """The two certificates of AMD's file of ASK and ARK, in this order; not believed.
+
+    Raises:
+        MalformedEvidence: another length.
+    """
+    if len(blob) not in {2 * size for size in CA_SIZES.values()}:
+        raise MalformedEvidence("SEV authorities", f"{len(blob)} bytes are not an ASK and an ARK")
+    return blob[: len(blob) // 2], blob[len(blob) // 2 :]
+
+
+def parse_pair(blob: bytes, generation: str) -> tuple[bytes, bytes]:
+    """ASK and ARK of a generation out of AMD's file of both.
+
+    Raises:
+        MalformedEvidence: another length, other certificates, or another generation's.
+    """
+    what = f"{generation}'s SEV authorities"
+    pair = halves(blob)
+    ask, ark = map(parse_authority, pair)
+    if (ask.usage, ark.usage) != (USAGE_ASK, USAGE_ARK):
+        raise MalformedEvidence(what, "they are not an ASK and an ARK")
+    if ARK_SHA256.get(ark.sha256) != generation:
+        raise MalformedEvidence(what, f"the root {ark.sha256[:16]}… is not AMD's for {generation}")
+    large = ark.key.key_size == 4096
+    if ask.certifying_id != ark.key_id or not authority_signed(ark, ask.body, ask.signature, sha384=large):
+        raise MalformedEvidence(what, "the root did not sign the ASK")
+    return pair
+
+
+def parse_cek(blob: bytes) -> SevCertificate:
+    """Read the CEK of a processor as AMD gives it: signed by an ASK, which is not verified here.
+
+    Raises:
+        MalformedEvidence: it is another certificate, or unsigned as hosts show theirs.
+    """
+    cek = parse_sev_certificate(blob)
+    if cek.usage != USAGE_CEK:
+        raise MalformedEvidence("SEV certificate", f"it is a {NAMES[cek.usage]}, not a CEK")
+    if not any(signature.usage == USAGE_ASK for signature in cek.signatures):
+        raise MalformedEvidence("SEV certificate", "no ASK signed the CEK")
+    return cek
+
+
+def signed_by(ask: bytes, cek: bytes) -> bool:
+    """Whether an ASK signed a CEK.
+
+    Raises:
+        MalformedEvidence: one of them is not in its format.
+    """
+    return _chip_signed(parse_authority(ask), parse_sev_certificate(cek))
+
+
 def authority_signed(issuer: AuthorityCertificate, body: bytes, signature: bytes, *, sha384: bool) -> bool:
     """True where the RSASSA-PSS signature (little-endian, padded with zeros) over `body` is the issuer's."""
     size = issuer.key.key_size // 8
@@ -277,9 +331,7 @@ def verify_platform(
     findings = [Finding(f"sev.chain.{name}", text) for holds, name, text in checks if not holds]
     if findings:
         raise EvidenceRefused(findings)
-    return SevPlatform(
-        generation=generation or "", pdh=leaf.key, pdh_algorithm=leaf.algorithm, api=leaf.api
-    )
+    return SevPlatform(generation=generation or "", pdh=leaf.key, pdh_algorithm=leaf.algorithm, api=leaf.api)
 
 
 def encode_pdh(key: ec.EllipticCurvePublicKey, *, api: tuple[int, int]) -> bytes:

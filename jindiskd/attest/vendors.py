@@ -4,7 +4,8 @@ What they say is checked like a file from anywhere; the connection's TLS only ke
 are asked about. Each URL is asked once at a time, whoever wants it (single flight). A service that fails or says "too
 many requests" is left alone for a while that doubles with each failure, and meanwhile the failure is the answer.
 
-Blocking; call it in a thread, from several at once. Sources: AMD 57230 (key distribution service); Intel PCS v4.
+Blocking; call it in a thread, from several at once. Sources: AMD 57230 (key distribution service) and
+55766 (SEV API: GET_ID); Intel PCS v4.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from typing import Any
 
 from jindiskd.attest.collateral import KINDS, chip_name
 from jindiskd.attest.model import MalformedEvidence
+from jindiskd.attest.sev_certs import GENERATIONS
 from jindiskd.attest.snp_report import Product, Tcb
 from jindiskd.errors import EXIT_UNAVAILABLE, InvalidArgument, JindiskError
 
 KDS = "https://kdsintf.amd.com"
+SEV_AUTHORITIES = "https://download.amd.com/developer/eula/sev"
+"""AMD's folder of ASK and ARK for SEV and SEV-ES, a file for each generation: the key service has the CEKs alone."""
 PCS = "https://api.trustedservices.intel.com"
 INTEL_ROOT_CRL = "https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"
 MAX_BYTES = 1 << 20
@@ -66,7 +70,7 @@ class Vendors:
     """The services.
 
     Args:
-        kds, pcs, root_crl: where they are, https alone.
+        kds, pcs, root_crl, sev: where they are, https alone.
         context: for TLS; the system's authorities if not given.
         timeout_s: for connecting and for each read.
         clock: monotonic, seconds.
@@ -78,16 +82,18 @@ class Vendors:
         kds: str = KDS,
         pcs: str = PCS,
         root_crl: str = INTEL_ROOT_CRL,
+        sev: str = SEV_AUTHORITIES,
         context: ssl.SSLContext | None = None,
         timeout_s: float = TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connect to nothing yet; raises `InvalidArgument` for an address that is not https."""
-        for url in (kds, pcs, root_crl):
+        for url in (kds, pcs, root_crl, sev):
             parts = urllib.parse.urlsplit(url)
             if parts.scheme != "https" or not parts.hostname or parts.username or parts.query:
                 raise InvalidArgument("address of a vendor's service", url, "write https://host[:port][/path]")
         self._kds, self._pcs, self._root_crl = kds.rstrip("/"), pcs.rstrip("/"), root_crl
+        self._sev = sev.rstrip("/")
         self._context = context or ssl.create_default_context()
         self._timeout_s, self._clock = timeout_s, clock
         self._lock = threading.Lock()
@@ -119,6 +125,15 @@ class Vendors:
         }
         query = "&".join(f"{name}={value:02d}" for name, value in values.items())
         return self._get(f"{self._kds}/vcek/v1/{product}/{chip_name(product, chip_id)}?{query}")[0]
+
+    def sev_authorities(self, generation: str) -> bytes:
+        """ASK and ARK of a generation (`attest.sev_certs.GENERATIONS`). Raises `VendorUnavailable`."""
+        assert generation in GENERATIONS
+        return self._get(f"{self._sev}/ask_ark_{generation.lower()}.cert")[0]
+
+    def cek(self, cpu_id: bytes) -> bytes:
+        """The signed CEK of a processor, by what SEV's GET_ID says of it. Raises `VendorUnavailable`."""
+        return self._get(f"{self._kds}/cek/id/{cpu_id.hex()}")[0]
 
     # Intel
 

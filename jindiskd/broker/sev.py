@@ -5,7 +5,8 @@ and its first instruction the host shows a measurement, and gets a secret that o
 `SevJudge` takes both steps, wherever the host is: `broker.sev_owner` asks it within the service, `broker.sev_steps` for
 hosts that come over the network. Between the steps a launch is kept as a `HeldLaunch`.
 
-What AMD's key server says of a processor is kept in a directory:
+What AMD's key server says of a processor is in the collateral (`attest.collateral`), or was put by hand into a
+directory, which goes before:
 
     ark.cert ask.cert           AMD's root and intermediate for the processor's generation
     cek-<16 digits>.cert        the signed CEK; the digits are the first of `cpu0-id`, hexadecimal
@@ -27,12 +28,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from jindiskd.attest.collecting import Collector
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
 from jindiskd.attest.sev import LaunchReport, SealedSecret, SevKeys, SevPolicy, SevSession
-from jindiskd.attest.sev_certs import ARK_SHA256, CERTIFICATE_BYTES, CHAIN_BYTES, SevPlatform, verify_platform
+from jindiskd.attest.sev_certs import (
+    ARK_SHA256,
+    CERTIFICATE_BYTES,
+    CHAIN_BYTES,
+    SevPlatform,
+    signed_by,
+    verify_platform,
+)
 from jindiskd.base.platform import Tee
 from jindiskd.broker.peer import Peer
-from jindiskd.errors import EXIT_BUSY, JindiskError, NotFound
+from jindiskd.errors import EXIT_BUSY, EXIT_NOT_FOUND, JindiskError, NotFound
 from jindiskd.keys import wrap
 from jindiskd.keys.store import ApprovalWaiting, ImageRecord, KeyState, RecordChanged, ReleaseRefused, Requester, Store
 from jindiskd.policy.release import window
@@ -54,6 +63,17 @@ class ReleaseWaits(JindiskError, code="ReleaseWaits", exit_code=EXIT_BUSY):
         """`approval` as of `ApprovalWaiting`, where who is asked tells it."""
         super().__init__("it measured as it should, and its release waits for the owner's approval")
         self.approval = approval
+
+
+class SevCertificateMissing(NotFound, code="SevCertificateMissing", exit_code=EXIT_NOT_FOUND):
+    """AMD's certificates for a host's processor are not there, so that its SEV platform cannot be judged."""
+
+    def __init__(self, cpu_id: bytes) -> None:
+        """`cpu_id` as the host tells it."""
+        super().__init__("SEV certificate of AMD's for the processor", cpu_id.hex())
+        self.args = (
+            f"{self}: 'jindiskctl collateral fetch --sev-processor {cpu_id.hex()}' gets it, and its authorities",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,13 +181,20 @@ class SevJudge:
     Args:
         store: keys, records and the audit log.
         certificates: the directory above.
+        collector: gives the collateral.
         simulated: gives the simulated platform, where simulation is allowed.
     """
 
     def __init__(
-        self, store: Store, *, certificates: Path, simulated: Callable[[], SevPlatformRoot] | None
+        self,
+        store: Store,
+        *,
+        certificates: Path,
+        collector: Collector,
+        simulated: Callable[[], SevPlatformRoot] | None,
     ) -> None:
-        self._store, self._certificates, self._simulated = store, certificates, simulated
+        self._store, self._certificates, self._collector = store, certificates, collector
+        self._simulated = simulated
 
     def begin(self, peer: Peer, image_id: str, policy: int, host: HostPlatform) -> BegunLaunch:
         """Follow the host's platform to its root, and make a session for one launch there.
@@ -175,7 +202,7 @@ class SevJudge:
         Raises:
             EvidenceRefused: the platform is not genuine, the policy allows too much, or the key is withheld.
             MalformedEvidence: what the host shows is in no form that can be judged.
-            NotFound: a certificate is missing.
+            SevCertificateMissing: a certificate is not there, nor to be had.
         """
         record = self._record(image_id)
         findings = self._against(record, policy)
@@ -288,19 +315,22 @@ class SevJudge:
             return verify_platform(
                 host.pdh, host.chain, ask=known.ask, ark=known.ark, cek=known.cek, ark_sha256=known.ark_sha256
             )
-        return verify_platform(
-            host.pdh,
-            host.chain,
-            ask=self._certificate("ask"),
-            ark=self._certificate("ark"),
-            cek=self._certificate(f"cek-{host.cpu_id.hex()[:16]}"),
-            ark_sha256=ARK_SHA256,
-        )
+        cek = self._certificate(f"cek-{host.cpu_id.hex()[:16]}") or self._collector.cek(host.cpu_id)
+        if cek is None:
+            raise SevCertificateMissing(host.cpu_id)
+        ask, ark = self._certificate("ask"), self._certificate("ark")
+        if ask is None or ark is None or not signed_by(ask, cek):
+            found = self._collector.sev_authorities(cek)
+            if found is not None:
+                ask, ark = found
+        if ask is None or ark is None:
+            raise SevCertificateMissing(host.cpu_id)
+        return verify_platform(host.pdh, host.chain, ask=ask, ark=ark, cek=cek, ark_sha256=ARK_SHA256)
 
-    def _certificate(self, name: str) -> bytes:
-        path = self._certificates / f"{name}.cert"
+    def _certificate(self, name: str) -> bytes | None:
+        """One that was put there by hand."""
         try:
-            with path.open("rb") as stream:
+            with (self._certificates / f"{name}.cert").open("rb") as stream:
                 return stream.read(MAX_CERTIFICATE_BYTES)
-        except FileNotFoundError as exc:
-            raise NotFound("certificate, which AMD's key server has for this processor,", str(path)) from exc
+        except FileNotFoundError:
+            return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 
+from jindiskd.attest.collecting import Collector
 from jindiskd.attest.model import EvidenceRefused, Finding
 from jindiskd.attest.sev import LaunchReport, SealedSecret
 from jindiskd.broker.peer import BrokerEvent, Peer
@@ -23,7 +24,7 @@ class SevOwner:
 
     Args:
         store: keys, records and the audit log.
-        certificates: the directory of `broker.sev`.
+        certificates, collector: as of `SevJudge`.
         simulated: gives the simulated platform, where simulation is allowed; called in a thread.
         on_event: told of each decision, in the event loop.
     """
@@ -33,10 +34,11 @@ class SevOwner:
         store: Store,
         *,
         certificates: Path,
+        collector: Collector,
         simulated: Callable[[], SevPlatformRoot] | None,
         on_event: Callable[[BrokerEvent], None] = lambda _event: None,
     ) -> None:
-        self.judge = SevJudge(store, certificates=certificates, simulated=simulated)
+        self.judge = SevJudge(store, certificates=certificates, collector=collector, simulated=simulated)
         self._store, self._on_event = store, on_event
 
     async def begin(self, peer: Peer, policy: int, host: HostPlatform) -> OwnTurn:
@@ -53,9 +55,7 @@ class SevOwner:
 
     def tell(self, peer: Peer, kind: str, held: HeldLaunch, findings: tuple[Finding, ...] = ()) -> None:
         """Tell of a decision."""
-        event = BrokerEvent(
-            peer=peer, kind=kind, image_id=held.image_id, simulated=held.simulated, findings=findings
-        )
+        event = BrokerEvent(peer=peer, kind=kind, image_id=held.image_id, simulated=held.simulated, findings=findings)
         self._on_event(event)
 
     async def refused(self, peer: Peer, who: Requester, exc: EvidenceRefused) -> None:

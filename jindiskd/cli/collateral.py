@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import ssl
 import sys
 from collections.abc import Sequence
@@ -94,6 +95,14 @@ def status(app: App, directory: Path | None, at: datetime | None) -> None:
     help="A SEV-SNP report or TDX quote: fetch what judging it takes.",
 )
 @click.option("--platform", "platforms", multiple=True, metavar="FMSPC[:CA]", help="A TDX platform to fetch for.")
+@click.option(
+    "--sev-processor",
+    "processors",
+    multiple=True,
+    metavar="ID",
+    help="The id of a host's processor (SEV's GET_ID): fetch what judging SEV and SEV-ES launches there takes.",
+)
+@click.option("--sev-authorities", help="Address of AMD's folder of authorities for SEV, or of a cache of it.")
 @click.option("--kds", help="Address of AMD's service, or of a cache of it.")
 @click.option("--pcs", help="Address of Intel's service, or of a cache of it.")
 @click.option("--root-crl", help="Address of Intel's root revocation list.")
@@ -108,11 +117,12 @@ def fetch(app: App, /, directory: Path | None, **given: Any) -> None:
     """
     from jindiskd.attest.collecting import Collector
     from jindiskd.attest.snp_report import Product
-    from jindiskd.attest.vendors import INTEL_ROOT_CRL, KDS, PCS, Vendors
+    from jindiskd.attest.vendors import INTEL_ROOT_CRL, KDS, PCS, SEV_AUTHORITIES, Vendors
 
     context = ssl.create_default_context(cafile=os.fspath(given["ca_file"])) if given["ca_file"] else None
     vendors = Vendors(
         kds=given["kds"] or KDS,
+        sev=given["sev_authorities"] or SEV_AUTHORITIES,
         pcs=given["pcs"] or PCS,
         root_crl=given["root_crl"] or INTEL_ROOT_CRL,
         context=context,
@@ -121,7 +131,8 @@ def fetch(app: App, /, directory: Path | None, **given: Any) -> None:
     collector = Collector(cache, vendors)
     before = {entry.name: entry.expires for entry in cache.entries()}
     problems: list[JindiskError] = []
-    named = given["evidence"] or given["platforms"]
+    named = given["evidence"] or given["platforms"] or given["processors"]
+    processors = [_processor(text) for text in given["processors"]]
     products = [Product(name) for name in given["products"] or (() if named else PRODUCTS)]
     problems += collector.fetch_authorities(products)
     for path in given["evidence"]:
@@ -129,6 +140,8 @@ def fetch(app: App, /, directory: Path | None, **given: Any) -> None:
     for platform in given["platforms"]:
         fmspc, _, ca = platform.partition(":")
         problems += _tdx(collector, fmspc, ca or "platform")
+    for processor in processors:
+        problems += collector.fetch_sev(processor)
     after = {entry.name: entry.expires for entry in cache.entries()}
     new = sorted(name for name, expires in after.items() if before.get(name) != expires or name not in before)
     told = [str(problem) for problem in problems]
@@ -136,6 +149,13 @@ def fetch(app: App, /, directory: Path | None, **given: Any) -> None:
     app.show(document, lambda: f"{len(new)} new, {len(after)} files in {cache.root}")
     if told:
         raise FetchIncomplete(told)
+
+
+def _processor(text: str) -> bytes:
+    """A processor's id: 8 to 64 bytes."""
+    if re.fullmatch(r"([0-9a-fA-F]{2}){8,64}", text) is None:
+        raise InvalidArgument("processor's id", text, "give the 16 to 128 hexadecimal digits that SEV's GET_ID says")
+    return bytes.fromhex(text)
 
 
 def _for_evidence(collector: Collector, path: Path) -> list[JindiskError]:
@@ -162,9 +182,7 @@ def _for_evidence(collector: Collector, path: Path) -> list[JindiskError]:
     for product in products_of(report):
         try:
             certificate = collector.vendors.vcek(product, report.chip_id, report.reported_tcb)
-            collector.cache.put(
-                collector.cache.vcek_name(product, report.chip_id, report.reported_tcb), certificate
-            )
+            collector.cache.put(collector.cache.vcek_name(product, report.chip_id, report.reported_tcb), certificate)
         except (VendorUnavailable, MalformedEvidence) as exc:
             problems.append(exc)
             continue

@@ -82,6 +82,7 @@ BY_CODE: Mapping[str, int] = {
     "ServiceUnavailable": EXIT_UNAVAILABLE,
     "SessionFenced": EXIT_REFUSED,
     "SessionRefused": EXIT_REFUSED,
+    "SevCertificateMissing": EXIT_NOT_FOUND,
     "SignatureFound": EXIT_BUSY,
     "SimulatedRootDamaged": EXIT_INTEGRITY,
     "StartRefused": EXIT_REFUSED,

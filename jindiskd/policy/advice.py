@@ -56,7 +56,8 @@ ADVICE = {
     "snp.vmpl": "Have the guest itself ask for the report, at the level that the policy names.",
     "sev.api": "Update the host's SEV firmware.",
     "sev.chain": "Have the host show its own platform certificates, and get the CEK from AMD.",
-    "sev.chain.missing": "Put AMD's certificates of the host's processor into the broker's directory sev.",
+    "sev.chain.missing": "Give the broker AMD's certificates of the host's processor: jindiskctl collateral fetch "
+    "--sev-processor, or import them.",
     "sev.measurement": "Firmware, kernel, initrd or command line differ from the image's: build again, or start it as "
     "it was built.",
     "sev.policy": "Launch the guest with the policy that jindiskd sets.",

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import jsonout
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vendorbench import Played
 
 from jindiskd.attest.collateral import BundleRefused, CollateralCache, read_entry
 from jindiskd.attest.collecting import ASKS_PER_HOUR, CachingSnpVerifier, Collector, genuine_verifiers, platform_of
@@ -25,9 +25,6 @@ from jindiskd.attest.verifier import Evidence, TdxJudge
 from jindiskd.base.platform import Tee
 from jindiskd.cli.main import main
 from jindiskd.errors import InvalidArgument
-
-sys.path.insert(0, str(Path(__file__).parent))
-from vendorbench import Played
 
 NOW = datetime.fromisoformat("2026-07-15T00:00:00Z")
 CASES = ("milan-v2-vcek", "milan-v3-vcek", "genoa-v5-vcek", "turin-v5-vcek")
@@ -142,6 +139,71 @@ def test_tdx_collateral(services, cache, attestation):
     bare = TdxJudge(TdxVerifier(), Collector(CollateralCache(cache.root / "none")).tdx)
     with pytest.raises(EvidenceRefused, match=r"collateral\.missing"):
         bare.judge(evidence, report_data=None, now=now)
+
+
+PROCESSOR = bytes(range(64))
+
+
+def sev_certificates(attestation: Path, generation: str) -> dict[str, bytes]:
+    return {path.stem: path.read_bytes() for path in (attestation / "sev/certs" / generation).glob("*.cert")}
+
+
+@pytest.mark.parametrize("generation", ["Naples", "Rome"])
+def test_sev_certificates(services, cache, attestation, tmp_path, generation):
+    """The CEK by the processor's id, and of the authorities those that signed it; then from a bundle."""
+    there = sev_certificates(attestation, generation.lower())
+    services.play_sev(attestation)
+    services.add(f"/cek/id/{PROCESSOR.hex()}", there["cek"])
+    collector = Collector(cache, vendors(services, sev=f"{services.url}/sev"))
+    assert collector.fetch_sev(PROCESSOR) == []
+    asked = ["Naples"] if generation == "Naples" else ["Naples", "Rome"]
+    assert cache.names() == [*(f"sev/{one}/ask-ark.cert" for one in asked), f"sev/cek/{PROCESSOR.hex()}.cert"]
+    out = io.BytesIO()
+    cache.export(out)
+    out.seek(0)
+    other = CollateralCache(tmp_path / "other")
+    assert other.import_bundle(out) == len(cache.names())
+    offline = Collector(other)
+    assert offline.cek(PROCESSOR) == there["cek"]
+    assert offline.sev_authorities(there["cek"]) == (there["ask"], there["ark"])
+    assert offline.cek(bytes(64)) is None
+    # SEV certificates have no dates: they are of use for ever.
+    assert {(entry.state(NOW), entry.expires) for entry in other.entries()} == {("ok", None)}
+
+
+def test_sev_certificates_that_are_not(services, cache, attestation):
+    """Another certificate, an unsigned CEK, another generation's authorities, a cut: named, and nothing is kept."""
+    naples, rome = sev_certificates(attestation, "naples"), sev_certificates(attestation, "rome")
+    collector = Collector(cache, vendors(services, sev=f"{services.url}/sev"))
+    unsigned = naples["cek"][:0x414] + bytes(1040)
+    for body in (naples["pek"], unsigned, naples["cek"][:-1], naples["cek"] + b"x", naples["ask"], b"<html>"):
+        services.add(f"/cek/id/{PROCESSOR.hex()}", body)
+        (problem,) = collector.fetch_sev(PROCESSOR)
+        assert isinstance(problem, MalformedEvidence), body
+        assert collector.cek(PROCESSOR) is None
+    services.add(f"/cek/id/{PROCESSOR.hex()}", naples["cek"])
+    altered = bytearray(naples["ask"])
+    altered[100] ^= 1
+    bad = (
+        rome["ask"] + rome["ark"],
+        naples["ark"] + naples["ask"],
+        naples["ask"] + naples["ask"],
+        bytes(altered) + naples["ark"],
+        naples["ask"],
+        naples["ask"] + naples["ark"] + b"x",
+        naples["ask"] + (attestation / "sev/certs/naples/ark.cert.bad").read_bytes(),
+    )
+    for body in bad:
+        services.add("/sev/ask_ark_naples.cert", body)
+        assert any(isinstance(problem, MalformedEvidence) for problem in collector.fetch_sev(PROCESSOR))
+        assert cache.sev_authorities() == []
+        assert collector.sev_authorities(naples["cek"]) is None
+    assert cache.names() == [f"sev/cek/{PROCESSOR.hex()}.cert"]
+    # Authorities that are genuine and of another generation signed something else.
+    services.play_sev(attestation)
+    services.add("/sev/ask_ark_naples.cert", b"")
+    assert collector.fetch_sev(PROCESSOR) != []
+    assert collector.sev_authorities(naples["cek"]) is None
 
 
 # Services that misbehave
@@ -366,6 +428,7 @@ def test_bundles_that_are_refused_whole(filled, tmp_path):
 def test_entries_of_any_bytes(blob):
     """Every kind of file: an entry or a refusal, never another exception."""
     names = ("snp/Milan/vcek.crl", "snp/Turin/vlek-chain.pem", f"snp/Milan/{'0' * 128}-bl0-tee0-snp0-ucode0.der")
+    names += ("sev/Naples/ask-ark.cert", "sev/Turin/ask-ark.cert", f"sev/cek/{'0' * 128}.cert")
     for name in (*names, "tdx/00906ed50000-platform.json", blob.hex()):
         with pytest.raises(MalformedEvidence):
             read_entry(name, blob)
@@ -398,11 +461,18 @@ def test_the_command(services, attestation, tmp_path, capsys):
     assert main([*words, "--evidence", str(quote)]) == 0
     assert main([*words, "--platform", f"{fmspc}:{ca}"]) == 0
     assert main([*words, "--platform", "nonsense"]) == 2
+    services.play_sev(attestation)
+    services.add(f"/cek/id/{PROCESSOR.hex()}", sev_certificates(attestation, "rome")["cek"])
+    sev = [*words, "--sev-authorities", f"{services.url}/sev"]
+    assert main([*sev, "--sev-processor", PROCESSOR.hex().upper()]) == 0
+    assert main([*sev, "--sev-processor", "00" * 8]) == 69
+    for wrong in ("", "00", "0" * 17, "0" * 130, "../" * 6, "zz" * 8):
+        assert main([*sev, "--sev-processor", wrong]) == 2
     assert main([*words, "--platform", "00906ED50000"]) == 69
     capsys.readouterr()
     assert main(["--json", "collateral", "status", "--dir", here, "--at", "2026-07-15"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert len(shown["entries"]) == 14
+    assert len(shown["entries"]) == 17
     assert {entry["state"] for entry in shown["entries"]} <= {"ok", "expired", "expires soon"}
     assert any("expired" in line for line in shown["warnings"])
     (tmp_path / "here/snp/Milan/vlek.crl").write_bytes(b"x")

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jindiskd.attest.collateral import CollateralCache
+from jindiskd.attest.collecting import Collector
 from jindiskd.attest.sev import LaunchReport
 from jindiskd.attest.snp import SnpVerifier
 from jindiskd.base.endpoint import Endpoint
@@ -51,7 +53,12 @@ class Place:
             "verifiers": [SnpVerifier(roots=root.roots)],
             "allow_simulated": True,
             "on_event": self.events.append,
-            "sev": SevJudge(self.store, certificates=path / "sev", simulated=lambda: keys.root),
+            "sev": SevJudge(
+                self.store,
+                certificates=path / "sev",
+                collector=Collector(CollateralCache(path / "collateral")),
+                simulated=lambda: keys.root,
+            ),
             **more,
         }
         self.broker = self.another()

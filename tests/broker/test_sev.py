@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vendorbench import Played
 
+from jindiskd.attest.collateral import CollateralCache
+from jindiskd.attest.collecting import Collector
 from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.sev import LaunchReport
+from jindiskd.attest.vendors import Vendors
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.broker.peer import BrokerEvent, Peer
-from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevTurn
+from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevCertificateMissing, SevTurn
 from jindiskd.broker.sev_owner import SevOwner
 from jindiskd.errors import NotFound
 from jindiskd.guest.secret import DISK_KEY, entries
@@ -32,7 +36,15 @@ PEER = Peer(description="domain d", domain_uuid="d", image_id=IMAGE)
 class Owner:
     """A store with one image, and its owner's side."""
 
-    def __init__(self, path: Path, keys: SevPlatformKeys, platform: Platform, *, simulation: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keys: SevPlatformKeys,
+        platform: Platform,
+        *,
+        simulation: bool = True,
+        vendors: Vendors | None = None,
+    ) -> None:
         self.store = Store.open(f"sqlite:///{path}/keys.db", Secret.random(32))
         self.store.add_image(IMAGE, "web", platform, f"default/{IMAGE}/root", Secret(KEY))
         self.store.activate(IMAGE, [DIGEST])
@@ -40,6 +52,7 @@ class Owner:
         self.side = SevOwner(
             self.store,
             certificates=path / "sev",
+            collector=Collector(CollateralCache(path / "collateral"), vendors),
             simulated=(lambda: keys.root) if simulation else None,
             on_event=self.events.append,
         )
@@ -195,7 +208,7 @@ async def test_a_platform_that_is_not_the_one(tmp_path: Path, keys: SevPlatformK
     real = tmp_path / "real"
     real.mkdir()
     owner = Owner(real, keys, Platform.SEV)
-    with pytest.raises(NotFound, match=r"ask\.cert"):
+    with pytest.raises(NotFound, match=rf"collateral fetch --sev-processor {CPU_ID.hex()}'"):
         await owner.side.begin(PEER, 0xB, shown(keys))
     (real / "sev").mkdir()
     for name, data in (("ask", keys.ask), ("ark", keys.ark), (f"cek-{CPU_ID.hex()[:16]}", keys.cek)):
@@ -203,6 +216,36 @@ async def test_a_platform_that_is_not_the_one(tmp_path: Path, keys: SevPlatformK
     with pytest.raises(EvidenceRefused, match="none of AMD's"):
         await owner.side.begin(PEER, 0xB, shown(keys))
     assert owner.last() == ("refused", ["sev.chain.root"])
+
+
+@pytest.mark.parametrize("generation", ["naples", "rome"])
+async def test_amds_certificates_are_fetched(
+    tmp_path: Path, keys: SevPlatformKeys, vectors: Path, generation: str
+) -> None:
+    """A recorded platform is followed to AMD by what its key service says, asked once, and without it from then on."""
+    attestation = vectors / "attestation"
+    if not attestation.is_dir():
+        pytest.skip(f"the recorded evidence is not at {attestation}")
+    folder = attestation / "sev/certs" / generation
+    there = {path.stem: path.read_bytes() for path in folder.glob("*.cert")}
+    host = HostPlatform(pdh=there["pdh"], chain=there["pek"] + there["oca"] + there["cek"], cpu_id=CPU_ID)
+    with Played(tmp_path) as services:
+        services.play_sev(attestation)
+        services.add(f"/cek/id/{CPU_ID.hex()}", there["cek"])
+        vendors = Vendors(kds=services.url, sev=f"{services.url}/sev", context=services.context())
+        for _ in range(2):
+            owner = Owner(tmp_path, keys, Platform.SEV, vendors=vendors)
+            turn = await owner.side.begin(PEER, 0xB, host)
+            assert len(turn.session) == 128
+            turn.close()
+            owner.store.close()
+            (tmp_path / "keys.db").unlink()
+        assert set(services.asked.values()) == {1}
+        assert services.asked[f"/sev/ask_ark_{generation}.cert"] == 1
+    owner = Owner(tmp_path, keys, Platform.SEV)
+    (await owner.side.begin(PEER, 0xB, host)).close()
+    with pytest.raises(SevCertificateMissing):
+        await owner.side.begin(PEER, 0xB, replace(host, cpu_id=bytes(64)))
 
 
 @pytest.mark.parametrize(

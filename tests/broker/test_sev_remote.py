@@ -13,6 +13,8 @@ import pytest
 from brokerbench import REQUEST
 from sev_place import DIGESTS, IMAGE, KEYS, OTHER, PEER, POLICY, Place, cookie_of, report
 
+from jindiskd.attest.collateral import CollateralCache
+from jindiskd.attest.collecting import Collector
 from jindiskd.attest.model import EvidenceRefused
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
@@ -284,6 +286,6 @@ def test_a_simulated_platform_that_cannot_be_read(tmp_path: Path, place: Place, 
             file.write_bytes(content)
         config = Config(broker=BrokerConfig(allow_simulated=True, simulated_sev=file))
         with pytest.raises(InvalidArgument, match="simulated_sev"):
-            launch_judge(config, place.store)
+            launch_judge(config, place.store, Collector(CollateralCache(tmp_path)))
     file.write_bytes(document.dump(keys.root))
-    launch_judge(config, place.store)
+    launch_judge(config, place.store, Collector(CollateralCache(tmp_path)))

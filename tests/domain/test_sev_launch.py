@@ -18,6 +18,8 @@ import sevmounts
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "broker"))
 from brokerprocess import BrokerProcess
 
+from jindiskd.attest.collateral import CollateralCache
+from jindiskd.attest.collecting import Collector
 from jindiskd.attest.firmware import inspect_firmware
 from jindiskd.attest.measure import LaunchInputs, launch_digest
 from jindiskd.base import document
@@ -58,7 +60,12 @@ class SevBench:
         self.bench, self.keys = bench, keys
         self.directory = bench.images.root / "demo"
         self.store = Store.open(f"sqlite:///{bench.directory}/keys.db", Secret.random(32))
-        bench.sev = SevOwner(self.store, certificates=bench.directory / "sev", simulated=lambda: keys.root)
+        bench.sev = SevOwner(
+            self.store,
+            certificates=bench.directory / "sev",
+            collector=Collector(CollateralCache(bench.directory / "collateral")),
+            simulated=lambda: keys.root,
+        )
 
     def image(self, platform: Platform) -> Manifest:
         """Make `demo` an image of this platform, with its key in the store."""

@@ -109,6 +109,12 @@ class Played:
                     crl = attestation / "snp-test-pki" / product.lower() / "crl.der"
                     self.add(f"/{kind}/v1/{product}/crl", crl.read_bytes())
 
+    def play_sev(self, attestation: Path) -> None:
+        """AMD's authorities for SEV, each generation's in one file."""
+        for folder in (attestation / "sev/certs").iterdir():
+            pair = (folder / "ask.cert").read_bytes() + (folder / "ark.cert").read_bytes()
+            self.add(f"/sev/ask_ark_{folder.name}.cert", pair)
+
     def play_intel(self, collateral: bytes, fmspc: str, ca: str) -> None:
         """Intel's answers, put together again from collateral."""
         members = json.loads(collateral)
