@@ -83,18 +83,8 @@ def _obstacles(root: ET.Element, spec: DomainSpec) -> Iterator[Fault]:
         yield Fault(element="type", problem="is not 'hvm' in <os>")
     elif not check.MACHINE.fullmatch(machine.get("machine", "")):
         yield Fault(element="type@machine", problem=f"is {machine.get('machine')!r}: make the domain with machine q35")
-    disks = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") == "disk"]
-    if disks:
-        source = disks[0].find("source")
-        path = "" if source is None else source.get("file", "")
-        if path != str(spec.disk):
-            yield Fault(
-                element="disk", problem=f"has the first source {path!r} instead of the image's {str(spec.disk)!r}"
-            )
-        target = disks[0].find("target")
-        if target is None or target.get("bus") != "virtio":
-            yield Fault(element="target@bus", problem="of the image's disk must be 'virtio'")
-    for layer in layers.of_image(root):
+    yield from _root_obstacles(root, spec)
+    for layer in layers.of_image(root, str(spec.disk)):
         # Made the image's own again, it would be started without what was written since.
         problem = f"of the image's disk {layer.target} must be 'raw': {layer.told(root.findtext('name') or '')}"
         yield Fault(element="driver@type", problem=problem)
@@ -103,6 +93,30 @@ def _obstacles(root: ET.Element, spec: DomainSpec) -> Iterator[Fault]:
             yield Fault(
                 element="address", problem=f"takes slot 0x{VSOCK_SLOT:x} of the root bus, where the vsock device goes"
             )
+
+
+def _root_obstacles(root: ET.Element, spec: DomainSpec) -> Iterator[Fault]:
+    """What is wrong with the image's own disk; a domain without disks gets it."""
+    disks = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") == "disk"]
+    if not disks:
+        return
+    ours = next((disk for disk in disks if _path(disk) == str(spec.disk)), None)
+    if ours is None:
+        problem = f"with the image's disk, {str(spec.disk)!r}, is not there; the first has {_path(disks[0])!r}"
+        yield Fault(element="disk", problem=problem)
+        return
+    if ours is not disks[0] and not spec.finds_root:
+        problem = f"has the first source {_path(disks[0])!r}: guests of this image look for {str(spec.disk)!r} there"
+        yield Fault(element="disk", problem=problem)
+    target = ours.find("target")
+    if target is None or target.get("bus") != "virtio":
+        yield Fault(element="target@bus", problem="of the image's disk must be 'virtio'")
+
+
+def _path(disk: ET.Element) -> str:
+    """The file of a disk; empty where it has none."""
+    source = disk.find("source")
+    return "" if source is None else source.get("file", "")
 
 
 def _metadata(root: ET.Element, spec: DomainSpec) -> None:
@@ -159,6 +173,9 @@ def _devices(root: ET.Element, spec: DomainSpec) -> None:
         ET.SubElement(disk, "driver", name="qemu", type="raw", discard="unmap")
         ET.SubElement(disk, "source", file=str(spec.disk))
         ET.SubElement(disk, "target", dev="vda", bus="virtio")
+    for disk in devices.iterfind("disk"):
+        if _path(disk) == str(spec.disk) and disk.find("serial") is None:
+            ET.SubElement(disk, "serial").text = xml.ROOT_SERIAL
     serial = devices.find("serial")
     if serial is None:
         serial = ET.SubElement(devices, "serial", type="pty")
@@ -187,8 +204,7 @@ def _volumes(devices: ET.Element, spec: DomainSpec) -> None:
     """Make the disks of the image's data volumes anew: those that say to be one, or were one, go; others stay."""
     ours = {volume.serial: str(volume.path) for volume in spec.volumes}
     for other in devices.findall("disk"):
-        source = other.find("source")
-        path = "" if source is None else source.get("file", "")
+        path = _path(other)
         known = (other.findtext("serial") or "").strip() in ours or path in ours.values()
         if known or check.of_volume(path, spec.disk.parent):
             devices.remove(other)

@@ -37,11 +37,15 @@ class Layer:
         )
 
 
-def of_image(root: ET.Element) -> Iterator[Layer]:
-    """Those of the disks of a domain of ours that are its image's: the first, and those of data volumes."""
+def of_image(root: ET.Element, own: str = "") -> Iterator[Layer]:
+    """Those of the disks of a domain of ours that are its image's: by their serial numbers; else the root is the first.
+
+    `own` is the image's file of the root, if it is known: a disk that is still that is the root's.
+    """
     disks = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") == "disk"]
-    for number, disk in enumerate(disks):
-        if number == 0 or (disk.findtext("serial") or "").strip().startswith(SERIAL_PREFIX):
+    roots = [*xml.with_serial(root, xml.ROOT_SERIAL), *(disk for disk in disks if own and _file(disk) == own), *disks]
+    for disk in disks:
+        if disk is roots[0] or (disk.findtext("serial") or "").strip().startswith(SERIAL_PREFIX):
             driver = disk.find("driver")
             if driver is not None and driver.get("type", "raw") != "raw":
                 yield Layer(target=_target(disk), file=_file(disk))

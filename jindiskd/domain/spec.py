@@ -53,6 +53,8 @@ class DomainSpec:
     emulator: str = EMULATOR
     security: Security | None = None
     volumes: tuple[DataDisk, ...] = ()
+    finds_root: bool = False
+    """Whether the guest finds the image's disk wherever it is among the virtio disks."""
     stated: Stated = Stated()  # noqa: RUF009 (as above)
     """The policy and ID block that the image has of its own: what rules over an owner's of an adopted domain."""
 
@@ -117,6 +119,7 @@ def from_manifest(
         vsock_socket=vsock,
         emulator=emulator,
         volumes=data_disks(manifest, directory),
+        finds_root=manifest.finds_root,
         security=security,
         stated=stated,
     )

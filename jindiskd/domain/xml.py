@@ -14,9 +14,11 @@ from jindiskd.domain.binding import Binding
 from jindiskd.domain.security import Stated, Tdx, element
 from jindiskd.domain.spec import BootInputs, DomainSpec
 from jindiskd.errors import EXIT_INTEGRITY, JindiskError
-from jindiskd.guest.config import SERIAL_PREFIX
+from jindiskd.guest.config import SERIAL_PREFIX, serial_of
 
 METADATA_URI = "https://jindisk.org/xmlns/libvirt/domain/1"
+ROOT_SERIAL = serial_of("root")
+"""Of the image's own disk: tells the guest where to look first."""
 TARGETS = tuple(f"vd{letter}" for letter in "bcdefghijklmnopqrstuvwxyz")
 """For the disks of data volumes; the guest finds them by their serial numbers."""
 QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -121,7 +123,7 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     # it for confidential guests in any case; written so that the XML shows it.
     shared = {} if spec.security is None else {"iommu": "on"}
     _text(devices, "emulator", spec.emulator)
-    devices.append(disk(spec.disk, "vda", shared))
+    devices.append(disk(spec.disk, "vda", shared, ROOT_SERIAL))
     for volume, target in zip(spec.volumes, TARGETS, strict=False):
         devices.append(disk(volume.path, target, shared, volume.serial))
     ET.SubElement(devices, "controller", type="usb", model="none")

@@ -32,6 +32,7 @@ class Code(enum.StrEnum):
     INIT_MISSING = "E45"
     SWITCH_ROOT = "E46"
     INITRAMFS = "E47"
+    ROOT_DOUBLE = "E48"
     VOLUME = "E50"
     STALE = "E51"
     STORAGE = "E52"
@@ -69,8 +70,8 @@ SENTENCES = {
     Code.BROKER_MISBEHAVED: "the guest did not understand the broker's answer;"
     " check that nothing else listens there and that both are of compatible versions",
     Code.BROKER_TROUBLE: "the broker had no key for the guest or trouble of its own; look at the broker's log",
-    Code.DEVICE_MISSING: "the root volume's device did not appear in the guest;"
-    " check the domain's disk and that it is attached where the image expects it",
+    Code.DEVICE_MISSING: "no disk that may hold the root appeared in the guest;"
+    " check that the domain has the image's disk, on virtio",
     Code.HEADER: "the volume header is not the one written when the image was built: the disk was exchanged or altered",
     Code.KEY: "the released key does not open the volume; the disk belongs to another image",
     Code.ACTIVATION: "the guest's kernel did not activate the encrypted volume; check its device-mapper modules",
@@ -79,6 +80,8 @@ SENTENCES = {
     Code.SWITCH_ROOT: "the guest could not hand over to the system's init",
     Code.INITRAMFS: "the initramfs that the guest's distribution made did not come to the root, or was told to open a"
     " shell; its own words are on the guest's console",
+    Code.ROOT_DOUBLE: "two disks of the domain look like the root, and neither is where the image expects it or has the"
+    " serial number jd-root; detach the one that is a copy",
     Code.VOLUME: "the JinDisk volume is damaged, or not the one the image was built with",
     Code.STALE: "the JinDisk volume is not in its latest state: an old copy of the disk was attached",
     Code.STORAGE: "the guest could not start the JinDisk volume's storage process",

@@ -73,7 +73,8 @@ class RootVolume:
     """The volume that holds the root file system."""
 
     device: str
-    """The device node that the launch configuration gives it, for example `/dev/vda3`; a locator, not an identity."""
+    """Where it is looked for first, for example `/dev/vda3`; then in the same partition of all disks, or on all whole
+    disks. A locator, not an identity: see `rootdisk`."""
     resource: str
     """The key's resource path `repository/type/tag`."""
     luks2: Luks2Expectation | None = None

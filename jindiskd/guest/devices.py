@@ -16,26 +16,6 @@ BLOCK = Path("/sys/class/block")
 SERIAL_BYTES = 64  # virtio has room for 20
 
 
-def wait_for_device(path: Path, deadline_s: float) -> None:
-    """Wait until `path` is a block device; `deadline_s` is a `time.monotonic()` value.
-
-    Drivers probe in the kernel's own time, and no udev runs in the initrd, so the node is polled for.
-
-    Raises:
-        TimedOut: it did not appear.
-    """
-    began_s = time.monotonic()
-    while True:
-        try:
-            if stat.S_ISBLK(path.stat().st_mode):
-                return
-        except OSError:
-            pass  # not there yet; what remains wrong ends by the deadline
-        if time.monotonic() >= deadline_s:
-            raise TimedOut(f"the appearance of {path}", time.monotonic() - began_s)
-        time.sleep(POLL_S)
-
-
 def with_serial(serial: str, block: Path = BLOCK) -> list[Path]:
     """The nodes of the virtio disks that say that this is their serial number."""
     found = []
@@ -51,6 +31,8 @@ def with_serial(serial: str, block: Path = BLOCK) -> list[Path]:
 
 def wait_for_serial(serial: str, deadline_s: float, block: Path = BLOCK) -> list[Path]:
     """Wait for a disk with a serial number; returns the nodes of all that have it by then.
+
+    Drivers probe in the kernel's own time, and no udev runs in the initrd, so that it is polled for.
 
     Raises:
         TimedOut: none appeared.

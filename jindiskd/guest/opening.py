@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.guest import devices, mounts, secret, udev
+from jindiskd.guest import devices, mounts, rootdisk, secret, udev
 from jindiskd.guest.broker import GuestBroker, failing_with
 from jindiskd.guest.codes import Code, GuestFailure
 from jindiskd.guest.config import DataVolume, GuestConfig, RootVolume, SecretArea, serial_of
@@ -103,15 +103,13 @@ class Opening:
     def _look(self, volume: RootVolume | DataVolume, number: int, until_s: float) -> Found:
         """Find a volume's disk, and see whether it can be the volume."""
         if isinstance(volume, RootVolume):
-            device = Path(volume.device)
-            with failing_with(Code.DEVICE_MISSING):
-                devices.wait_for_device(device, until_s)
-        else:
-            with failing_with(Code.DATA_MISSING):
-                there = devices.wait_for_serial(serial_of(volume.name), until_s)
-            if len(there) > 1:
-                raise GuestFailure(Code.DATA_DOUBLE)
-            device = there[0]
+            root = rootdisk.find(volume.device, until_s, lambda node: (_checked(volume, node),))
+            return Found(volume=volume, number=number, device=root.node, checked=root.seen[0])
+        with failing_with(Code.DATA_MISSING):
+            there = devices.wait_for_serial(serial_of(volume.name), until_s)
+        if len(there) > 1:
+            raise GuestFailure(Code.DATA_DOUBLE)
+        device = there[0]
         with _as_data(number):
             return Found(volume=volume, number=number, device=device, checked=_checked(volume, device))
 

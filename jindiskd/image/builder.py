@@ -45,7 +45,7 @@ from jindiskd.image.volume import SealedVolume, placeholder, prepare_volume
 Report = Callable[[Progress], None]
 MAX_PROGRAM_BYTES = 32 << 20
 ROOT_DEVICE = "/dev/vda3"
-"""The disk is the guest's first virtio disk, the root its third partition: a locator, no identity."""
+"""The root is a disk's third partition, most often of the first virtio disk: a locator, no identity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +173,7 @@ class _Build:
             seeded=self.request.seed is not None,
             changes=root.changes,
             volumes=written,
+            finds_root=not self.system_initrd,  # the package in the base may be older than we are
         )
         replace_file(self.staging / manifests.FILE, document.dump(manifest))
         return manifest

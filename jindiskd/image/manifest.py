@@ -128,6 +128,8 @@ class Manifest:
     """Identity of the image that it was cloned from, else empty."""
     volumes: tuple[DataVolume, ...] = ()
     """What its guests have besides the root."""
+    finds_root: bool = False
+    """Whether the agent in its initrd finds the root on any virtio disk; an older one looks at the first alone."""
     id_block: bytes = b""
     """SEV-SNP: the owner's signed statement of digest and policy, 96 bytes; else empty. See `attest.id_block`."""
     id_auth: bytes = b""

@@ -98,6 +98,7 @@ def _change(
         initrd=disk.boot_file(staging, INITRD),
         launch_digest=launch_digest(request, staging, (staging / CMDLINE).read_text(encoding="ascii")),
         volumes=(*kept, *written),
+        finds_root=True,
         id_block=b"",  # it was signed for the other digest
         id_auth=b"",
     )

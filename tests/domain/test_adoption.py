@@ -64,6 +64,22 @@ def test_what_is_not_ours_to_change_is_refused(made: str, old: str, new: str, el
     assert [fault.element for fault in caught.value.faults] == [element]
 
 
+def test_the_images_disk_may_be_any_of_them(made: str) -> None:
+    """Where its guests look for it, which older images do not; our serial number is put on it, unless it has one."""
+    first = """<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/own.qcow2'/>
+      <target dev='vdb' bus='virtio'/></disk>"""
+    text = made.replace("<disk", f"{first}<disk", 1)
+    with pytest.raises(DomainRefused, match=r"look for '/var/lib/jindiskd/images/web/disk\.img' there"):
+        adoption.adopt(text, of_kind("simulated-snp", name="web"))
+    spec = of_kind("simulated-snp", name="web", finds_root=True)
+    disks = xml.parse(adoption.adopt(text, spec)).findall("devices/disk")
+    assert [disk.findtext("serial") for disk in disks] == [None, "jd-root"]
+    assert list(layers.of_image(xml.parse(adoption.adopt(text, spec)))) == []
+    named = text.replace("disk.img'/>", "disk.img'/><serial>mine</serial>")
+    disks = xml.parse(adoption.adopt(named, spec)).findall("devices/disk")
+    assert [disk.findtext("serial") for disk in disks] == [None, "mine"]
+
+
 def test_a_device_in_the_way_of_ours(made: str) -> None:
     """The slot of the vsock device must be free."""
     root = xml.parse(made)
@@ -128,7 +144,7 @@ def test_the_disks_of_data_volumes_are_added(made: str) -> None:
     adopted = adoption.adopt(text, spec)
     disks = xml.parse(adopted).findall("devices/disk")
     found = [(disk.findtext("serial"), disk.find("source").get("file")) for disk in disks]  # type: ignore[union-attr]  # ours have one
-    assert found[0] == (None, str(spec.disk))
+    assert found[0] == ("jd-root", str(spec.disk))
     assert set(found[1:]) == {(None, "/stray.qcow2"), *((disk.serial, str(disk.path)) for disk in VOLUMES)}
     assert len({disk.find("target").get("dev") for disk in disks}) == 4  # type: ignore[union-attr]  # as above
     assert all(disk.find("driver").get("iommu") == "on" for disk in disks)  # type: ignore[union-attr]  # as above

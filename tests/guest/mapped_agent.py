@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from jindiskd.guest import agent, devices, dm, kernel, modules, mounts, power, shutdown, switch_root, udev
+from jindiskd.guest import agent, devices, dm, kernel, modules, mounts, power, rootdisk, shutdown, switch_root, udev
 
 HELD = Path("/held")
 END_MAPPING = shutdown.end_mapping
@@ -29,7 +29,7 @@ def main(device: str, init: str) -> None:
     try:
         mounts.mount_kernel_filesystems()
         modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
-        devices.wait_for_device(Path(device), time.monotonic() + 200)
+        rootdisk.find(device, time.monotonic() + 200, lambda node: node)
         udev.publish(mapping("root", device))
         shutdown.remember_mapping("root", "TEST-root", sectors_of(device), Path(device))
         # Written now: at the end everything is read-only.

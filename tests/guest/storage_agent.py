@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from jindiskd.guest import agent, devices, kernel, modules, mounts, power, storage, switch_root
+from jindiskd.guest import agent, devices, kernel, modules, mounts, power, rootdisk, storage, switch_root
 
 
 class Plain:
@@ -44,7 +44,7 @@ def main(device: str, init: str) -> None:
     try:
         mounts.mount_kernel_filesystems()
         modules.load_modules(Path(line) for line in Path("/modules.list").read_text().split())
-        devices.wait_for_device(Path(device), time.monotonic() + 200)
+        rootdisk.find(device, time.monotonic() + 200, lambda node: node)
         storage.start(lambda: Plain(device), lambda exc: type(exc).__name__.encode(), timeout_s=20)
         mounts.mount_root(os.fspath(storage.node(0)), agent.SYSROOT, "ext4", "ro")
         switch_root.keep_initrd()

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import testroot
 from qemu import Machine
+from quick_initrd import build_initrd
 from small_broker import SmallBroker, firmware
 
 from jindiskd.guest.codes import Code
 from jindiskd.guest.config import BrokerPin, DataVolume, GuestConfig, RootVolume, serial_of
 from jindiskd.image import cpio, initrd, python_closure
-from jindiskd.image.initrd import build_initrd
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
@@ -45,6 +45,7 @@ class Boot:
         self.settings: dict[str, object] = {}
         self.root: dict[str, object] = {}
         self.arguments: dict[str, object] = {}
+        self.build = build_initrd
         self.machine: Machine
 
     def config(self) -> GuestConfig:
@@ -64,7 +65,7 @@ class Boot:
 
     def run(self) -> float:
         archive = self.tmp_path / "initrd"
-        build_initrd(config=self.config(), modules_dir=self.modules, output=archive)
+        self.build(config=self.config(), modules_dir=self.modules, output=archive)
         self.machine = self.make(initrd=archive, disk=self.disk, **self.arguments)
         self.machine.record_progress()
         if self.serve_broker:
@@ -93,6 +94,7 @@ def boot(machine, guest_kernel, encrypted, tmp_path) -> Boot:
 
 def test_success(boot) -> None:
     """From power-on to the system's init: stages in order, bound report, clean hand-over, nothing of ours left."""
+    boot.build = initrd.build_initrd
     boot.run()
     assert boot.machine.stages == STAGES
     # The broker hears of the guest before its time is over: after 4 s on an idle machine, and no limit of its own here.
@@ -121,7 +123,8 @@ def test_success(boot) -> None:
 
 
 def test_a_data_volume_beside_the_root(boot, tmp_path) -> None:
-    """By the same attestation, mounted at a place that the root does not have, and known by its name."""
+    """By the same attestation, mounted at a place that the root does not have, and known by its name; the root is not
+    where the configuration expects it, but a disk of the host's own."""
     clear = tmp_path / "data.ext4"
     with clear.open("wb") as file:
         file.truncate(16 << 20)
@@ -132,7 +135,7 @@ def test_a_data_volume_beside_the_root(boot, tmp_path) -> None:
     boot.settings["volumes"] = (
         DataVolume(name="data", resource=resource, luks2=data.expectation, mount="/srv/da.ta/here"),
     )
-    boot.arguments["serials"] = (("", boot.disk), (serial_of("data"), data.path))
+    boot.arguments["serials"] = (("", clear), (serial_of("data"), data.path), ("", boot.disk))
     boot.disk = None
     boot.run()
     assert boot.machine.stages == STAGES, boot.machine.console

@@ -28,7 +28,7 @@ def test_codes_do_not_change() -> None:
         "BROKER_UNREACHABLE": "E30", "BROKER_NOT_TRUSTED": "E31", "EVIDENCE_REFUSED": "E32", "POLICY_DENIED": "E33",
         "BROKER_MISBEHAVED": "E34", "BROKER_TROUBLE": "E35", "DEVICE_MISSING": "E40", "HEADER": "E41", "KEY": "E42",
         "ACTIVATION": "E43", "ROOT_MOUNT": "E44", "INIT_MISSING": "E45", "SWITCH_ROOT": "E46", "INITRAMFS": "E47",
-        "VOLUME": "E50",
+        "ROOT_DOUBLE": "E48", "VOLUME": "E50",
         "STALE": "E51", "STORAGE": "E52", "FENCED": "E53", "TARGET": "E54",
         "DATA_MISSING": "E60", "DATA_DOUBLE": "E61", "DATA_VOLUME": "E62", "DATA_MOUNT": "E63", "INTERNAL": "E99",
     }  # fmt: skip

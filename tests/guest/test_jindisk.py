@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import testroot
+from quick_initrd import build_initrd
 from small_broker import Remembering, SmallBroker, firmware
 from test_storage import SHUTTING_DOWN
 
 from jindiskd.base.secret import Secret
 from jindiskd.guest.codes import Code
 from jindiskd.guest.config import BrokerPin, GuestConfig, JindiskExpectation, RootVolume
-from jindiskd.image.initrd import build_initrd
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 

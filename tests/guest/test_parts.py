@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from jindiskd.errors import TimedOut
 from jindiskd.guest import devices, kernel, mounts, power, switch_root, udev
 from jindiskd.guest.codes import Code
 from jindiskd.guest.dm import Mapping
@@ -74,16 +73,6 @@ def test_enter_refuses_a_real_root() -> None:
         pytest.skip("the root of this machine is in memory itself")
     with pytest.raises(switch_root.NotAnInitrd):
         switch_root.enter(Path("/nonexistent"))
-
-
-def test_wait_for_device(tmp_path) -> None:
-    """A plain file at the device's place does not count; the wait ends at its deadline."""
-    file = tmp_path / "vda"
-    file.touch()
-    began = time.monotonic()
-    with pytest.raises(TimedOut):
-        devices.wait_for_device(file, began + 0.1)
-    assert 0.1 <= time.monotonic() - began < 60
 
 
 def test_read_head(tmp_path) -> None:

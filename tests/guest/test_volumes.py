@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import testroot
+from quick_initrd import build_initrd
 from small_broker import Remembering, SmallBroker, firmware
 
 from jindiskd.base.secret import Secret
 from jindiskd.guest.codes import Code
 from jindiskd.guest.config import BrokerPin, DataVolume, GuestConfig, JindiskExpectation, RootVolume, serial_of
-from jindiskd.image.initrd import build_initrd
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.geometry import BLOCK, default_geometry
@@ -84,7 +84,7 @@ class Boot:
         )  # fmt: skip
         archive = self.tmp_path / "initrd"
         build_initrd(config=config, modules_dir=self.modules, output=archive)
-        self.machine = self.make(initrd=archive, serials=(("", self.root), *disks))
+        self.machine = self.make(initrd=archive, serials=(*disks[:1], ("", self.root), *disks[1:]))
         self.machine.record_progress()
         self.machine.serve(19012, self.broker.serve)
         self.machine.serve(19013, firmware)
