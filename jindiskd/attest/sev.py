@@ -41,6 +41,11 @@ _PACKED = struct.Struct("<4sI16s16s")
 _MAGIC = b"JDS1"
 
 
+def volume_guid(resource: str) -> str:
+    """Of the table's entry that is the key of a data volume, by the key's resource path: a UUID of version 5."""
+    return str(uuid.uuid5(uuid.UUID(DISK_KEY_GUID), resource))
+
+
 class SevPolicy(enum.IntFlag):
     """The guest's policy: what the host may not do, and the least API version in bits 16 to 31."""
 
@@ -281,9 +286,16 @@ class SevKeys:
             generation=self.generation,
         )
 
-    def seal_disk_key(self, verified: VerifiedSevLaunch, key: Secret) -> SealedSecret:
-        """Seal the disk key for the measured launch, under a fresh IV."""
-        table = secret_table([(DISK_KEY_GUID, key.reveal())])
+    def seal_keys(self, verified: VerifiedSevLaunch, root: Secret, others: Mapping[str, Secret]) -> SealedSecret:
+        """Seal the keys of a guest's disks for the measured launch, under a fresh IV.
+
+        Args:
+            verified: the launch.
+            root: the key of its root.
+            others: those of its data volumes, by resource.
+        """
+        entries = [(volume_guid(resource), key.reveal()) for resource, key in sorted(others.items())]
+        table = secret_table([(DISK_KEY_GUID, root.reveal()), *entries])
         try:
             return seal(
                 table,

@@ -270,8 +270,13 @@ class SevJudge:
         if findings:
             raise EvidenceRefused(findings)
         who = replace(who, measurement=verified.launch_digest)
-        with self._store.release_to(record.image_id, who, revision=record.revision) as key:
-            return keys.seal_disk_key(verified, key)
+        released = self._store.release_volumes(record.image_id, who, revision=record.revision)
+        try:
+            others = {resource: key for resource, key in released.items() if resource != record.resource}
+            return keys.seal_keys(verified, released[record.resource], others)
+        finally:
+            for key in released.values():
+                key.close()
 
     def requester(self, peer: Peer, image_id: str, chip: str, held: HeldLaunch | None = None) -> Requester:
         """Who asks, for audit rows and limits."""

@@ -117,7 +117,7 @@ class Opening:
         """What opens each volume, in their order."""
         config = self._config
         if self._platform.measured_before:
-            return [self._injected(found)]
+            return self._injected(found)
         broker_until_s = self._began_s + config.timeout_s - min(AFTER_KEY_S, config.timeout_s / 4)
         reported = _telling(self._progress, Stage.REPORT)
         if not config.key_program:
@@ -132,15 +132,16 @@ class Opening:
         program = script.KeyProgram(f"/{script.PATH}", config.image_id, volume)
         return [program.fetch(config.root.resource, broker_until_s, reported)]
 
-    def _injected(self, found: Sequence[Found]) -> Secret:
-        """The guest was judged before it ran, and has its root's key."""
-        if len(found) > 1 or self._config.root.luks2 is None:
+    def _injected(self, found: Sequence[Found]) -> list[Secret]:
+        """The guest was judged before it ran, and has its keys."""
+        if any(one.volume.luks2 is None for one in found):
             raise GuestFailure(Code.CONFIG)  # a JinDisk volume's anchor comes from the broker, as other keys do
+        wanted = [secret.volume_key(one.volume.resource) if one.number else secret.DISK_KEY for one in found]
         with contextlib.suppress(OSError):  # a kernel without securityfs has no efi_secret either
             mounts.mount_securityfs()
         area = self._config.secret or SecretArea(address=0, size_bytes=0)
         with failing_with(Code.SECRET):
-            return secret.disk_key(area.address, area.size_bytes)
+            return secret.disk_keys(wanted, area.address, area.size_bytes)
 
     def _open(self, one: Found, secrets: list[Secret]) -> Path:
         """Open a volume by the first of the secrets, which is taken from them."""

@@ -7,14 +7,16 @@ Only the owner could seal it to this launch; without SEV-SNP the host can still 
     table   GUID 1e74f542-71dd-4d66-963e-ef4287ff173b (16), length (u32, all of it), entries, padding to 16
     entry   GUID (16), length (u32, with this head), data
 
-GUIDs have their first three fields little-endian. Source: Linux drivers/virt/coco/efi_secret; libvirt notes section 8.
+The root's key is the entry `DISK_KEY`; that of a data volume has a UUID of version 5 of the key's resource path, in the
+name space of the former. GUIDs have their first three fields little-endian.
+Source: Linux drivers/virt/coco/efi_secret; libvirt notes section 8.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jindiskd.base.secret import Secret
@@ -62,38 +64,53 @@ def entries(table: bytes | bytearray | memoryview) -> Mapping[uuid.UUID, bytearr
     return found
 
 
-def disk_key(address: int, size_bytes: int, *, coco: Path = COCO, memory: Path = MEMORY) -> Secret:
-    """The disk key, and no copy of it left where it was as far as that can be had.
+def volume_key(resource: str) -> uuid.UUID:
+    """Which entry is the key of a data volume, by the key's resource path; the root's is `DISK_KEY`."""
+    return uuid.uuid5(DISK_KEY, resource)
+
+
+def disk_keys(
+    wanted: Sequence[uuid.UUID], address: int, size_bytes: int, *, coco: Path = COCO, memory: Path = MEMORY
+) -> list[Secret]:
+    """The keys of the guest's disks, and no copy of them left where they were as far as that can be had.
 
     Args:
+        wanted: which entries, that of the root first.
         address: guest physical address of the table, by the measured configuration.
         size_bytes: room of the area there.
         coco: where `efi_secret` shows entries.
         memory: physical memory as a file.
 
     Raises:
-        NoSecret: it is not there.
+        NoSecret: one is not there.
     """
-    file = coco / str(DISK_KEY)
-    if file.exists():
-        key = _of_file(file)
-        file.unlink()  # the module wipes the entry
+    found: Mapping[uuid.UUID, bytearray]
+    if (coco / str(wanted[0])).exists():
+        found = {name: _of_file(coco / str(name)) for name in wanted}
     else:
-        key = _of_memory(address, size_bytes, memory)
-    if not 0 < len(key) <= MAX_KEY_BYTES:
-        raise NoSecret(f"its key has {len(key)} bytes")
-    return Secret(key)
+        found = _of_memory(address, size_bytes, memory)
+    try:
+        for name in wanted:
+            length = len(found.get(name, b""))
+            if not 0 < length <= MAX_KEY_BYTES:
+                raise NoSecret(f"a key has {length} bytes" if name in found else "one of its keys is missing")
+        return [Secret(bytes(found[name])) for name in wanted]
+    finally:
+        for data in found.values():
+            data[:] = bytes(len(data))
 
 
 def _of_file(file: Path) -> bytearray:
     try:
         with file.open("rb", buffering=0) as stream:
-            return bytearray(stream.read(MAX_KEY_BYTES + 1))
+            key = bytearray(stream.read(MAX_KEY_BYTES + 1))
+        file.unlink()  # the module wipes the entry
+        return key
     except OSError as exc:
         raise NoSecret(f"error {exc.errno} while it was read") from exc
 
 
-def _of_memory(address: int, size_bytes: int, memory: Path) -> bytearray:
+def _of_memory(address: int, size_bytes: int, memory: Path) -> Mapping[uuid.UUID, bytearray]:
     if not address or not HEAD_BYTES <= size_bytes <= MAX_TABLE_BYTES:
         raise NoSecret("the image names no memory for it")
     try:
@@ -105,9 +122,6 @@ def _of_memory(address: int, size_bytes: int, memory: Path) -> bytearray:
     except OSError as exc:
         raise NoSecret(f"error {exc.errno} while memory was read") from exc
     try:
-        key = entries(table).get(DISK_KEY)
+        return entries(table)
     finally:
         table[:] = bytes(len(table))
-    if key is None:
-        raise NoSecret("the table has no disk key")
-    return key

@@ -197,9 +197,9 @@ class BuildRequest:
                 if values.count(value) > 1:
                     raise InvalidArgument(f"{what} of a volume", value, "two volumes have it; give each its own")
         what = "data volumes beside the root of an image"
-        if self.platform.measured_before:
-            text = "such guests are given one key before they run: put the data on the root, or choose another platform"
-            raise NotSupported(f"{what} for {self.platform}", text)
+        if self.platform.measured_before and any(one.format is not VolumeFormat.LUKS2 for one in self.volumes):
+            text = f"choose format {VolumeFormat.LUKS2}: a broker tells a JinDisk volume's state while the guest boots"
+            raise NotSupported(f"{what} for {self.platform} in another format", text)
         if self.initrd is InitrdKind.SYSTEM:
             raise NotSupported(f"{what} that its system's initrd opens", f"build with initrd {InitrdKind.OWN}")
         if self.key_program:

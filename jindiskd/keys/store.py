@@ -56,6 +56,8 @@ __all__ = [
 ]
 PURPOSE = KEY_PURPOSE
 HOUR_S = 3600.0
+MOST_VOLUMES = 7
+"""Further keys that are given out in one step: of as many volumes as an image can have besides its root."""
 
 
 class Store:
@@ -274,6 +276,36 @@ class Store:
         if waiting is not None:
             raise ApprovalWaiting(waiting)
         return key
+
+    def release_volumes(self, image_id: str, requester: Requester, *, revision: int | None = None) -> dict[str, Secret]:
+        """Give out the keys of all of an image's volumes in one step, by resource; all of them, or none.
+
+        Those are the root's, and further ones beside it: whose resources differ in the last part alone. Others that its
+        owner has added are for whoever asks for them. Arguments and errors as of `release_to`.
+        """
+        waiting, keys = None, dict[str, Secret]()
+        try:
+            with self.database.write() as connection:
+                record, root = self.for_release(connection, image_id, requester, revision)
+                beside = f"{root.resource.rpartition('/')[0]}/"
+                query = sa.select(keys_table.c.resource).where(keys_table.c.image_id == image_id)
+                names = [name for name in connection.scalars(query) if name.startswith(beside)]
+                if len(names) > MOST_VOLUMES:
+                    raise ReleaseRefused(image_id, "key.count", f"is one of more than {MOST_VOLUMES + 1} volumes")
+                others = [self.for_release(connection, image_id, requester, revision, name)[1] for name in names]
+                if record.rules.approval:
+                    waiting = self.approvals.needed(connection, record.image_id, requester)
+                if waiting is None:
+                    for stored in (root, *others):
+                        keys[stored.resource] = self.open_key(stored)
+                        self.released(connection, record, requester, {}, stored.resource)
+        except BaseException:
+            for key in keys.values():
+                key.close()
+            raise
+        if waiting is not None:
+            raise ApprovalWaiting(waiting)
+        return keys
 
     def for_release(
         self,

@@ -202,8 +202,8 @@ def test_a_launch():
         )
         assert verified.launch_digest == b"d" * 32
         assert verified.encrypted_state
-        sealed = session.seal_disk_key(verified, Secret(b"K" * 32))
-        again = session.seal_disk_key(verified, Secret(b"K" * 32))
+        sealed = session.seal_keys(verified, Secret(b"K" * 32), {})
+        again = session.seal_keys(verified, Secret(b"K" * 32), {})
         table = firmware.open(sealed.header, sealed.payload, report.measurement[:32])
         assert b"K" * 32 in table
         assert sealed.payload != again.payload

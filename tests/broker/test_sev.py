@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from jindiskd.broker.peer import BrokerEvent, Peer
 from jindiskd.broker.sev import HostPlatform, ReleaseWaits, SevCertificateMissing, SevTurn
 from jindiskd.broker.sev_owner import SevOwner
 from jindiskd.errors import NotFound
-from jindiskd.guest.secret import DISK_KEY, entries
+from jindiskd.guest.secret import DISK_KEY, entries, volume_key
+from jindiskd.keys.audit import Requester
+from jindiskd.keys.registry import Registry
 from jindiskd.keys.store import Store
 from jindiskd.policy.rules import ReleaseRules
 from jindiskd.sim.sev_firmware import SevLaunch, SevRefused
@@ -92,6 +95,38 @@ async def test_a_good_launch_gets_the_sealed_key(
         other.open_secret(sealed.header, sealed.payload)
     assert turn.session != again.session
     again.close()
+
+
+async def test_the_keys_of_all_volumes_are_sealed(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """Each under a name of its own, all of them or none; further keys of another kind are for whoever asks for them."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    registry, who = Registry(owner.store), Requester(peer="owner")
+    data = {f"default/{IMAGE}/{name}": bytes([number]) * 32 for number, name in enumerate(("data", "logs"), 1)}
+    for resource, key in data.items():
+        registry.add_key(IMAGE, resource, Secret(key), who)
+    registry.add_key(IMAGE, "default/certificates/web", Secret(b"c" * 4096), who)
+
+    async def launched() -> Mapping[uuid.UUID, bytearray]:
+        turn = await owner.side.begin(PEER, 0xB, shown(keys))
+        launch = SevLaunch(keys, policy=0xB, dh_certificate=turn.dh_certificate, session=turn.session)
+        try:
+            sealed = await turn.approve(report(0xB, launch.measure(DIGEST)))
+        finally:
+            turn.close()
+        return entries(launch.open_secret(sealed.header, sealed.payload))
+
+    assert await launched() == {DISK_KEY: KEY, **{volume_key(resource): key for resource, key in data.items()}}
+    rows = [row for row in owner.store.audit_rows() if row["kind"] == "released"]
+    assert [row["detail"].get("resource") for row in rows] == [None, *data]
+    owner.store.set_rules(IMAGE, replace(ReleaseRules(), releases_in_all=1))
+    with pytest.raises(EvidenceRefused, match="given out as often"):
+        await launched()
+    owner.store.set_rules(IMAGE, ReleaseRules())
+    for number in range(6):
+        registry.add_key(IMAGE, f"default/{IMAGE}/more-{number}", Secret(bytes(32)), who)
+    with pytest.raises(EvidenceRefused, match="more than 8 volumes"):
+        await launched()
+    assert len([row for row in owner.store.audit_rows() if row["kind"] == "released"]) == 3
 
 
 @pytest.mark.parametrize(

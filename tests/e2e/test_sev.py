@@ -40,7 +40,7 @@ def host() -> Iterator[Host]:
     with sevmounts.sev_machine("e2e", SevPlatformKeys.load_or_create(STATE / "simulated-sev.json")):
         made.start()
         try:
-            made.ctl("image", "build", "sev", "--base", str(BASE))
+            made.ctl("image", "build", "sev", "--base", str(BASE), "--volume", "data:32M:luks2:/srv/data")
             yield made
         finally:
             made.clear()
@@ -65,11 +65,12 @@ def test_the_guest_boots_by_the_secret_that_was_injected(host: Host) -> None:
     assert "simulated" in done.stdout
     said = host.wait_console("sev", "witness: / is", within_s=900)
     assert "/ is /dev/mapper/root (crypt)" in said
+    assert "witness: /srv/data is /dev/mapper/jindisk-data" in host.wait_console("sev", "witness: done")
     text = virsh("dumpxml", "sev")
     assert "<launchSecurity type='sev' kernelHashes='yes'>" in text
     assert "<session>" in text
     released = [row for row in rows(host) if row["kind"] == "released"]
-    assert [row["simulated"] for row in released] == [True]
+    assert [row["simulated"] for row in released] == [True, True]
     host.ctl("domain", "stop", "sev", "--force", "--yes")
 
 

@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Brok
         with sevmounts.sev_machine("e2e-relay", keys):
             made.start()
             try:
-                made.ctl("image", "build", "sev", "--base", str(BASE))
+                made.ctl("image", "build", "sev", "--base", str(BASE), "--volume", "data:32M:luks2:/srv/data")
                 made.ctl("key", "export", "sev", "--output", str(STATE / "sev.json"))
                 owner.ctl("image", "import", str(STATE / "sev.json"))
                 yield made, owner
@@ -92,8 +92,10 @@ def test_the_guest_boots_by_the_owners_secret(place: tuple[Host, BrokerProcess])
     done = host.ctl("launch", "sev", check=False)
     assert done.returncode == 0, f"{done.stderr}\n{host.log.read_text()[-3000:]}"
     assert "simulated" in done.stdout
-    assert "/ is /dev/mapper/root (crypt)" in host.wait_console("sev", "witness: / is")
-    assert [row["simulated"] for row in owner.json("audit", "list")["rows"] if row["kind"] == "released"] == [True]
+    said = host.wait_console("sev", "witness: done")
+    assert "/ is /dev/mapper/root (crypt)" in said
+    assert "witness: /srv/data is /dev/mapper/jindisk-data" in said
+    assert [row["simulated"] for row in owner.json("audit", "list")["rows"] if row["kind"] == "released"] == [True] * 2
     assert {path.name for path in STATE.iterdir()} & {"kek", "keys.db", "broker.pem", "simulated-sev.json"} == set()
     owner.ctl("key", "revoke", "sev")
     host.ctl("domain", "stop", "sev", "--force", "--yes")

@@ -1,7 +1,7 @@
 """Initrds for tests that boot many: what is the same in all is made once, and the configuration goes behind it.
 
-The kernel unpacks archives one after the other into the same tree, so that the guest finds what `build_initrd` would have
-made. `test_boot.test_success` boots what it really makes.
+The kernel unpacks archives one after the other into the same tree, so that the guest finds what `build_initrd` would
+have made. `test_boot.test_success` boots what it really makes.
 """
 
 from __future__ import annotations

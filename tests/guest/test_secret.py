@@ -8,16 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from jindiskd.attest.sev import DISK_KEY_GUID, SECRET_TABLE_GUID, secret_table
-from jindiskd.guest.secret import DISK_KEY, HEAD_BYTES, TABLE, NoSecret, disk_key, entries
+from jindiskd.attest.sev import DISK_KEY_GUID, SECRET_TABLE_GUID, secret_table, volume_guid
+from jindiskd.base.secret import Secret
+from jindiskd.guest.secret import DISK_KEY, HEAD_BYTES, TABLE, NoSecret, disk_keys, entries, volume_key
 
 KEY = bytes(range(32))
+DATA, LOGS = "default/image/data", "default/image/logs"
 OTHER = "00000000-0000-4000-8000-000000000001"
 
 
 def test_the_two_sides_name_the_same_things() -> None:
     """The guest imports nothing of the verifier's."""
     assert (str(TABLE), str(DISK_KEY)) == (SECRET_TABLE_GUID, DISK_KEY_GUID)
+    for resource in (DATA, LOGS):
+        assert str(volume_key(resource)) == volume_guid(resource)
+    # Guests of images that were built look for these.
+    assert volume_guid(DATA) == "d6b7e976-7654-541c-9afc-0cedfb805718"
+
+
+def disk_key(*arguments, **more) -> Secret:
+    """The root's alone."""
+    (key,) = disk_keys([DISK_KEY], *arguments, **more)
+    return key
 
 
 def memory(tmp_path: Path, table: bytes, address: int = 0x810) -> Path:
@@ -43,6 +55,34 @@ def test_the_kernels_own_way_is_taken_where_it_is(tmp_path: Path) -> None:
     assert not (coco / DISK_KEY_GUID).exists()
 
 
+@pytest.mark.parametrize("way", ["memory", "kernel"])
+def test_each_volume_has_a_key_of_its_own(tmp_path: Path, way: str) -> None:
+    """In whatever order the entries are; one that is missing, or of an impossible length, is as bad as none at all."""
+    wanted = [DISK_KEY, volume_key(DATA), volume_key(LOGS)]
+    given = [(volume_guid(LOGS), b"l" * 32), (OTHER, b"x"), (DISK_KEY_GUID, KEY), (volume_guid(DATA), b"d" * 32)]
+
+    def read(entries: list[tuple[str, bytes]]) -> list[bytes]:
+        if way == "memory":
+            table = bytes(secret_table(entries))
+            found = disk_keys(wanted, 0x810, 3072, coco=tmp_path / "none", memory=memory(tmp_path, table))
+        else:
+            coco = tmp_path / f"coco{len(list(tmp_path.iterdir()))}"
+            coco.mkdir()
+            for name, data in entries:
+                (coco / name).write_bytes(data)
+            found = disk_keys(wanted, 0, 0, coco=coco, memory=tmp_path / "none")
+            assert {path.name for path in coco.iterdir()} == {OTHER}
+        return [bytes(key.reveal()) for key in found]
+
+    assert read(given) == [KEY, b"d" * 32, b"l" * 32]
+    for left_out in (0, 2, 3):
+        with pytest.raises(NoSecret):
+            read([one for number, one in enumerate(given) if number != left_out])
+    for wrong in (b"", bytes(65)):
+        with pytest.raises(NoSecret, match="a key has"):
+            read([*given[:3], (volume_guid(DATA), wrong)])
+
+
 @pytest.mark.parametrize(("address", "size"), [(0, 3072), (0x810, 0), (0x810, 1 << 20), (0x900, 3072), (1 << 40, 3072)])
 def test_places_without_a_table(tmp_path: Path, address: int, size: int) -> None:
     """Not named, not there, beyond the end."""
@@ -61,7 +101,7 @@ def test_no_memory_at_all(tmp_path: Path) -> None:
 def test_keys_of_impossible_lengths(tmp_path: Path, key: bytes) -> None:
     """An empty one, and one longer than any."""
     table = bytes(secret_table([(DISK_KEY_GUID, key)]))
-    with pytest.raises(NoSecret, match="its key has"):
+    with pytest.raises(NoSecret, match="a key has"):
         disk_key(0x810, 3072, coco=tmp_path / "none", memory=memory(tmp_path, table))
 
 

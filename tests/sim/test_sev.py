@@ -78,7 +78,7 @@ def test_owner_and_firmware_agree(made: SevPlatformKeys, policy: int) -> None:
         with pytest.raises(EvidenceRefused):
             other.verify(measured, launch_digests={"image": digest})
         verified = owner.verify(measured, launch_digests={"image": digest})
-        sealed = owner.seal_disk_key(verified, Secret(b"k" * 32))
+        sealed = owner.seal_keys(verified, Secret(b"k" * 32), {})
         assert b"k" * 32 in launch.open_secret(sealed.header, sealed.payload)
         with pytest.raises(SevRefused) as again:
             launch.measure(digest)
