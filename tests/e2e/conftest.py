@@ -6,9 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import jsonout
 import pytest
 from played import Played
 from smallroot import idle_kernel, root_archive
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "broker"))
+from brokerprocess import BrokerProcess
+
+from jindiskd.sim.pki import SimulatedRoot
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ROOT / "build/tools/usr"
@@ -47,8 +53,13 @@ class Host:
         state.chmod(0o711)
         shutil.copy(TOOLS / "share/ovmf/OVMF.fd", state / "tools/OVMF.fd")
         shutil.copy(TOOLS / "bin/vhost-device-vsock", state / "tools/vhost-device-vsock")
-        (state / "jindiskd.toml").write_text(CONFIG.format(state=state))
+        self.configuration.write_text(CONFIG.format(state=state))
         self.daemon: subprocess.Popen[bytes] | None = None
+
+    @property
+    def configuration(self) -> Path:
+        """The service's configuration file."""
+        return self.state / "jindiskd.toml"
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -186,14 +197,71 @@ class Host:
 
 def started(kind: str) -> Host:
     """A service of one's own, with a state directory of its own, or a skipped test."""
-    if os.environ.get("JD_TESTENV") != "1":
-        pytest.skip("this needs a throw-away host: run it by scripts/testenv")
-    for needed in (TOOLS / "bin/vhost-device-vsock", BASE):
-        if not needed.exists():
-            pytest.skip(f"{needed.name} is not there: scripts/setup and scripts/make-base-image make it")
-    made = Host(Path(tempfile.mkdtemp(prefix=f"jindiskd-{kind}-", dir="/var/lib")))
+    needed(TOOLS / "bin/vhost-device-vsock", BASE)
+    made = placed(kind)
     made.start()
     return made
+
+
+def placed(kind: str) -> Host:
+    """A service that is not started, with a state directory of its own."""
+    return Host(Path(tempfile.mkdtemp(prefix=f"jindiskd-{kind}-", dir="/var/lib")))
+
+
+def needed(*files: Path) -> None:
+    """Skip where this is no throw-away host, or the set-up has not made these."""
+    if os.environ.get("JD_TESTENV") != "1":
+        pytest.skip("this needs a throw-away host: run it by scripts/testenv")
+    for file in files:
+        if not file.exists():
+            pytest.skip(f"{file.name} is not there: scripts/setup and scripts/make-base-image make it")
+
+
+def relay_to(made: Host, port: int) -> None:
+    """Have guests passed on to a broker at this port of this machine, whose card is in the host's state directory."""
+    text = made.configuration.read_text().replace("[broker]", '[broker]\ndeployment = "relay"')
+    made.configuration.write_text(
+        f'{text}\n[relay]\nbroker = "127.0.0.1:{port}"\ncard = "{made.state}/card.json"\n'
+    )
+
+
+@contextlib.contextmanager
+def relaying(
+    made: Host,
+    folder: Path,
+    image: str,
+    *words: str,
+    broker: Mapping[str, Any] | None = None,
+    machine: contextlib.AbstractContextManager[object] | None = None,
+) -> Iterator[BrokerProcess]:
+    """An owner's broker, to which a host relays, with an image whose keys it has.
+
+    Args:
+        made: the host, not started.
+        folder: for the broker's own.
+        image: name of the image.
+        words: more of its build.
+        broker: settings of the broker.
+        machine: around the host.
+    """
+    root = SimulatedRoot.load_or_create(made.state / "simulated-root")
+    owner = BrokerProcess(folder / "broker", root, broker=broker or {})
+    try:
+        owner.start()
+        owner.ctl("card", "--output", str(made.state / "card.json"))
+        relay_to(made, owner.ports["guests"])
+        with machine or contextlib.nullcontext():
+            made.start()
+            try:
+                made.ctl("image", "build", image, "--base", str(BASE), *words)
+                made.ctl("key", "export", image, "--output", str(made.state / f"{image}.json"))
+                owner.ctl("image", "import", str(made.state / f"{image}.json"))
+                yield owner
+            finally:
+                made.clear()
+                made.stop()
+    finally:
+        owner.close()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ side, libvirt, the firmware, the guest's kernel and agent are the real ones.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import sevmounts
 
 from jindiskd.sim.sev_platform import SevPlatformKeys
 
-from .conftest import BASE, TOOLS, Host
+from .conftest import BASE, TOOLS, Host, needed
 
 pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.long]
 STATE = Path("/var/lib/jindiskd-sev")
@@ -26,11 +25,7 @@ LOG = Path("/var/log/libvirt/qemu/sev.log")
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    if os.environ.get("JD_TESTENV") != "1":
-        pytest.skip("this needs a throw-away host: run it by scripts/testenv")
-    for needed in (TOOLS / "share/ovmf/OVMF.amdsev.fd", BASE):
-        if not needed.exists():
-            pytest.skip(f"{needed.name} is not there: scripts/setup and scripts/make-base-image make it")
+    needed(TOOLS / "share/ovmf/OVMF.amdsev.fd", BASE)
     made = Host(STATE)
     shutil.copy(TOOLS / "share/ovmf/OVMF.amdsev.fd", STATE / "tools/OVMF.amdsev.fd")
     file = STATE / "jindiskd.toml"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import trustee
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from .conftest import BASE, TOOLS, Host
+from .conftest import BASE, TOOLS, Host, needed, relay_to
 
 pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.long]
 STATE = Path("/var/lib/jindiskd-e2e-trustee")
@@ -28,11 +27,7 @@ STATE = Path("/var/lib/jindiskd-e2e-trustee")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, trustee.TrusteeBroker]]:
     """A host that relays to a Trustee broker, and an image whose key that broker has."""
-    if os.environ.get("JD_TESTENV") != "1":
-        pytest.skip("this needs a throw-away host: run it by scripts/testenv")
-    for needed in (TOOLS / "bin/vhost-device-vsock", BASE):
-        if not needed.exists():
-            pytest.skip(f"{needed.name} is not there: scripts/setup and scripts/make-base-image make it")
+    needed(TOOLS / "bin/vhost-device-vsock", BASE)
     shutil.rmtree(STATE, ignore_errors=True)
     host, folder = Host(STATE), tmp_path_factory.mktemp("owner")
     peer = trustee.TrusteeBroker(folder, roots=[], measurements=[], secrets={})
@@ -48,10 +43,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, trus
         )
         (STATE / "card.json").write_text(made.stdout)
         assert json.loads(made.stdout)["spki_sha256"] == hashlib.sha256(peer.spki).hexdigest()
-        file = STATE / "jindiskd.toml"
-        text = file.read_text().replace('"simulated-snp"', '"simulated-snp"\nformat = "luks2"')
-        text = text.replace("[broker]", '[broker]\ndeployment = "relay"')
-        file.write_text(f'{text}\n[relay]\nbroker = "127.0.0.1:{peer.port}"\ncard = "{STATE}/card.json"\n')
+        text = host.configuration.read_text().replace('"simulated-snp"', '"simulated-snp"\nformat = "luks2"')
+        host.configuration.write_text(text)
+        relay_to(host, peer.port)
         host.start()
         host.ctl("image", "build", "web", "--base", str(BASE))
         host.ctl("key", "export", "web", "--output", str(STATE / "web.json"))

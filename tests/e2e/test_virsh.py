@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 import uuid
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,3 +181,58 @@ def test_launch_starts_the_same_domain(host: Host, adopted: str) -> None:
     host.ctl("launch", "web", "--name", adopted)
     assert virsh("dumpxml", "--inactive", adopted).stdout == before
     host.ctl("domain", "stop", adopted, "--force", "--yes")
+
+
+@pytest.mark.long
+def test_volumes_come_and_go_and_another_disk_is_first(host: Host, adopted: str) -> None:
+    """The image's disk is the second, behind one of three partitions that the owner put there; with a data volume that
+    the image was given since. Each change is refused by virsh until the domain is adopted again.
+    """
+    own = host.state / "own.img"
+    own.write_bytes(bytes(64 << 20))
+    layout = "label: gpt\n" + "size=8MiB\n" * 3
+    subprocess.run(["sfdisk", "-q", own], input=layout, text=True, check=True, capture_output=True, timeout=60)
+    root = ET.fromstring(virsh("dumpxml", "--inactive", "--security-info", adopted).stdout)
+    devices = root.find("devices")
+    assert devices is not None
+    for disk in devices.findall("disk"):
+        for address in disk.findall("address"):
+            disk.remove(address)
+        disk.find("target").set("dev", "vdb")  # type: ignore[union-attr]  # each has one
+    first = ET.fromstring(
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{own}'/>"
+        "<target dev='vda' bus='virtio'/></disk>"
+    )
+    devices.insert(0, first)
+    file = host.state / "domain.xml"
+    file.write_text(ET.tostring(root, encoding="unicode"))
+    assert virsh("define", str(file)).returncode == 0
+
+    host.ctl("image", "volume", "add", "web", "data:32M:/srv/data")
+    again = f"jindiskctl domain adopt {adopted} web"
+    done = virsh("start", adopted)
+    assert done.returncode != 0
+    assert "<serial>jd-data</serial> stands there 0 times" in done.stderr
+    assert again in done.stderr
+    host.ctl("domain", "adopt", adopted, "web")
+    done = virsh("start", adopted)
+    assert done.returncode == 0, done.stderr
+    wait_for(host, "running")
+    said = host.wait_console(adopted, "witness: done")
+    assert "witness: /srv/data is /dev/nbd1" in said
+    assert "witness: /dev/disk/by-jindisk/data is /dev/nbd1, active" in said
+    busy = host.ctl("image", "volume", "remove", "web", "data", "--yes", check=False)
+    assert busy.returncode == 6, busy.stderr
+    virsh("destroy", adopted)
+    wait_for(host, "stopped")
+
+    host.ctl("image", "volume", "remove", "web", "data", "--yes")
+    done = virsh("start", adopted)
+    assert done.returncode != 0
+    assert "volume-data.img', which is no volume of the image any more" in done.stderr
+    assert again in done.stderr
+    host.ctl("domain", "adopt", adopted, "web")
+    assert "jd-data" not in virsh("dumpxml", "--inactive", adopted).stdout
+    done = virsh("start", adopted)
+    assert done.returncode == 0, done.stderr
+    virsh("destroy", adopted)
