@@ -41,7 +41,7 @@ def audit(host: DeviceHost) -> list[str]:
 def test_a_device_comes_is_opened_and_goes(host, rootfs, tmp_path):
     """Seen by its rules, matched to its image, refused or opened as the kernel can, gone with its signals."""
     daemon = host.daemon
-    daemon.ctl("image", "build", "web", "--rootfs", str(rootfs), "--vcpus", "1")
+    daemon.ctl("image", "build", "web", "--rootfs", str(rootfs), "--vcpus", "1", "--volume", "data:16M")
     disk = daemon.state / "images/web/disk.img"
     offset, size = root_of(disk)
     host.monitor(tmp_path / "signals")
@@ -111,6 +111,26 @@ def test_a_device_comes_is_opened_and_goes(host, rootfs, tmp_path):
     daemon.ctl("device", "open", "/dev/nowhere", status=3)
     (tmp_path / "short").write_bytes(bytes(5))
     daemon.ctl("device", "open", node, "--key-file", str(tmp_path / "short"), status=2)
+
+    # A data volume beside it, by its own key.
+    data = host.plug(disk.with_name("volume-data.img"))
+    host.until(lambda: data in host.devices(), "the data volume")
+    assert (host.devices()[data]["Volume"], host.devices()[data]["Image"]) == (
+        manifest["volumes"][0]["volume"]["uuid"], "web",
+    )  # fmt: skip
+    assert data in daemon.ctl("device", "show", "web", status=2), "which of the two is not for us to say"
+    if Path("/sys/block/nbd0").exists():
+        assert daemon.json("device", "open", data)["mapped"].startswith("/dev/nbd")
+        daemon.ctl("device", "close", data)
+    else:
+        assert "modprobe nbd" in daemon.ctl("device", "open", data, status=1)
+    rows = daemon.json("audit", "list")["rows"][-3:]
+    assert [row["kind"] for row in rows] == ["released", "adopted", "closed"]
+    assert manifest["volumes"][0]["resource"] in rows[0]["detail"]
+    assert host.devices()[data]["State"] == "closed"
+    states = {item["resource"]: item["state"] for item in daemon.json("key", "show", "web")["key"]["volumes"]}
+    assert states == {manifest["resource"]: "closed", manifest["volumes"][0]["resource"]: "closed"}
+    host.unplug(data)
 
     # A restart finds it again; unplugged, it goes at once.
     host.kill()
