@@ -122,15 +122,27 @@ class Opening:
         reported = _telling(self._progress, Stage.REPORT)
         if not config.key_program:
             return self._broker.obtain([one.ask for one in found], broker_until_s, reported)
-        if len(found) > 1 or config.root.jindisk is not None:
-            raise GuestFailure(Code.CONFIG)
+        if config.jindisk:
+            raise GuestFailure(Code.CONFIG)  # the broker remembers a JinDisk 2 volume's state
+        return self._programmed(found, broker_until_s, reported)
+
+    def _programmed(self, found: Sequence[Found], until_s: float, reported: Callable[[], None]) -> list[Secret]:
+        """What the program in the initrd gives for each volume."""
         # Only here, so that it is not part of the initrd, and of what is measured, where it is not used.
         from jindiskd.guest import script
 
-        luks2 = config.root.luks2
-        volume = luks2.uuid if luks2 is not None else config.root.resource
-        program = script.KeyProgram(f"/{script.PATH}", config.image_id, volume)
-        return [program.fetch(config.root.resource, broker_until_s, reported)]
+        keys: list[Secret] = []
+        try:
+            for one in found:
+                luks2 = one.volume.luks2
+                volume = luks2.uuid if luks2 is not None else one.volume.resource
+                program = script.KeyProgram(f"/{script.PATH}", self._config.image_id, volume)
+                keys.append(program.fetch(one.volume.resource, until_s, reported if not keys else _nothing))
+        except BaseException:
+            for key in keys:
+                key.close()
+            raise
+        return keys
 
     def _injected(self, found: Sequence[Found]) -> list[Secret]:
         """The guest was judged before it ran, and has its keys."""
@@ -223,3 +235,7 @@ def _as_data(number: int) -> Iterator[None]:
 
 def _telling(progress: Progress, stage: Stage) -> Callable[[], None]:
     return lambda: progress.stage(stage)
+
+
+def _nothing() -> None:
+    """Told once is enough."""

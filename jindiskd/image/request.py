@@ -202,8 +202,9 @@ class BuildRequest:
             raise NotSupported(f"{what} for {self.platform} in another format", text)
         if self.initrd is InitrdKind.SYSTEM:
             raise NotSupported(f"{what} that its system's initrd opens", f"build with initrd {InitrdKind.OWN}")
-        if self.key_program:
-            raise NotSupported(f"{what} whose key a program gives", "have the broker give the keys")
+        if self.key_program and any(one.format is not VolumeFormat.LUKS2 for one in self.volumes):
+            text = f"choose format {VolumeFormat.LUKS2}: JinDisk 2 needs the broker, which remembers the volume's state"
+            raise NotSupported(f"{what} whose keys a program gives, in another format", text)
 
 
 def clone_request(manifest: Manifest, name: str) -> BuildRequest:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from jindiskd.base import document, files
 from jindiskd.base.secret import Secret
+from jindiskd.errors import NotSupported
 from jindiskd.guest.config import GuestConfig
 from jindiskd.image import data_volumes, disk, initrd
 from jindiskd.image import kernel as kernels
@@ -35,6 +36,7 @@ from jindiskd.image.request import Progress, VolumeFormat, VolumesTask
 from jindiskd.image.sparse import unlinked_file
 from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL, StoredImage, read_manifest
 
+LUKS2 = VolumeFormat.LUKS2
 Report = Callable[[Progress], None]
 
 
@@ -55,6 +57,7 @@ def change(task: VolumesTask, root_key: Secret | None, volume_keys: Keys, report
     Raises:
         ImageDamaged: the image is not what was built, or measures otherwise than its keys are released to.
         VolumeError, Luks2HeaderRefused, WrongKey: its root cannot be read.
+        NotSupported: its keys come from a program, which knows no states of JinDisk 2 volumes.
         NoKernel, ModulesUnusable: its kernel lacks a module that the volume needs.
         NoSpace: the file system is full.
     """
@@ -76,6 +79,10 @@ def _change(
     report(Progress(stage="prepare", fraction=None))
     source = StoredImage(path=path, manifest=read_manifest((path / manifests.FILE).read_bytes(), path.name))
     archive, config = measured_config(source, task.released_to)
+    program = _key_program(archive)
+    if program is not None and any(one.name == task.added and one.format is not LUKS2 for one in request.volumes):
+        text = f"choose format {LUKS2}: JinDisk 2 needs the broker, which remembers the volume's state"
+        raise NotSupported(f"a volume of another format for image {request.name!r}, whose keys a program gives,", text)
     names = {volume.name for volume in request.volumes}
     kept = tuple(volume for volume in source.manifest.volumes if volume.name in names)
     alone = dataclasses.replace(request, volumes=tuple(one for one in request.volumes if one.name == task.added))
@@ -86,7 +93,7 @@ def _change(
     if root_key is not None:
         modules = _modules(task, source, config, root_key, share("decrypt"))
     report(Progress(stage="boot", fraction=None))
-    _, made = initrd.make_initrd(config, modules, _key_program(archive))
+    _, made = initrd.make_initrd(config, modules, program)
     files.replace_file(staging / INITRD, made.to_gzip(), 0o644)
     unchanged = [DISK, KERNEL, CMDLINE, *(volume.file for volume in kept)]
     for name in unchanged:

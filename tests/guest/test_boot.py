@@ -4,11 +4,13 @@ No guest here may run longer than its time limit plus a few seconds, print anyth
 should not.
 """
 
+import functools
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -146,6 +148,30 @@ def test_a_data_volume_beside_the_root(boot, tmp_path) -> None:
     assert ["/dev/mapper/root", "/", "ext4", "ro,relatime"] in seen["mounts"]
     assert seen["mapper"] == {"root": "/dev/dm-0", "jindisk-data": "/dev/dm-1", "control": "/dev/mapper/control"}
     assert seen["children"] == []
+
+
+@pytest.mark.long
+def test_a_program_gives_the_key_of_each_volume(boot, tmp_path) -> None:
+    """It is run for each, by the volume's UUID, and no broker is asked."""
+    clear = tmp_path / "data.ext4"
+    with clear.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", "-F", "-b", "4096", clear], check=True, capture_output=True)
+    data = testroot.encrypt_root(clear, tmp_path / "data.img", uuid="0f3b4bb5-6b8b-4c7e-9d3c-0e2f11223344")
+    keys = {boot.expectation.uuid: boot.broker.key.hex(), data.expectation.uuid: bytes(data.key.reveal()).hex()}
+    program = "#!/usr/bin/{python} -ISB\nimport os\nos.write(1, bytes.fromhex({keys}[os.environ['JINDISK_VOLUME']]))\n"
+    python = f"python3.{sys.version_info.minor}"
+    text = program.format(python=python, keys=keys).encode()
+    boot.build = functools.partial(initrd.build_initrd, key_program=text)
+    boot.settings["volumes"] = (
+        DataVolume(name="data", resource="default/image/data", luks2=data.expectation, mount="/srv/data"),
+    )
+    boot.arguments["serials"] = (("", boot.disk), (serial_of("data"), data.path))
+    boot.disk = None
+    boot.run()
+    assert boot.machine.stages == STAGES, boot.machine.console
+    assert "/dev/mapper/jindisk-data" in boot.machine.console
+    assert boot.broker.asked == []
 
 
 def test_key_is_nowhere_on_the_console(boot) -> None:

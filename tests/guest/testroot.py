@@ -108,11 +108,11 @@ class EncryptedDisk:
     expectation: Luks2Expectation
 
 
-def encrypt_root(image: Path, target: Path) -> EncryptedDisk:
+def encrypt_root(image: Path, target: Path, *, uuid: str = UUID) -> EncryptedDisk:
     """The root as the LUKS2 volume that fills a disk."""
     key, volume_key = Secret.random(32), Secret.random(layout.KEY_BYTES)
     size = image.stat().st_size
-    header = make_header(volume_key=volume_key, passphrase=key, uuid=UUID, data_bytes=size, rng=os.urandom)
+    header = make_header(volume_key=volume_key, passphrase=key, uuid=uuid, data_bytes=size, rng=os.urandom)
     header = header.ljust(layout.DATA_OFFSET_BYTES, b"\0")
     with target.open("wb+") as disk, image.open("rb") as source:
         disk.truncate(layout.DATA_OFFSET_BYTES + size)
@@ -124,7 +124,7 @@ def encrypt_root(image: Path, target: Path) -> EncryptedDisk:
     expectation = Luks2Expectation(
         header_bytes=len(header),
         header_sha256=hashlib.sha256(header).digest(),
-        uuid=UUID,
+        uuid=uuid,
         cipher=layout.CIPHER,
         key_bytes=layout.KEY_BYTES,
         sector_bytes=layout.SECTOR_BYTES,

@@ -221,7 +221,8 @@ def test_images_that_cannot_have_them(request_for) -> None:
     with pytest.raises(InvalidArgument, match="number of volumes"):
         request_for(volumes=many).check()
     request_for(volumes=many[1:]).check()
-    request_for(platform=Platform.SEV_ES, volumes=(LOGS,)).check()
+    for more in ({"platform": Platform.SEV_ES}, {"key_program": "/p"}):
+        request_for(volumes=(LOGS,), **more).check()
     for more in ({"platform": Platform.SEV_ES}, {"initrd": InitrdKind.SYSTEM}, {"key_program": "/p"}):
         with pytest.raises(NotSupported, match="data volumes"):
             request_for(volumes=(DATA,), **more).check()

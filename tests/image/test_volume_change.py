@@ -15,8 +15,9 @@ import pytest
 from jindiskd.base import document
 from jindiskd.base.secret import Secret
 from jindiskd.custody import KeyPort
-from jindiskd.errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from jindiskd.errors import AlreadyExists, Busy, InvalidArgument, NotFound, NotSupported
 from jindiskd.guest import config as guest
+from jindiskd.image import initrd
 from jindiskd.image.cpio import Archive
 from jindiskd.image.request import VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
@@ -355,3 +356,23 @@ def test_changes_of_another_service_stay(having) -> None:
     assert changes.list() == []
     with pytest.raises(NotFound):
         having.key("x")
+
+
+@pytest.mark.long
+async def test_an_image_whose_keys_a_program_gives(request_for, disk_image, tmp_path) -> None:
+    """It keeps the program, and is given volumes that the program can open alone."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/true")
+    made = Setting(tmp_path)
+    with disk_image.open("rb") as base:
+        request = request_for(name="web", seed=None, key_program=str(program))
+        await made.service.build(request, base.fileno(), lambda _progress: None)
+    before = made.state()
+    with pytest.raises(NotSupported, match="a program gives"):
+        await made.add(MORE)
+    assert made.state() == before
+    await made.add(LOGS)
+    assert made.config().key_program
+    archive = Archive.read((made.image.path / "initrd").read_bytes())
+    assert archive.entries[initrd.KEY_PROGRAM].data == program.read_bytes()
+    made.keys.close()
