@@ -55,6 +55,7 @@ class Host:
         shutil.copy(TOOLS / "bin/vhost-device-vsock", state / "tools/vhost-device-vsock")
         self.configuration.write_text(CONFIG.format(state=state))
         self.daemon: subprocess.Popen[bytes] | None = None
+        self._ids: dict[str, str] = {}
 
     @property
     def configuration(self) -> Path:
@@ -187,7 +188,9 @@ class Host:
 
     def rows(self, image: str | None = None) -> list[dict[str, Any]]:
         """The audit log, of one image if it is named."""
-        words = ["--image", self.json("image", "show", image)["image"]["ImageId"]] if image else []
+        if image and image not in self._ids:
+            self._ids[image] = self.json("image", "show", image)["image"]["ImageId"]
+        words = ["--image", self._ids[image]] if image else []
         return list(self.json("audit", "list", "--limit", "1000", *words)["rows"])
 
     def key(self, image: str) -> dict[str, Any]:

@@ -24,10 +24,14 @@ def host() -> Iterator[Host]:
         yield made
 
 
+def volumes(host: Host) -> dict[str, dict[str, Any]]:
+    """What is known of the volumes of the image, by name."""
+    return {item["resource"].rpartition("/")[2]: item for item in host.key("web")["volumes"]}
+
+
 def volume(host: Host, name: str) -> dict[str, Any]:
-    """What is known of a volume of the image."""
-    (found,) = (item for item in host.key("web")["volumes"] if item["resource"].endswith(f"/{name}"))
-    return dict(found)
+    """What is known of one of them."""
+    return volumes(host)[name]
 
 
 def virsh(*words: str) -> str:
@@ -57,19 +61,21 @@ def old(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_root_lives_through_resets_restarts_and_ends(host: Host, old: Path) -> None:
     """Booted, reset, its service killed, rebooted in order, shut down: each boot finds what the last one wrote."""
-    for name in ("root", "data"):
-        assert (volume(host, name)["state"], volume(host, name)["sequence"]) == ("closed", 1)
+    built = volumes(host)
+    assert built.keys() == {"root", "data"}
+    assert [(item["state"], item["sequence"]) for item in built.values()] == [("closed", 1)] * 2
     host.ctl("launch", "web")
     said = host.wait_console("web", "witness: done")
     assert "/ is /dev/nbd0" in said
     assert "witness: boots 0" in said
     assert "witness: /srv/data is /dev/nbd1, boots 0" in said
     assert "witness: /dev/disk/by-jindisk/data is /dev/nbd1, active" in said
-    running = {name: volume(host, name) for name in ("root", "data")}
+    running = volumes(host)
     assert [item["state"] for item in running.values()] == ["open", "open"]
     start = ["released", "released", "adopted", "adopted"]
-    assert kinds(host) == ["activated", "volume added", "volume added", *start]
-    assert len({row["guest"] for row in host.rows("web") if row["kind"] == "released"}) == 1
+    rows = host.rows("web")
+    assert [row["kind"] for row in rows] == ["activated", "volume added", "volume added", *start]
+    assert len({row["guest"] for row in rows if row["kind"] == "released"}) == 1
     # A reset tells nobody: the interrupted session's latest state is the one that boots.
     virsh("reset", "web")
     said = host.wait_console("web", "witness: done", times=2)
@@ -88,12 +94,13 @@ def test_a_root_lives_through_resets_restarts_and_ends(host: Host, old: Path) ->
     assert kinds(host)[11:] == ["closed", "closed", *start]
     host.ctl("domain", "stop", "web", check=False)  # may give up waiting on a busy machine
     host.wait_off("web")
-    for name, before in running.items():
-        assert volume(host, name)["state"] == "closed"
-        assert volume(host, name)["sequence"] > before["sequence"]
-    assert kinds(host)[17:] == ["closed", "closed"]
+    after = volumes(host)
+    assert [item["state"] for item in after.values()] == ["closed", "closed"]
+    assert all(after[name]["sequence"] > before["sequence"] for name, before in running.items())
+    rows = host.rows("web")
+    assert [row["kind"] for row in rows[17:]] == ["closed", "closed"]
+    assert all(row["simulated"] for row in rows[3:])
     assert "(nbd1): unmounting filesystem" in host.ctl("domain", "console", "web").stdout
-    assert all(row["simulated"] for row in host.rows("web")[3:])
 
 
 def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_path: Path) -> None:
@@ -132,8 +139,8 @@ def test_an_old_copy_is_refused_and_accepted_once(host: Host, old: Path, tmp_pat
     same = subprocess.run(["cmp", "-s", f"--ignore-initial={offset}", disk, old]).returncode == 0
     assert same, "a refused volume is not written to"
     host.ctl("key", "accept-rollback", "web", "--volume", "root", "--reason", "restored", "--yes")
-    assert volume(host, "root")["rollback-accepted"]
-    assert not volume(host, "data")["rollback-accepted"]
+    accepted = volumes(host)
+    assert (accepted["root"]["rollback-accepted"], accepted["data"]["rollback-accepted"]) == (True, False)
     host.ctl("launch", "web")
     said = host.wait_console("web", "witness: done")
     assert "witness: boots 0" in said
