@@ -38,7 +38,6 @@ def test_a_guest_boots_through_the_relay(place: tuple[Host, BrokerProcess]) -> N
     assert "witness: /srv/data is /dev/nbd1" in said
     released = [row for row in owner.json("audit", "list")["rows"] if row["kind"] == "released"]
     assert len(released) == 2, "the root's key and the volume's"
-    assert len({row["guest"] for row in released}) == 1
     domain = host.json("domain", "show", "web")["domain"]
     assert (domain["State"], domain["RelayReason"]) == ("running", "")
     assert domain["RelayState"] in {"idle", "open"}
