@@ -75,21 +75,6 @@ def test_polkit_decides_what_each_user_may_do(polkit, service, rootfs):
     assert ctl(service, "audit", "list")[0] == 0
 
 
-def test_somebody_elses_job_needs_a_right_and_ones_own_does_not(polkit, service, large_rootfs):
-    """Cancelling is for the starter, root, and who may cancel others' jobs."""
-    archive = service.folder / "root.tar"
-    shutil.copy(large_rootfs, archive)
-    archive.chmod(0o644)
-    service.ctl("image", "build", "roots", "--rootfs", str(archive), "--no-wait")
-    assert ctl(service, "job", "cancel", "1")[0] == 5
-    service.ctl("job", "cancel", "1")
-    allow = 'if (action.id == "org.jindisk1.build-image") return polkit.Result.YES;'
-    status, text = settled(service, polkit, allow, "image", "build", "own", "--rootfs", str(archive), "--no-wait")
-    assert (status, text) == (0, "job 2\n")
-    status, text = ctl(service, "job", "cancel", "2")
-    assert (status, text.splitlines()[0]) == (0, "Job 2 was cancelled.")
-
-
 def test_without_polkit_only_root_may(service):
     """And the refusal says why."""
     status, text = ctl(service, "audit", "list")
