@@ -17,7 +17,7 @@ from jindiskd.base import document
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.bus.jobs import microseconds
+from jindiskd.bus.objects import microseconds
 from jindiskd.bus.ports import KeyView
 from jindiskd.domain.service import DomainService
 from jindiskd.domain.state import ACTIVE

@@ -22,7 +22,7 @@ from jindiskd.attest.model import Finding, MalformedEvidence
 from jindiskd.attest.snp import VerifiedSnp
 from jindiskd.base.platform import Tee
 from jindiskd.broker.refused import decided_again, told
-from jindiskd.bus.jobs import microseconds
+from jindiskd.bus.objects import microseconds
 from jindiskd.bus.ports import ApprovalView, AuditOrder
 from jindiskd.config import Config
 from jindiskd.errors import Busy, Cancelled, JindiskError

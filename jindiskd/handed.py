@@ -23,7 +23,7 @@ from jindiskd.base.anchor import Anchor
 from jindiskd.base.files import fsync_directory, replace_file
 from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
-from jindiskd.bus.jobs import microseconds
+from jindiskd.bus.objects import microseconds
 from jindiskd.bus.ports import ApprovalView, AuditOrder, KeyView
 from jindiskd.custody import from_threads
 from jindiskd.errors import InvalidArgument, NotFound, NotSupported

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from jindiskd.attest.collateral import CollateralCache, Entry, warnings_of
-from jindiskd.bus.jobs import microseconds
+from jindiskd.bus.objects import microseconds
 from jindiskd.config import Config, Deployment
 from jindiskd.keys.kek import KekPlace
 from jindiskd.side import kek_place

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 from jindiskd.bus.collection import Collection, Follower, Item
 from jindiskd.bus.contract import ROOT_PATH
-from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.keys import user
 from jindiskd.bus.objects import ObjectPath, Options
 from jindiskd.bus.peers import Caller
@@ -24,7 +23,7 @@ def approval_path(number: str) -> ObjectPath:
     return ObjectPath(f"{ROOT_PATH}/approval/{number}")
 
 
-class ApprovalObject(Item[ApprovalView], spec="org.jindisk1.Approval"):
+class ApprovalObject(Item[ApprovalView], spec="org.jindisk1.Approval", view=ApprovalView):
     """One launch of a guest."""
 
     def __init__(self, view: ApprovalView, approvals: Approvals, on_bus: ApprovalsOnBus) -> None:
@@ -51,49 +50,9 @@ class ApprovalObject(Item[ApprovalView], spec="org.jindisk1.Approval"):
             await self._on_bus.look()
 
     @property
-    def number(self) -> int:
-        """Its number."""
-        return self._view.number
-
-    @property
-    def image(self) -> str:
-        """Whose keys it wants."""
-        return self._view.image
-
-    @property
-    def image_id(self) -> str:
-        """Identity of that."""
-        return self._view.image_id
-
-    @property
-    def peer(self) -> str:
-        """Where it is."""
-        return self._view.peer
-
-    @property
-    def guest(self) -> str:
-        """Which launch it is."""
-        return self._view.guest
-
-    @property
-    def measurement(self) -> str:
-        """What it measured as."""
-        return self._view.measurement
-
-    @property
-    def simulated(self) -> bool:
-        """Whether that proves nothing."""
-        return self._view.simulated
-
-    @property
     def state(self) -> str:
         """Whether somebody has approved it."""
         return "approved" if self._view.granted else "waiting"
-
-    @property
-    def expires(self) -> int:
-        """Until when."""
-        return microseconds(self._view.expires)
 
 
 class ApprovalsOnBus:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 import structlog
 
-from jindiskd.bus.objects import Object, ObjectPath
+from jindiskd.bus.contract import Interface, interface, snake
+from jindiskd.bus.objects import Object, ObjectPath, microseconds
 from jindiskd.bus.server import Server
 from jindiskd.errors import JindiskError, NotFound
 
@@ -18,8 +21,40 @@ INTERVAL_S = 0.2
 V = TypeVar("V")
 
 
+def _shown(name: str, hint: object) -> property:
+    """A property of the view's field: moments as the bus has them, bytes in hexadecimal, all else as it is."""
+    given, told = FORMS.get(hint, (hint, lambda value: value))
+
+    def get(self: Item[Any]) -> Any:
+        return told(getattr(self._view, name))
+
+    get.__annotations__["return"] = given
+    return property(get)
+
+
+FORMS: Mapping[object, tuple[object, Callable[[Any], object]]] = {
+    datetime: (int, microseconds),
+    bytes: (str, bytes.hex),
+}
+
+
 class Item(Object, Generic[V], spec=None):
-    """An object that shows a view of one thing: a value that is replaced when the thing has changed."""
+    """An object that shows a view of one thing: a value that is replaced when the thing has changed.
+
+    A property of the contract that the class does not define shows the view's field of that name.
+    """
+
+    def __init_subclass__(
+        cls, *, spec: str | Interface | None, view: type[Any] | None = None, **kwargs: object
+    ) -> None:
+        """`view` is the class of the views, where fields of it are shown; all is checked as `Object` says."""
+        if view is not None and spec is not None:
+            hints = typing.get_type_hints(view)
+            contract = interface(spec) if isinstance(spec, str) else spec
+            for name in map(snake, contract.properties):
+                if name not in vars(cls) and name in hints:
+                    setattr(cls, name, _shown(name, hints[name]))
+        super().__init_subclass__(spec=spec, **kwargs)
 
     def __init__(self, view: V) -> None:
         self._view = view

@@ -22,7 +22,7 @@ def device_path(device_id: str) -> ObjectPath:
     return ObjectPath(f"{ROOT_PATH}/device/{path_label(device_id)}")
 
 
-class DeviceObject(Item[BlockDeviceView], spec="org.jindisk1.Device"):
+class DeviceObject(Item[BlockDeviceView], spec="org.jindisk1.Device", view=BlockDeviceView):
     """One device."""
 
     def __init__(self, view: BlockDeviceView, devices: Devices, jobs: JobManager) -> None:
@@ -75,64 +75,9 @@ class DeviceObject(Item[BlockDeviceView], spec="org.jindisk1.Device"):
         return self._view.node or self._view.mapped_node or self._view.device_id
 
     @property
-    def node(self) -> str:
-        """Where it is."""
-        return self._view.node
-
-    @property
-    def kind(self) -> str:
-        """What it carries."""
-        return self._view.kind
-
-    @property
     def volume(self) -> str:
         """Identity of that."""
         return self._view.uuid
-
-    @property
-    def label(self) -> str:
-        """Its label."""
-        return self._view.label
-
-    @property
-    def size_bytes(self) -> int:
-        """How large it is."""
-        return self._view.size_bytes
-
-    @property
-    def image(self) -> str:
-        """Whose volume it is."""
-        return self._view.image
-
-    @property
-    def image_id(self) -> str:
-        """Identity of that."""
-        return self._view.image_id
-
-    @property
-    def state(self) -> str:
-        """How it is."""
-        return self._view.state
-
-    @property
-    def reason(self) -> str:
-        """Why it is so."""
-        return self._view.reason
-
-    @property
-    def mapped_node(self) -> str:
-        """Where it is in clear."""
-        return self._view.mapped_node
-
-    @property
-    def read_only(self) -> bool:
-        """Whether it can only be read."""
-        return self._view.read_only
-
-    @property
-    def opened_by(self) -> int:
-        """Who opened it."""
-        return self._view.opened_by
 
 
 class DevicesOnBus:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jindiskd.bus.collection import Collection, Item, named
 from jindiskd.bus.contract import ROOT_PATH, path_label
-from jindiskd.bus.jobs import job_path, microseconds, start_bound
+from jindiskd.bus.jobs import job_path, start_bound
 from jindiskd.bus.objects import ObjectPath, Options, number
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Guests, GuestView
@@ -35,7 +35,7 @@ def bounded_timeout(options: Options) -> int | None:
     return timeout_s
 
 
-class DomainObject(Item[GuestView], spec="org.jindisk1.Domain"):
+class DomainObject(Item[GuestView], spec="org.jindisk1.Domain", view=GuestView):
     """One domain."""
 
     def __init__(self, view: GuestView, guests: Guests, jobs: JobManager) -> None:
@@ -99,66 +99,6 @@ class DomainObject(Item[GuestView], spec="org.jindisk1.Domain"):
         """Its console itself."""
         force = options.get("force") is True
         return Descriptor(await self._guests.attach_console(self._view.uuid, force=force))
-
-    @property
-    def uuid(self) -> str:
-        """Identity."""
-        return self._view.uuid
-
-    @property
-    def name(self) -> str:
-        """Name in libvirt."""
-        return self._view.name
-
-    @property
-    def image(self) -> str:
-        """What it was made from."""
-        return self._view.image
-
-    @property
-    def image_id(self) -> str:
-        """Identity of that."""
-        return self._view.image_id
-
-    @property
-    def platform(self) -> str:
-        """Platform of the image."""
-        return self._view.platform
-
-    @property
-    def simulated(self) -> bool:
-        """Whether that is simulated."""
-        return self._view.simulated
-
-    @property
-    def state(self) -> str:
-        """Where it is."""
-        return self._view.state
-
-    @property
-    def reason(self) -> str:
-        """Why it is there."""
-        return self._view.reason
-
-    @property
-    def since(self) -> int:
-        """Since when."""
-        return microseconds(self._view.since)
-
-    @property
-    def cid(self) -> int:
-        """Its vsock context id."""
-        return self._view.cid
-
-    @property
-    def relay_state(self) -> str:
-        """How its way to the owner's broker is."""
-        return self._view.relay_state
-
-    @property
-    def relay_reason(self) -> str:
-        """Why that is so."""
-        return self._view.relay_reason
 
 
 class DomainsOnBus:

@@ -6,13 +6,13 @@ import asyncio
 import base64
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 
 from jindiskd.bus.collection import Collection, Item, named
 from jindiskd.bus.contract import ROOT_PATH, path_label
-from jindiskd.bus.jobs import job_path, microseconds, start_bound
+from jindiskd.bus.jobs import job_path, start_bound
 from jindiskd.bus.keyfd import take_regular_file, take_stream
-from jindiskd.bus.objects import ObjectPath, Options, Row
+from jindiskd.bus.objects import ObjectPath, Options
 from jindiskd.bus.peers import Caller, Descriptor
 from jindiskd.bus.ports import Images, ImageView
 from jindiskd.bus.server import Server
@@ -30,7 +30,7 @@ MEASURED_AT_ONCE = 2
 """Each takes a thread, which guests need too, and reads a kernel, an initrd and a firmware into memory."""
 
 
-class ImageObject(Item[ImageView], spec="org.jindisk1.Image"):
+class ImageObject(Item[ImageView], spec="org.jindisk1.Image", view=ImageView):
     """One image."""
 
     def __init__(
@@ -166,94 +166,9 @@ class ImageObject(Item[ImageView], spec="org.jindisk1.Image"):
         return await self._images.manifest(self._view.name)
 
     @property
-    def name(self) -> str:
-        """Name in the store."""
-        return self._view.name
-
-    @property
-    def image_id(self) -> str:
-        """Identity."""
-        return self._view.image_id
-
-    @property
-    def platform(self) -> str:
-        """What it was built for."""
-        return self._view.platform
-
-    @property
-    def simulated(self) -> bool:
-        """Whether that is simulated."""
-        return self._view.simulated
-
-    @property
-    def seeded(self) -> bool:
-        """Whether its key is no secret."""
-        return self._view.seeded
-
-    @property
-    def format(self) -> str:
-        """Format of its root."""
-        return self._view.format
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of its disk."""
-        return self._view.size_bytes
-
-    @property
-    def volumes(self) -> Sequence[Row]:
-        """What its guests have besides the root."""
-        return self._view.volumes
-
-    @property
-    def launch_digest(self) -> str:
-        """What its key is released to."""
-        return self._view.launch_digest.hex()
-
-    @property
     def state(self) -> str:
         """State of its key."""
         return self._view.key_state
-
-    @property
-    def created(self) -> int:
-        """When it was built."""
-        return microseconds(self._view.created)
-
-    @property
-    def distribution(self) -> str:
-        """What is inside."""
-        return self._view.distribution
-
-    @property
-    def kernel_release(self) -> str:
-        """What it boots."""
-        return self._view.kernel_release
-
-    @property
-    def vcpus(self) -> int:
-        """Processors of its guests."""
-        return self._view.vcpus
-
-    @property
-    def guest_policy(self) -> int:
-        """What its guests demand of a host."""
-        return self._view.guest_policy
-
-    @property
-    def id_key_digest(self) -> str:
-        """Who signed it."""
-        return self._view.id_key_digest.hex()
-
-    @property
-    def author_key_digest(self) -> str:
-        """Who vouched for that key."""
-        return self._view.author_key_digest.hex()
-
-    @property
-    def guest_svn(self) -> int:
-        """Its security version."""
-        return self._view.guest_svn
 
 
 def _binary(what: str, text: str) -> bytes:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 
 from jindiskd.bus.collection import Collection, Item
 from jindiskd.bus.contract import ERROR_PREFIX, ROOT_PATH
-from jindiskd.bus.objects import ObjectPath, Options
+from jindiskd.bus.objects import ObjectPath, Options, microseconds
 from jindiskd.bus.peers import Caller
 from jindiskd.bus.server import Server
 from jindiskd.jobs.job import Change, Job, Operation
@@ -17,11 +16,6 @@ from jindiskd.jobs.manager import JobManager, Work
 SIGNAL_INTERVAL_S = 0.2
 PRIORITY_INFO = 6
 PROGRESS_PROPERTIES = ("Stage", "Progress", "ProgressValid", "Bytes", "BytesTotal", "Rate", "ExpectedEnd")
-
-
-def microseconds(moment: datetime) -> int:
-    """A moment as the bus has it: microseconds since the epoch."""
-    return round(moment.timestamp() * 1_000_000)
 
 
 def job_path(number: int) -> ObjectPath:

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from jindiskd.bus.collection import Collection, Follower, Item, named
 from jindiskd.bus.contract import ROOT_PATH, path_label
-from jindiskd.bus.jobs import microseconds
 from jindiskd.bus.keyfd import document_descriptor, read_secret
 from jindiskd.bus.objects import ObjectPath, Options, Row, number, text
 from jindiskd.bus.peers import Caller, Descriptor
@@ -46,7 +45,7 @@ def bounded_reason(reason: str) -> str:
     return reason
 
 
-class KeyObject(Item[KeyView], spec="org.jindisk1.Key"):
+class KeyObject(Item[KeyView], spec="org.jindisk1.Key", view=KeyView):
     """The keys of one image."""
 
     def __init__(self, view: KeyView, keys: Keys, on_bus: KeysOnBus) -> None:
@@ -87,38 +86,8 @@ class KeyObject(Item[KeyView], spec="org.jindisk1.Key"):
         data = await self._keys.export(self._view.image_id, text(options, "card"), user(caller))
         return document_descriptor("handover", data)
 
-    @property
-    def image_id(self) -> str:
-        """Identity of the image."""
-        return self._view.image_id
 
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self._view.name
-
-    @property
-    def platform(self) -> str:
-        """What it was built for."""
-        return self._view.platform
-
-    @property
-    def simulated(self) -> bool:
-        """Whether that is simulated."""
-        return self._view.simulated
-
-    @property
-    def state(self) -> str:
-        """Whether they are released."""
-        return self._view.state
-
-    @property
-    def created(self) -> int:
-        """When the image was built."""
-        return microseconds(self._view.created)
-
-
-class PolicyObject(Item[KeyView], spec="org.jindisk1.Policy"):
+class PolicyObject(Item[KeyView], spec="org.jindisk1.Policy", view=KeyView):
     """By what the keys of one image are released."""
 
     def __init__(self, view: KeyView, policies: Policies, on_bus: KeysOnBus) -> None:
@@ -143,16 +112,6 @@ class PolicyObject(Item[KeyView], spec="org.jindisk1.Policy"):
         """Try one on a refusal."""
         wanted = text(options, "policy") if "policy" in options else None
         return await self._policies.check_policy(self._view.image_id, text=wanted, row=number(options, "row"))
-
-    @property
-    def image_id(self) -> str:
-        """Identity of the image."""
-        return self._view.image_id
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self._view.name
 
     @property
     def digest(self) -> str:

@@ -12,6 +12,7 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, ClassVar, NewType, Protocol
 
 from jindiskd.bus.contract import FDO, Interface, interface, snake
@@ -39,6 +40,11 @@ PYTHON: Mapping[str, object] = {
     "a(sss)": Sequence[tuple[str, str, str]],
     "a(stss)": Sequence[tuple[str, int, str, str]],
 }
+
+
+def microseconds(moment: datetime) -> int:
+    """A moment as the bus has it: microseconds since the epoch."""
+    return round(moment.timestamp() * 1_000_000)
 
 
 def text(options: Options, name: str) -> str:

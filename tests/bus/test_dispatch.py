@@ -1,11 +1,14 @@
 """Calls are checked against the contract before anything of ours runs."""
 
 import asyncio
+import dataclasses
 import xml.etree.ElementTree as ET
+from datetime import UTC, datetime
 
 import pytest
 
 from jindiskd.bus import contract
+from jindiskd.bus.collection import Item
 from jindiskd.bus.contract import path_label, path_name, snake
 from jindiskd.bus.lib import Message, Variant
 from jindiskd.bus.objects import ContractMismatch, Object, Options
@@ -180,6 +183,42 @@ def test_a_class_that_differs_from_the_contract_cannot_be_defined():
         do_it.__annotations__ = parameters
         with pytest.raises(ContractMismatch, match="DoIt"):
             type(name, (Object,), {"do_it": do_it, "owner_uid": Right.owner_uid}, spec=SPEC)
+
+
+SHOWN = contract.parse(
+    """<node><interface name="a.c"><property name="OwnerUID" type="u" access="read"/>
+    <property name="Since" type="t" access="read"/><property name="Digest" type="s" access="read"/>
+    <property name="State" type="s" access="read"/></interface></node>"""
+)["a.c"]
+
+
+def test_fields_of_a_view_are_properties():
+    """By their names, in the forms of the bus; the class's own go before them, and the contract is held to."""
+
+    @dataclasses.dataclass(frozen=True)
+    class View:
+        owner_uid: int
+        since: datetime
+        digest: bytes
+        state: int
+
+    class Right(Item[View], spec=SHOWN, view=View):
+        @property
+        def state(self) -> str:
+            return f"state {self._view.state}"
+
+    item = Right(View(owner_uid=7, since=datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC), digest=b"\x01\xff", state=3))
+    values = {name: value.value for name, value in item.values().items()}
+    assert values == {"OwnerUID": 7, "Since": 1_000_000, "Digest": "01ff", "State": "state 3"}
+    with pytest.raises(ContractMismatch, match=r"property .*State is not a Python property of type s"):
+
+        class Retyped(Item[View], spec=SHOWN, view=View):
+            pass
+
+    with pytest.raises(ContractMismatch, match="state"):
+
+        class Missing(Item[View], spec=SHOWN, view=dataclasses.make_dataclass("Less", [("since", datetime)])):
+            pass
 
 
 @pytest.mark.parametrize(
