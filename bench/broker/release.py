@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 DIGEST = bytes(48)
 IMAGE = "11111111-1111-4111-8111-111111111111"
 RESOURCE = f"default/{IMAGE}/root"
-ROUNDS = {1: 60, 32: 8, 256: 2}
+ROUNDS = {1: 60, 32: 8, 128: 2}
 FORK = multiprocessing.get_context("fork")
 
 
