@@ -63,6 +63,8 @@ def _collateral(count: int, expires: int) -> str:
     """How long the certificates and revocation lists last."""
     if not count:
         return "none: jindiskctl collateral fetch"
+    if not expires:  # those of SEV have no dates
+        return f"{count} certificates and lists; none with a date"
     left = round((expires / 1e6 - time.time()) / DAY_S)
     when = f"the first expires on {moment(expires)[:10]}, in {left} days" if left >= 0 else "one has expired"
     return f"{count} certificates and lists; {when}"

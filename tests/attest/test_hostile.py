@@ -15,7 +15,14 @@ from jindiskd.attest.ccel import Event, parse_event_log, replay
 from jindiskd.attest.firmware import inspect_firmware
 from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.offline import snp_report_of
-from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain, verify_platform
+from jindiskd.attest.sev_certs import (
+    parse_authority,
+    parse_cek,
+    parse_pair,
+    parse_sev_certificate,
+    split_chain,
+    verify_platform,
+)
 from jindiskd.attest.snp import AMD_ROOTS, SnpRoots, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, signed_by, to_der
 from jindiskd.attest.snp_chain import CACHED
@@ -55,6 +62,10 @@ def read_log(blob: bytes) -> None:
     replay(parse_event_log(blob))
 
 
+def read_authorities(blob: bytes) -> None:
+    parse_pair(blob, "Rome")
+
+
 READERS = [
     read_der,
     read_certificate,
@@ -69,9 +80,11 @@ READERS = [
     parse_collateral,
     parse_sev_certificate,
     parse_authority,
+    parse_cek,
+    read_authorities,
     split_chain,
 ]
-SIZES = st.sampled_from([0, 1, 24, 1184, 4000, 2084, 832, 1600])
+SIZES = st.sampled_from([0, 1, 24, 1184, 4000, 2084, 832, 1600, 1664, 3200])
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
@@ -99,6 +112,7 @@ SEEDS = {
     "ccel/gcp-cos-113/ccel.bin": read_log,
     "sev/certs/rome/pek.cert": parse_sev_certificate,
     "sev/certs/rome/ask.cert": parse_authority,
+    "sev/certs/rome/cek.cert": parse_cek,
 }
 MUTATION = st.tuples(
     st.integers(0, 1 << 16), st.sampled_from(["set", "cut", "insert", "repeat"]), st.binary(min_size=1, max_size=9)

@@ -26,7 +26,7 @@ from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.offline import snp_report_of
 from jindiskd.attest.offline_sev import parse_launch
 from jindiskd.attest.sev import LaunchReport, SealedSecret, SevKeys
-from jindiskd.attest.sev_certs import parse_authority, parse_sev_certificate, split_chain
+from jindiskd.attest.sev_certs import parse_authority, parse_cek, parse_pair, parse_sev_certificate, split_chain
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier
 from jindiskd.attest.snp_certs import parse_certificate, parse_crl, to_der
 from jindiskd.attest.snp_endorsement import parse_endorsement
@@ -119,6 +119,10 @@ def _certificate(data: bytes) -> None:
         parse_endorsement(parsed)
 
 
+def _authorities(data: bytes) -> None:
+    parse_pair(data, "Naples")
+
+
 def _collateral_file(data: bytes) -> None:
     """A file of the cache under the name of whatever platforms it says it is of."""
     named = FMSPC.search(data)
@@ -192,7 +196,7 @@ def _restore_quote(data: bytes) -> None:
 
 
 def _sev(data: bytes) -> None:
-    for read in (parse_sev_certificate, parse_authority, split_chain):
+    for read in (parse_sev_certificate, parse_authority, split_chain, parse_cek, _authorities):
         try:
             read(data)
         except MalformedEvidence:
