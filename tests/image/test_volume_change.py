@@ -17,7 +17,7 @@ from jindiskd.base.secret import Secret
 from jindiskd.custody import KeyPort
 from jindiskd.errors import AlreadyExists, Busy, InvalidArgument, NotFound, NotSupported
 from jindiskd.guest import config as guest
-from jindiskd.image import initrd
+from jindiskd.image import data_volumes, initrd, volume_change, volume_service
 from jindiskd.image.cpio import Archive
 from jindiskd.image.request import VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
@@ -103,6 +103,27 @@ def having(with_web: Path, tmp_path: Path):
     made.keys.close()
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's work in this process, which has put an initrd together before; other tests start the worker."""
+
+    async def run(task, keys, files, progress) -> str:
+        assert files == {}
+        loop, names = asyncio.get_running_loop(), [task.added] if task.added else []
+
+        def work() -> str:
+            def tell(step) -> None:
+                loop.call_soon_threadsafe(progress, step)
+
+            with data_volumes.parted(keys["volumes"], names) as volume_keys:
+                return volume_change.change(task, keys.get("source-key"), volume_keys, tell).name
+
+        return await asyncio.to_thread(work)
+
+    monkeypatch.setattr(volume_service, "run_worker", run)
+
+
+@pytest.mark.usefixtures("here")
 async def test_one_comes_and_goes(having) -> None:
     """Under a key of its own, allowed by the new digest alone; root, other volumes and their states are untouched."""
     before, old = having.image.manifest, having.state()
@@ -172,6 +193,7 @@ async def test_another_format_brings_its_modules(having) -> None:
     assert having.left() == ["web"]
 
 
+@pytest.mark.usefixtures("here")
 async def test_what_cannot_be_changes_nothing(having) -> None:
     """Impossible volumes, a damaged image, a revoked key, a change under way, a digest that is not released to."""
     before = having.state()
@@ -206,6 +228,7 @@ async def test_what_cannot_be_changes_nothing(having) -> None:
     assert having.state() == before
 
 
+@pytest.mark.usefixtures("here")
 async def test_a_key_store_that_fails_at_the_end_changes_nothing(having, monkeypatch) -> None:
     """The image is exchanged back."""
     before = having.state()
@@ -234,6 +257,7 @@ async def test_cancelling_changes_nothing(having, stage: str) -> None:
     assert having.state() == before
 
 
+@pytest.mark.usefixtures("here")
 async def test_cancelling_too_late_is_no_cancelling(having, monkeypatch) -> None:
     """Once the image is exchanged, the work ends as if nothing had been said."""
     loop, finish = asyncio.get_running_loop(), Changes.finish
