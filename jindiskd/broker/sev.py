@@ -13,8 +13,8 @@ directory, which goes before:
 
 For the simulated platform the one file of `sim.sev_platform` stands in their place.
 
-Findings beside those of `attest.sev`: `platform.kind`, `platform.simulation`, `key.state`, `resource.unknown`,
-`peer.image`, and those of limits and dates.
+Findings beside those of `attest.sev`: `platform.kind`, `platform.simulation`, `key.state`, `key.count`,
+`resource.unknown`, `peer.image`, and those of limits and dates.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ ADVICE = {
     "release, and look at its log.",
     "evidence.no_roots": "This broker judges no evidence of that kind: start the image on another platform.",
     "init_data.other": "Launch the guest with the init-data that it sends, or let it send what it was launched with.",
+    "key.count": "Remove further keys of the image that belong to no volume (jindiskctl broker key remove).",
     "key.state": "Reinstate the key (jindiskctl key reinstate) if this guest should start.",
     "limit.guest": "Start the guest anew, or raise releases_per_guest in the image's policy.",
     "limit.image": "Wait for the hour to pass, or raise releases_per_hour in the image's policy.",
