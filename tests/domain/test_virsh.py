@@ -336,7 +336,7 @@ async def test_what_cannot_be_adopted(here: Bench) -> None:
         await service.adopt("theirs", "nonesuch")
     before = virsh("dumpxml", "--inactive", "theirs").out
     assert define(before.replace("disk.img", "other.img"))
-    with pytest.raises(DomainRefused, match="<disk> has the first source"):
+    with pytest.raises(DomainRefused, match=r"<disk> with the image's disk, '.*', is not there"):
         await service.adopt("theirs", "demo")
     assert define(before)
     (here.images.root / "demo/disk.img").touch()
