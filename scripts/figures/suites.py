@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import UTC, datetime
 
-from results import Result, Results, counted
+from results import DATE, Result, Results, counted
 from suite.lanes import ROOT
 from suite.pieces import collected
 
 SUITE_S = 3000
 COLUMNS = ("cases", "passed", "skipped", "seconds", "measured")
-LONG_RECORD = ROOT / "build/long-tests.json"
+RECORD = ROOT / "build/long-tests.json"
 
 DISK = {
     "service and broker": ["tests/service/test_full_disk.py"],
@@ -77,21 +76,22 @@ def measure(words: Sequence[str], *, recorded: bool) -> Row:
 
     Args:
         words: for pytest.
-        recorded: take what a run of the long tests has written down, whatever source it was of, where that passed.
+        recorded: take what earlier runs, also of the long tests, have written down, whatever source it was of, where
+            that passed.
     """
     tests = collected(words)
-    known = Results(LONG_RECORD).read() if recorded else {}
+    known = Results(RECORD).read() if recorded else {}
     found = {test: known[test] for test in tests if test in known and known[test].outcome == "passed"}
     left = [test for test in tests if test not in found]
     if left:
-        with tempfile.TemporaryDirectory(prefix="jindiskd-reliability-") as name:
-            record = Path(name) / "record.json"
-            command = ["scripts/testenv", ".venv/bin/pytest", "-q", f"--record={record}", *left]
-            try:
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SUITE_S, check=False)
-                if done.returncode:
-                    print(done.stdout[-3000:] + done.stderr[-3000:], file=sys.stderr)
-            except subprocess.TimeoutExpired:
-                print(f"ended after {SUITE_S} s: {' '.join(words)}", file=sys.stderr)
-            found |= Results(record).read()
+        command = ["scripts/testenv", ".venv/bin/pytest", "-q", f"--record={RECORD}", *left]
+        began = datetime.now(UTC).strftime(DATE)
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SUITE_S, check=False)
+            if done.returncode:
+                print(done.stdout[-3000:] + done.stderr[-3000:], file=sys.stderr)
+        except subprocess.TimeoutExpired:
+            print(f"ended after {SUITE_S} s: {' '.join(words)}", file=sys.stderr)
+        now = Results(RECORD).read()
+        found |= {test: now[test] for test in left if test in now and now[test].date >= began}
     return Row(cases=len(tests), found=list(found.values()))

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 GOOD = ("passed", "skipped")
+DATE = "%Y-%m-%d %H:%M:%S"
+"""Of results: UTC, so that later ones are greater."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ class Results:
         result = Result(
             outcome=outcome, seconds=round(seconds, 1), processor_s=round(processor_s, 1),
             commit=of.commit, changes=of.changes,
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"), load=round(os.getloadavg()[0], 1),
+            date=datetime.now(UTC).strftime(DATE), load=round(os.getloadavg()[0], 1),
             figures=dict(figures),
         )  # fmt: skip
         with self._locked():
