@@ -61,10 +61,10 @@ SIGN = "ROOT-SEES"
 PLAIN = """#!/usr/bin/{python} -ISB
 import os, time
 from pathlib import Path
-from jindiskd.guest import devices, modules, mounts, switch_root
+from jindiskd.guest import modules, mounts, rootdisk, switch_root
 mounts.mount_kernel_filesystems()
 modules.load_modules(map(Path, {modules!r}))
-devices.wait_for_device(Path("/dev/vda"), time.monotonic() + 60)
+rootdisk.find("/dev/vda", time.monotonic() + 60, lambda node: node)
 mounts.mount_root("/dev/vda", Path("/sysroot"), "ext4", "ro")
 switch_root.move_mounts(Path("/sysroot"))
 old = switch_root.enter(Path("/sysroot"))
