@@ -66,7 +66,7 @@ class Row:
         if not self.found:
             return ""
         dates, loads = sorted({one.date[:10] for one in self.found}), sorted(round(one.load) for one in self.found)
-        sources = sorted({str(one.source) for one in self.found})
+        sources = sorted({one.commit + ("+" if one.changes else "") for one in self.found})
         load = str(loads[0]) if loads[0] == loads[-1] else f"{loads[0]}–{loads[-1]}"
         return f"{' and '.join(dates)}, of {', '.join(sources)}, load {load}"
 

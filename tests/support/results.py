@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 GOOD = ("passed", "skipped")
+FIGURES = "docs/reliability.md"
+"""Made of results, so that it is no part of what was tested."""
 DATE = "%Y-%m-%d %H:%M:%S"
 """Of results: UTC, so that later ones are greater."""
 
@@ -72,7 +74,7 @@ def source(root: Path) -> Source:
     """The state of the tree at `root`."""
     try:
         commit = _git(root, "rev-parse", "--short=10", "HEAD").decode().strip()
-        changed = _git(root, "diff", "HEAD")
+        changed = _git(root, "diff", "HEAD", "--", ".", f":!{FIGURES}")
         new = sorted(filter(None, _git(root, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0")))
     except (OSError, subprocess.CalledProcessError):
         return Source(commit="unknown", changes="")
