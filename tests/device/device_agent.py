@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOUND: dict[str, object] = {}
@@ -106,6 +107,10 @@ class Service:
         return "" if found["State"] == "succeeded" else found["Error"].rpartition(".")[2]
 
     def open(self, node: str, *, key: bytes = KEY, read_only: bool = False) -> str:
+        return self.job(self.opening(node, key=key, read_only=read_only))
+
+    def opening(self, node: str, *, key: bytes = KEY, read_only: bool = False) -> str:
+        """The job that opens the volume of a device."""
         from jindiskd.bus.lib import Variant
 
         reading, writing = os.pipe()
@@ -113,11 +118,11 @@ class Service:
         os.close(writing)
         options = {"read-only": Variant("b", True)} if read_only else {}
         path = self.devices()[node]["path"]
-        job = self.loop.run_until_complete(
+        job: str = self.loop.run_until_complete(
             self.client.call(path, "org.jindisk1.Device", "OpenWithKey", 0, options, fds=[reading])
         )
         os.close(reading)
-        return self.job(job)
+        return job
 
     def close(self, node: str) -> str:
         path = self.devices()[node]["path"]
@@ -138,27 +143,29 @@ def opened(service: Service, node: str) -> str:
 def life(service: Service, node: str) -> dict[str, object]:
     """Opened, mounted, written, closed, and read again; left open for reading."""
     found: dict[str, object] = {}
+    place = Path("/run/places") / Path(node).name
+    place.mkdir(parents=True)
     assert service.open(node) == "", node
     found["open"] = ours(service.devices()[node])
     mapped = service.devices()[node]["MappedNode"]
-    run("mount", "-t", "ext4", mapped, "/srv")
-    found["word"] = Path("/srv/word").read_text()
-    Path("/srv/written").write_text("x" * 100)
+    run("mount", "-t", "ext4", mapped, str(place))
+    found["word"] = (place / "word").read_text()
+    (place / "written").write_text("x" * 100)
     found["busy"] = service.close(node)
     found["again"] = service.open(node)
-    run("umount", "/srv")
+    run("umount", str(place))
     assert service.close(node) == ""
     found["closed"] = ours(service.devices()[node])
     assert service.open(node, read_only=True) == ""
     found["read only"] = service.devices()[node]["ReadOnly"]
     mapped = service.devices()[node]["MappedNode"]
     found["read-only file system"] = "read-only" in run(
-        "mount", "-t", "ext4", "-o", "rw", mapped, "/srv", check=False
-    ) or "ro," in run("findmnt", "-no", "OPTIONS", "/srv", check=False)
-    if not os.path.ismount("/srv"):
-        run("mount", "-t", "ext4", "-o", "ro", mapped, "/srv")
-    found["written"] = Path("/srv/written").read_text()
-    run("umount", "/srv")
+        "mount", "-t", "ext4", "-o", "rw", mapped, str(place), check=False
+    ) or "ro," in run("findmnt", "-no", "OPTIONS", str(place), check=False)
+    if not place.is_mount():
+        run("mount", "-t", "ext4", "-o", "ro", mapped, str(place))
+    found["written"] = (place / "written").read_text()
+    run("umount", str(place))
     return found
 
 
@@ -225,10 +232,8 @@ def plug(service: Service) -> None:
 
 
 def wrong_key(service: Service) -> None:
-    first, second = NODES
-    FOUND["wrong key"] = {
-        "jindisk2": service.open(first, key=bytes(32)), "luks2": service.open(second, key=bytes(32)),
-    }  # fmt: skip
+    jobs = {kind: service.opening(node, key=bytes(32)) for kind, node in zip(("jindisk2", "luks2"), NODES, strict=True)}
+    FOUND["wrong key"] = {kind: service.job(job) for kind, job in jobs.items()}
 
 
 def jindisk2(service: Service) -> None:
@@ -300,9 +305,16 @@ SCENES = {item.__name__: item for item in (plug, wrong_key, jindisk2, luks2, res
 def scenes() -> None:
     install()
     service = Service()
-    for name in Path("/mnt/scenes").read_text().split():
-        SCENES[name](service)
-        note(f"{name} is done: {json.dumps(FOUND)}")
+    for names in Path("/mnt/scenes").read_text().split():
+        together = [SCENES[name] for name in names.split("+")]
+        if len(together) == 1:
+            together[0](service)
+        else:
+            with ThreadPoolExecutor() as threads:
+                for begun in [threads.submit(lambda scene: scene(Service()), scene) for scene in together]:
+                    begun.result()
+            service = Service()  # of those one may have restarted
+        note(f"{names} is done")
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ mount -t overlay -o lowerdir=/mnt/usr:/usr,upperdir=/run/over/up,workdir=/run/ov
 exec /usr/bin/python3 -B /mnt/device_agent.py
 """
 PROGRAM = "#!/usr/bin/python3 -I\nimport sys\nfrom jindiskd.{module} import main\nsys.exit(main())\n"
-SCENES = os.environ.get("JINDISK_DEVICE_SCENES", "plug wrong_key luks2 jindisk2 restart kill overflow unplug")
-"""What is tried, in this order; a part of it helps whoever looks for a fault."""
+SCENES = os.environ.get("JINDISK_DEVICE_SCENES", "plug wrong_key jindisk2+luks2 restart+overflow kill unplug")
+"""What is tried, in this order, some of it together; a part of it helps whoever looks for a fault."""
 LIMIT_S = 1500
 MIB = 1 << 20
 
