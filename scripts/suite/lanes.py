@@ -55,9 +55,10 @@ class Lanes:
         self._words, self._prefix = list(words), list(prefix)
         self._lock, self._running = threading.Lock(), set[subprocess.Popen[bytes]]()
         self.through: list[Piece] = []
+        self.interrupted = False
 
     def run(self, tell: Callable[[Piece, int], None]) -> None:
-        """Run all; `tell` gets each piece that is through and how many wait, one call at a time."""
+        """Run all; `tell` gets each piece that is through and how many wait, one call at a time. ^C ends them."""
         lanes = [threading.Thread(target=self._lane, args=(tell,)) for _ in range(self._count)]
         for lane in lanes:
             lane.start()
@@ -69,7 +70,9 @@ class Lanes:
                 self._waiting.clear()
                 for process in self._running:
                     _end(process)
-            raise
+            self.interrupted = True
+            for lane in lanes:
+                lane.join()
 
     def _lane(self, tell: Callable[[Piece, int], None]) -> None:
         while True:
