@@ -181,6 +181,20 @@ def test_a_disk_under_a_false_name_is_refused(boot) -> None:
 
 
 @pytest.mark.long
+def test_a_copy_of_the_root_beside_it(boot) -> None:
+    """Neither of the two is where the root is expected: the serial number says which, or no key is asked for."""
+    copy = Path(shutil.copy(boot.root, boot.tmp_path / "copy.img"))
+    stray = boot.tmp_path / "stray.img"
+    stray.write_bytes(bytes(MIB))
+    stages = boot.run(("", stray), *given(boot.one, boot.two), ("", copy))
+    assert stages == ["boot", f"fail {Code.ROOT_DOUBLE.value}"], boot.machine.console
+    assert boot.broker.asked == []
+    stages = boot.run(("", stray), *given(boot.one, boot.two), (serial_of("root"), copy))
+    assert stages[-1] == "running", boot.machine.console
+    assert copy.read_bytes() != boot.root.read_bytes(), "the copy was opened, which writes its session down"
+
+
+@pytest.mark.long
 def test_an_old_copy_is_told_of(boot) -> None:
     """Of any of the volumes; those that are open by then are closed in order."""
     old = Path(shutil.copy(boot.two.path, boot.tmp_path / "old.img"))
