@@ -47,7 +47,7 @@ def test_volumes_come_and_go(daemon: Any, rootfs: Path, tmp_path: Path) -> None:
     assert shown["launch-digests"] == [after["LaunchDigest"]]
     assert shown["further-resources"] == [f"default/{after['ImageId']}/data"]
     assert [volume["state"] for volume in shown["volumes"]] == ["closed", "closed"]
-    assert serials(daemon) == [None, "jd-data"]
+    assert serials(daemon) == ["jd-root", "jd-data"]
     assert "exists already" in daemon.ctl(*add, "data:16M", status=BUSY)
     policy = tmp_path / "policy.toml"
     policy.write_text('[snp]\nmeasurements = ["' + "00" * 48 + '"]\n')
@@ -62,7 +62,7 @@ def test_volumes_come_and_go(daemon: Any, rootfs: Path, tmp_path: Path) -> None:
     assert "--yes" in daemon.ctl(*remove, "data", status=USAGE)
     daemon.ctl(*remove, "none", "--yes", status=NOT_FOUND)
     assert daemon.ctl(*remove, "data", "--yes").startswith("Removed volume data: image web measures as ")
-    assert serials(daemon) == [None, "jd-raw"]
+    assert serials(daemon) == ["jd-root", "jd-raw"]
     assert daemon.json("key", "show", "web")["key"]["further-resources"] == [f"default/{after['ImageId']}/raw"]
     kinds = [row["kind"] for row in daemon.json("audit", "list")["rows"]]
     assert kinds.count("volumes changed") == 3

@@ -100,6 +100,13 @@ def test_a_key_and_a_policy_for_each_image(stock: Any, raw: Any, image_id: str) 
     assert key["resource"].endswith(f"/{image_id}/root")
 
 
+def changes(heard: list[Any]) -> list[Any]:
+    """Without the rows of the audit log, and without objects of earlier jobs, which may go at any time."""
+    return [
+        one for one in heard if one[1] != "Appended" and not (one[1] == "InterfacesRemoved" and "/job/" in one[2][0])
+    ]
+
+
 def test_signals_of_keys_are_exact(stock: Any, raw: Any, listener: Listener, image_id: str) -> None:
     """A change is told once, by the objects that changed, with the properties that changed, and rows as one number."""
     label = path_label(image_id)
@@ -107,7 +114,7 @@ def test_signals_of_keys_are_exact(stock: Any, raw: Any, listener: Listener, ima
     before = rows(raw, limit=1)[0][-1]["number"]
     assert raw.call(KEY, "Revoke", "a{sv}", ({},), path=key) == ("", [])
     heard = listener.until_quiet()
-    changed = [(path, body[0], values(body[1]), body[2]) for path, member, body in heard if member != "Appended"]
+    changed = [(path, body[0], values(body[1]), body[2]) for path, _, body in changes(heard)]
     assert sorted(changed) == [
         (f"/org/jindisk1/image/{label}", "org.jindisk1.Image", {"State": "revoked"}, []),
         (key, KEY, {"State": "revoked"}, []),
@@ -120,7 +127,7 @@ def test_signals_of_keys_are_exact(stock: Any, raw: Any, listener: Listener, ima
     text = "[release]\nreleases_per_hour = 77\n"
     assert raw.call(POLICY, "Set", "sa{sv}", (text, {}), path=policy) == ("", [1])
     heard = listener.until_quiet()
-    assert [(path, member) for path, member, _ in heard if member != "Appended"] == [(policy, "PropertiesChanged")]
+    assert [(path, member) for path, member, _ in changes(heard)] == [(policy, "PropertiesChanged")]
     digest = next(values(body[1])["Digest"] for _, member, body in heard if member == "PropertiesChanged")
     assert rows(raw, limit=1)[0][-1]["detail"] == json.dumps({"rules": digest})
     assert raw.call(POLICY, "Set", "sa{sv}", (text, {}), path=policy) == ("", [0])
