@@ -47,6 +47,9 @@ class Adopter:
         known = self._guests.get(found.uuid)
         if found.active or (known is not None and known.view.state in ACTIVE):
             raise Busy(f"domain {found.name!r}", "it is running; stop it first")
+        if found.saved:
+            remedy = f"its machine is saved: start and stop it, or drop that by 'virsh managedsave-remove {found.name}'"
+            raise Busy(f"domain {found.name!r}", remedy)
         await self._launcher.can_start(stored.manifest.platform)
         spec = from_manifest(
             stored.manifest,

@@ -37,6 +37,8 @@ class Definition:
     uuid: str
     name: str
     active: bool
+    saved: bool
+    """Whether its next start goes on with the memory of an earlier machine, whatever is defined (`managedsave`)."""
     text: str
     """The XML of its next start, with secrets such as a display's password: not to be logged or shown."""
 
@@ -57,6 +59,7 @@ async def definition(connection: Connection, key: str) -> Definition:
             uuid=dom.UUIDString(),
             name=dom.name(),
             active=bool(dom.isActive()),
+            saved=bool(dom.hasManagedSaveImage()),
             text=str(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)),
         )
 

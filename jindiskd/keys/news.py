@@ -53,7 +53,7 @@ class News:
         while not self._closed.is_set():
             try:
                 self._listen()
-            except (sa.exc.SQLAlchemyError, OSError) as exc:
+            except Exception as exc:  # noqa: BLE001 (the driver's errors come through in places: all are tried again)
                 if not missed:
                     log.warning("what other brokers write is not heard", problem=str(getattr(exc, "orig", exc)))
                 missed = True

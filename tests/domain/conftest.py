@@ -18,7 +18,7 @@ from smallroot import idle_kernel
 from jindiskd.base import document
 from jindiskd.base.platform import Platform
 from jindiskd.broker.sev import SevSide
-from jindiskd.domain import vsock
+from jindiskd.domain import following, launch, vsock
 from jindiskd.domain.service import DomainService, DomainSettings
 from jindiskd.domain.state import DomainView
 from jindiskd.image.manifest import SCHEMA, BootFile, Manifest, Shape, Volume
@@ -222,8 +222,10 @@ def remove_domains(directory: Path, uri: str) -> None:
 
 
 @pytest.fixture
-async def bench(host: None, directory: Path) -> AsyncIterator[Bench]:
+async def bench(host: None, directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     """Surroundings with one image, `demo`; all domains and services are gone afterwards."""
+    monkeypatch.setattr(following, "SETTLE_S", 0.3)  # guests that are played do not power themselves off
+    monkeypatch.setattr(launch, "WAITING_PAUSE_S", 0.3)
     made = Bench(directory)
     add_image(made.images, "demo")
     yield made

@@ -238,7 +238,7 @@ async def test_a_snapshot_puts_another_file_before_the_disk(bench: Bench, watchf
 
 @pytest.mark.host
 async def test_a_stranger_runs_from_the_disk(bench: Bench) -> None:
-    """What it changes is not read by others meanwhile."""
+    """What it changes is not read by others meanwhile; saved, it is not adopted: it would go on with its own kernel."""
     service = await bench.service()
     disk = bench.images.root / "demo/disk.img"
     text = (
@@ -246,11 +246,16 @@ async def test_a_stranger_runs_from_the_disk(bench: Bench) -> None:
         f"<disk type='file'><driver name='qemu' type='raw'/><source file='{disk}'/><target dev='vda' bus='virtio'/>"
         "</disk></devices></domain>"
     )
-    await asyncio.to_thread(virsh, "create", "/dev/stdin", "--paused", given=text)
+    await asyncio.to_thread(virsh, "define", "/dev/stdin", given=text)
+    await asyncio.to_thread(virsh, "start", "stranger", "--paused")
     with pytest.raises(Busy, match="'stranger', which is not ours"):
         await service.refuse_users("demo", "whatever", frozenset({str(disk)}))
-    await asyncio.to_thread(virsh, "destroy", "stranger")
+    await asyncio.to_thread(virsh, "managedsave", "stranger")
+    with pytest.raises(Busy, match="managedsave-remove stranger"):
+        await service.adopt("stranger", "demo")
     await service.refuse_users("demo", "whatever", frozenset({str(disk)}))
+    await asyncio.to_thread(virsh, "undefine", "stranger", "--managed-save")
+    await bench.until(lambda: bench.strays() == [])  # others count machines
 
 
 @pytest.mark.host
