@@ -36,21 +36,28 @@ class Found:
     """Its definition: of the machine while it runs, else of the next start."""
 
 
-def read(conn: libvirt.virConnect, is_ours: Callable[[str], bool]) -> tuple[Found, ...]:
-    """All domains that carry our metadata or that `is_ours` knows by UUID. One that cannot be read is left out."""
-    found = []
+def read(
+    conn: libvirt.virConnect, is_ours: Callable[[str], bool]
+) -> tuple[tuple[Found, ...], frozenset[str]]:
+    """All domains that carry our metadata or that `is_ours` knows by UUID.
+
+    With them the UUIDs of those that are there and could not be read: libvirtd may end in the middle.
+    """
+    found, unread = [], set()
     for dom in conn.listAllDomains():
         try:
             item = _read(dom, is_ours)
         except libvirt.libvirtError as exc:
             if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone since it was listed
                 log.warning("a domain cannot be read", problem=str(exc))
+                unread.add(dom.UUIDString())
         except MalformedDomain as exc:
             log.warning("a domain is left alone", domain=dom.UUIDString(), problem=str(exc))
+            unread.add(dom.UUIDString())
         else:
             if item is not None:
                 found.append(item)
-    return tuple(found)
+    return tuple(found), frozenset(unread)
 
 
 def halted(state: int, why: int, name: str) -> str:

@@ -82,7 +82,7 @@ class Reconciler:
         """Read all domains: adopt what runs, note what ended, drop what is gone, clear what was left behind."""
         async with self._reading:
             before = [(guest, guest.view) for guest in self._guests]
-            found = await self._connection.call(
+            found, unread = await self._connection.call(
                 "listing domains", lambda conn: inventory.read(conn, lambda uuid: self._bindings.get(uuid) is not None)
             )
             for item in found:
@@ -102,7 +102,7 @@ class Reconciler:
                 elif not item.active:
                     await self._look_at(known, item, binding)
             self._note_layers(found)
-            there = {item.uuid for item in found}
+            there = unread.union(item.uuid for item in found)
             self._strangers &= there
             for guest, view in before:
                 same = self._guests.holds(guest) and guest.view is view
@@ -114,7 +114,7 @@ class Reconciler:
                     self._bindings.drop(identity)
             for home in self._settings.vsock_dir.iterdir():
                 known = self._guests.get(home.name)
-                if known is None or known.view.state not in ACTIVE:
+                if home.name not in unread and (known is None or known.view.state not in ACTIVE):
                     log.info("cleared what an ended domain left behind", domain=home.name)
                     vsock.clear(home)
             self.ready.set()

@@ -72,6 +72,23 @@ def test_what_keeps_an_active_domain_still(state: int, why: int, said: str) -> N
     assert bool(found) is bool(said)
 
 
+def test_one_that_cannot_be_read_is_there() -> None:
+    """libvirtd ends between the list and a domain's definition: that domain is not gone, nor is its record."""
+
+    class Domain:
+        def UUIDString(self) -> str:
+            return OTHER_UUID
+
+        def XMLDesc(self) -> str:
+            raise libvirt.libvirtError("Cannot recv data: Connection reset by peer")
+
+    class Conn:
+        def listAllDomains(self) -> list[Domain]:
+            return [Domain()]
+
+    assert inventory.read(Conn(), lambda _uuid: True) == ((), frozenset({OTHER_UUID}))
+
+
 @pytest.mark.host
 async def test_one_that_is_suspended_saved_and_reset(bench: Bench) -> None:
     """It stands still, goes on, cannot be saved; a service that comes meanwhile knows, too."""
