@@ -393,7 +393,7 @@ PAGES = {
 
 def main() -> int:
     """Write all pages into the directory named on the command line."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m jindiskd.cli.manpages DIRECTORY", file=sys.stderr)
         return 2
     target = Path(sys.argv[1])
