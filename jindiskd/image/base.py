@@ -105,9 +105,11 @@ class Digest:
             BaseChanged: the file was written to since the start.
         """
         self._thread.join()
+        if self._look(self._fd) != self._before:
+            raise BaseChanged
         if self._failure is not None:
             raise self._failure
-        if self._digest is None or self._look(self._fd) != self._before:
+        if self._digest is None:
             raise BaseChanged
         return self._digest
 

@@ -214,13 +214,17 @@ LINUX_TYPE = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 
 
-@pytest.fixture(scope="session", autouse=True)
+_INTERPRETERS: dict[tuple[str, ...], cpio.Archive] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
 def quick_initrds() -> Iterator[None]:
     """The interpreter's part of all initrds made in this process is put together once, and they are packed in a hurry.
 
-    That took two thirds of each build. tests/initrd tries both as they are, and so do builds by the service's worker.
+    That took two thirds of each build. tests/initrd, in the same process perhaps, tries both as they are, and so do
+    builds by the service's worker.
     """
-    made: dict[tuple[str, ...], cpio.Archive] = {}
+    made = _INTERPRETERS
     add_python = initrd.add_python
 
     def once(archive: cpio.Archive, names: Iterable[str]) -> None:
