@@ -185,7 +185,7 @@ def commands(there: Everything, scratch: Path, archive: Path) -> Mapping[str, tu
         "org.jindisk1.launch-domain": (DONE, ("domain", "undefine", "guest", "--yes")),
         "org.jindisk1.open-device": (DONE | UNABLE, ("device", "open", there.node)),
         "org.jindisk1.close-device": (DONE | UNABLE, ("device", "close", there.node)),
-        "org.jindisk1.manage-keys": (DONE, ("key", "revoke", "stock")),
+        "org.jindisk1.manage-keys": (DONE, ("key", "reinstate", "stock")),
         "org.jindisk1.build-image": (DONE, ("image", "build", "another", "--rootfs", str(archive), "--no-wait")),
         "org.jindisk1.cancel-others-jobs": (DONE_OR_OVER, ("job", "cancel", "{job}")),
         "org.jindisk1.manage-images": (DONE, ("image", "remove", "stock", "--yes")),
@@ -210,6 +210,8 @@ def test_every_action(everything: Everything, rootfs: Path) -> None:
 
     answered = {action for _, _, action, types in methods() if "h" not in types}
     for action, (fits, words) in cases.items():
+        if words[:2] == ("image", "remove"):  # which the guest would be refused for, if it came to ask after that
+            assert len(everything.key.get(timeout=DEADLINE_S)) == 32
         job = max(item["Id"] for item in daemon.json("job", "list")["jobs"]) if "{job}" in words else 0
         words = tuple(word.format(job=job) for word in words)
         if action not in answered:
@@ -220,4 +222,3 @@ def test_every_action(everything: Everything, rootfs: Path) -> None:
         if job:  # which is that user's who built an image: one's own needs no right
             code, text = ctl(daemon, *words, uid=USERS[ACTIONS.index("org.jindisk1.build-image")].pw_uid)
             assert code in fits, (words, code, text)
-    assert len(everything.key.get(timeout=DEADLINE_S)) == 32
