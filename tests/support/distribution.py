@@ -89,7 +89,7 @@ def finish(root: Path) -> None:
 def make_initramfs(root: Path) -> Path:
     """Have the system make its initramfs anew; returns its file."""
     (release,) = (path.name for path in (root / "usr/lib/modules").iterdir())
-    if (root / "usr/lib/dracut/modules.d").is_dir():
+    if (root / "usr/bin/dracut").exists():  # our package has a folder for it in any system
         in_root(root, "dracut", "--force", f"/boot/initrd.img-{release}", release)
     else:
         in_root(root, "update-initramfs", "-u", "-k", release)
