@@ -36,13 +36,21 @@ from jindiskd.image.ext4 import Superblock, read_superblock, used_ranges
 from jindiskd.image.manifest import Manifest, Shape
 from jindiskd.image.measurement import launch_digest, suitable_firmware
 from jindiskd.image.refusals import RootDamaged
-from jindiskd.image.request import BaseKind, BuildTask, InitrdKind, Progress, VolumeFormat, resource_of
+from jindiskd.image.request import (
+    BaseKind,
+    BuildTask,
+    InitrdKind,
+    Progress,
+    Report,
+    VolumeFormat,
+    resource_of,
+    shares,
+)
 from jindiskd.image.sparse import path_of, unlinked_file
 from jindiskd.image.store import CMDLINE, INITRD, KERNEL
 from jindiskd.image.tools import tool
 from jindiskd.image.volume import SealedVolume, placeholder, prepare_volume
 
-Report = Callable[[Progress], None]
 MAX_PROGRAM_BYTES = 32 << 20
 ROOT_DEVICE = "/dev/vda3"
 """The root is a disk's third partition, most often of the first virtio disk: a locator, no identity."""
@@ -129,17 +137,13 @@ class _Build:
         time = root.superblock.write_time
         layout = disk.lay_out(self.staging, volume, self.identities, time=time, owned=self.owned)
         ranges = used_ranges(root.fd, root.superblock)
+        encrypted = shares(self.report, "encrypt")
         sealed = disk.write_disk(
             self.staging,
             layout,
-            lambda fd, offset: volume.fill(
-                root.fd, fd, ranges, offset, lambda done, total: self.share("encrypt", done, total)
-            ),
+            lambda fd, offset: volume.fill(root.fd, fd, ranges, offset, encrypted),
         )
-        written = tuple(
-            prepared.write(self.staging, lambda done, total: self.share("encrypt", done, total))
-            for prepared in self.volumes
-        )
+        written = tuple(prepared.write(self.staging, encrypted) for prepared in self.volumes)
         self.report(Progress(stage="finish", fraction=None))
         shutil.rmtree(self.work)
         manifest = Manifest(
@@ -196,7 +200,7 @@ class _Build:
             found = base.find_root(image)
             self.require_room(found.superblock)
             fd = self.owned(unlinked_file(self.staging))
-            base.copy_root(found, fd, lambda done, total: self.share("read", done, total))
+            base.copy_root(found, fd, shares(self.report, "read"))
             others = tuple(FileSystem(image, offset) for offset in found.others)
             self.resize(fd, found.superblock)
             base_sha256 = hashing.result
@@ -339,6 +343,3 @@ class _Build:
                 key_program=self.key_program(),
             )
         replace_file(self.staging / CMDLINE, line.encode("ascii"))
-
-    def share(self, stage: str, done: int, total: int) -> None:
-        self.report(Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total))

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,15 +26,13 @@ from jindiskd.image import data_volumes, disk
 from jindiskd.image import manifest as manifests
 from jindiskd.image.data_volumes import Keys
 from jindiskd.image.manifest import Manifest
-from jindiskd.image.measured import measured_config
+from jindiskd.image.measured import open_source
 from jindiskd.image.measurement import launch_digest
 from jindiskd.image.reading import read_data, read_root
-from jindiskd.image.request import BuildTask, CloneTask, Progress, resource_of
+from jindiskd.image.request import BuildTask, CloneTask, Progress, Report, resource_of, shares
 from jindiskd.image.sparse import block_ranges, unlinked_file
-from jindiskd.image.store import CMDLINE, INITRD, KERNEL, StoredImage, read_manifest
+from jindiskd.image.store import CMDLINE, INITRD, KERNEL
 from jindiskd.image.volume import Expectation, prepare_volume
-
-Report = Callable[[Progress], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,23 +65,17 @@ def clone(task: CloneTask, keys: CloneKeys, report: Report) -> Manifest:
 
 def _clone(task: CloneTask, keys: CloneKeys, report: Report, stack: ExitStack) -> Manifest:
     build, request = task.build, task.build.request
-    staging, path = Path(build.staging), Path(task.source)
 
     def owned(fd: int) -> int:
         stack.callback(os.close, fd)
         return fd
 
-    def share(stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: report(
-            Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total)
-        )
-
-    report(Progress(stage="prepare", fraction=None))
-    source = StoredImage(path=path, manifest=read_manifest((path / manifests.FILE).read_bytes(), path.name))
-    archive, config = measured_config(source, task.released_to)
+    opened = open_source(task, report)
+    source, config, staging = opened.image, opened.config, opened.staging
+    decrypted, encrypted = shares(report, "decrypt"), shares(report, "encrypt")
     clear = owned(unlinked_file(staging))
     size = read_root(
-        source, config, clear, key=keys.source, anchor=task.anchor, workers=build.workers, share=share("decrypt")
+        source, config, clear, key=keys.source, anchor=task.anchor, workers=build.workers, share=decrypted
     )
     contents = {}
     for one in config.volumes:
@@ -95,24 +87,22 @@ def _clone(task: CloneTask, keys: CloneKeys, report: Report, stack: ExitStack) -
             key=keys.source_volumes[one.name],
             anchor=task.volume_anchors.get(one.name, b""),
             workers=build.workers,
-            share=share("decrypt"),
+            share=decrypted,
         )
     report(Progress(stage="boot", fraction=None))
     now = int(time.time())
     volume = stack.enter_context(prepare_volume(build, keys.new, size, now))
     volumes = data_volumes.prepare(build, keys.new_volumes, now, stack, contents)
     for name in (KERNEL, CMDLINE):
-        shutil.copyfile(path / name, staging / name)
+        shutil.copyfile(source.path / name, staging / name)
     new_config = _renamed(config, build, volume.expected, volumes)
-    initrd = archive.replaced(guest.PATH, document.dump(new_config))
+    initrd = opened.archive.replaced(guest.PATH, document.dump(new_config))
     files.replace_file(staging / INITRD, initrd.to_gzip())
     digest = launch_digest(request, staging, (staging / CMDLINE).read_text(encoding="ascii"))
     layout = disk.lay_out(staging, volume, request.stream("identities"), time=now, owned=owned)
     ranges = block_ranges(clear, 0, size)
-    sealed = disk.write_disk(
-        staging, layout, lambda fd, offset: volume.fill(clear, fd, ranges, offset, share("encrypt"))
-    )
-    written = tuple(one.write(staging, share("encrypt")) for one in volumes)
+    sealed = disk.write_disk(staging, layout, lambda fd, offset: volume.fill(clear, fd, ranges, offset, encrypted))
+    written = tuple(one.write(staging, encrypted) for one in volumes)
     report(Progress(stage="finish", fraction=None))
     manifest = dataclasses.replace(
         source.manifest,

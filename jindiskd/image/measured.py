@@ -1,16 +1,45 @@
-"""What the guests of an image are told: read from its initrd, once all of it is what its keys are released to."""
+"""What the guests of an image are told: read from its initrd, once all of it is what its keys are released to.
+
+Whatever makes an image anew from one in the store begins with that: `open_source`.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 from jindiskd.attest import measure
 from jindiskd.base import document
 from jindiskd.errors import NotSupported
 from jindiskd.guest import config as guest
 from jindiskd.guest.config import GuestConfig
+from jindiskd.image import manifest as manifests
 from jindiskd.image.cpio import Archive, MalformedArchive
 from jindiskd.image.measurement import inputs_of
-from jindiskd.image.request import InitrdKind
-from jindiskd.image.store import INITRD, ImageDamaged, StoredImage, verify
+from jindiskd.image.request import CloneTask, InitrdKind, Progress, Report, VolumesTask
+from jindiskd.image.store import INITRD, ImageDamaged, StoredImage, read_manifest, verify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An image that another is made from, and where."""
+
+    image: StoredImage
+    archive: Archive
+    """Its initrd."""
+    config: GuestConfig
+    """What its guests are told."""
+    staging: Path
+    """Where the other is made."""
+
+
+def open_source(task: CloneTask | VolumesTask, report: Report) -> Source:
+    """Begin to make an image from the one that a task names; raises as `measured_config`."""
+    report(Progress(stage="prepare", fraction=None))
+    path = Path(task.source)
+    image = StoredImage(path=path, manifest=read_manifest((path / manifests.FILE).read_bytes(), path.name))
+    archive, config = measured_config(image, task.released_to)
+    return Source(image=image, archive=archive, config=config, staging=Path(task.build.staging))
 
 
 def measured_config(source: StoredImage, released_to: tuple[bytes, ...]) -> tuple[Archive, GuestConfig]:

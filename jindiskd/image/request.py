@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -357,6 +358,19 @@ class Progress:
     """Of the stage, 0 to 1; None where it cannot be told."""
     done_bytes: int = 0
     total_bytes: int = 0
+
+
+Report = Callable[[Progress], None]
+"""Called with the progress of a piece of work."""
+Share = Callable[[int, int], None]
+"""Called with the bytes done and those of all, of one stage."""
+
+
+def shares(report: Report, stage: str) -> Share:
+    """Progress of one stage, told to `report`."""
+    return lambda done, total: report(
+        Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total)
+    )
 
 
 def resource_of(image_id: str, volume: str = ROOT) -> str:

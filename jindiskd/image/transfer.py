@@ -22,7 +22,7 @@ from jindiskd.image import manifest as manifests
 from jindiskd.image import vetting
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of
-from jindiskd.image.request import ExportTask, ImportTask, Progress, check_name
+from jindiskd.image.request import ExportTask, ImportTask, Progress, Report, check_name
 from jindiskd.image.sparse import data_ranges
 from jindiskd.image.store import (
     DISK,
@@ -33,8 +33,6 @@ from jindiskd.image.store import (
     verify,
 )
 from jindiskd.image.stream import SCHEMA, Header, Part, Reader, StreamDamaged, Writer
-
-Report = Callable[[Progress], None]
 
 
 class _Share:

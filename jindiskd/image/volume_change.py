@@ -14,7 +14,6 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,15 +28,14 @@ from jindiskd.image.cpio import Archive
 from jindiskd.image.data_volumes import Keys
 from jindiskd.image.debugfs import FileSystem
 from jindiskd.image.manifest import Manifest
-from jindiskd.image.measured import measured_config
+from jindiskd.image.measured import open_source
 from jindiskd.image.measurement import launch_digest
 from jindiskd.image.reading import read_root
-from jindiskd.image.request import Progress, VolumeFormat, VolumesTask
+from jindiskd.image.request import Progress, Report, Share, VolumeFormat, VolumesTask, shares
 from jindiskd.image.sparse import unlinked_file
-from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL, StoredImage, read_manifest
+from jindiskd.image.store import CMDLINE, DISK, INITRD, KERNEL, StoredImage
 
 LUKS2 = VolumeFormat.LUKS2
-Report = Callable[[Progress], None]
 
 
 def needs_modules(manifest: Manifest, form: VolumeFormat) -> bool:
@@ -69,17 +67,9 @@ def _change(
     task: VolumesTask, root_key: Secret | None, volume_keys: Keys, report: Report, stack: ExitStack
 ) -> Manifest:
     build, request = task.build, task.build.request
-    staging, path = Path(build.staging), Path(task.source)
-
-    def share(stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: report(
-            Progress(stage=stage, fraction=done / total if total else 1.0, done_bytes=done, total_bytes=total)
-        )
-
-    report(Progress(stage="prepare", fraction=None))
-    source = StoredImage(path=path, manifest=read_manifest((path / manifests.FILE).read_bytes(), path.name))
-    archive, config = measured_config(source, task.released_to)
-    program = _key_program(archive)
+    opened = open_source(task, report)
+    source, config, staging = opened.image, opened.config, opened.staging
+    program = _key_program(opened.archive)
     if program is not None and any(one.name == task.added and one.format is not LUKS2 for one in request.volumes):
         text = f"choose format {LUKS2}: JinDisk 2 needs the broker, which remembers the volume's state"
         raise NotSupported(f"a volume of another format for image {request.name!r}, whose keys a program gives,", text)
@@ -89,16 +79,16 @@ def _change(
     new = data_volumes.prepare(dataclasses.replace(build, request=alone), volume_keys, int(time.time()), stack)
     told = tuple(volume for volume in config.volumes if volume.name in names)
     config = dataclasses.replace(config, volumes=(*told, *(one.config for one in new)))
-    modules = initrd.modules_of(archive, config)
+    modules = initrd.modules_of(opened.archive, config)
     if root_key is not None:
-        modules = _modules(task, source, config, root_key, share("decrypt"))
+        modules = _modules(task, source, config, root_key, shares(report, "decrypt"))
     report(Progress(stage="boot", fraction=None))
     _, made = initrd.make_initrd(config, modules, program)
     files.replace_file(staging / INITRD, made.to_gzip(), 0o644)
     unchanged = [DISK, KERNEL, CMDLINE, *(volume.file for volume in kept)]
     for name in unchanged:
-        os.link(path / name, staging / name)
-    written = tuple(one.write(staging, share("encrypt")) for one in new)
+        os.link(source.path / name, staging / name)
+    written = tuple(one.write(staging, shares(report, "encrypt")) for one in new)
     report(Progress(stage="finish", fraction=None))
     manifest = dataclasses.replace(
         source.manifest,
@@ -119,7 +109,7 @@ def _key_program(archive: Archive) -> bytes | None:
 
 
 def _modules(
-    task: VolumesTask, source: StoredImage, config: GuestConfig, key: Secret, share: Callable[[int, int], None]
+    task: VolumesTask, source: StoredImage, config: GuestConfig, key: Secret, share: Share
 ) -> list[tuple[str, bytes]]:
     """The modules that the guest needs now, from its own root, which is read into a file without a name."""
     staging = Path(task.build.staging)
