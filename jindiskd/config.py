@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from jindiskd.base import toml
 from jindiskd.base.platform import Platform
 from jindiskd.base.settings import near
 from jindiskd.errors import EXIT_USAGE, JindiskError
@@ -350,8 +350,8 @@ def _read(path: Path, faults: list[str]) -> Mapping[str, Any]:
         if len(data) > FILE_LIMIT_BYTES:
             faults.append(f"{path}: longer than {FILE_LIMIT_BYTES} bytes")
             return {}
-        return tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        return toml.loads(data.decode())
+    except ValueError as exc:
         faults.append(f"{path}: not TOML: {exc}")
     except OSError as exc:
         faults.append(f"{path}: cannot be read: {exc.strerror}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Mapping
 
+from jindiskd.base import toml
 from jindiskd.kbs.messages import MalformedMessage
 
 WHAT = "the init-data"
@@ -20,13 +20,13 @@ def read(text: str) -> tuple[bytes, Mapping[str, str]]:
     Raises:
         MalformedMessage: it is none, of another version, or with another digest than SHA-2.
     """
-    raw = text.encode()
-    if len(raw) > MAX_TEXT_BYTES:
-        raise MalformedMessage(WHAT, f"longer than {MAX_TEXT_BYTES} bytes")
     try:
-        value = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
-        raise MalformedMessage(WHAT, "not TOML") from exc
+        raw = text.encode()
+        if len(raw) > MAX_TEXT_BYTES:
+            raise MalformedMessage(WHAT, f"longer than {MAX_TEXT_BYTES} bytes")
+        value = toml.loads(text)
+    except ValueError as exc:  # also of text that has no UTF-8 form, and of numbers that are too long
+        raise MalformedMessage(WHAT, "not TOML that can be read") from exc
     algorithm, data = value.get("algorithm"), value.get("data")
     if algorithm not in ALGORITHMS or value.get("version") != VERSION:
         raise MalformedMessage(WHAT, f"not version {VERSION} with one of {', '.join(ALGORITHMS)}")

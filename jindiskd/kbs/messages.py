@@ -118,7 +118,12 @@ def parse_attestation(body: bytes, version: str = VERSION) -> Attestation:
     if not isinstance(runtime, dict) or not isinstance(evidence, dict):
         raise MalformedMessage(what, "runtime-data or tee-evidence is not an object")
     init = value.get("init-data")
-    if init is not None and (not isinstance(init, dict) or set(init) != {"format", "body"} or init["format"] != "toml"):
+    if init is not None and (
+        not isinstance(init, dict)
+        or set(init) != {"format", "body"}
+        or init["format"] != "toml"
+        or not isinstance(init["body"], str)
+    ):
         raise MalformedMessage(what, "init-data is neither null nor a TOML document")
     return Attestation(
         nonce=_text(runtime, "nonce", what, 256),

@@ -17,13 +17,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from jindiskd.base import toml
 from jindiskd.base.settings import near
 from jindiskd.errors import EXIT_USAGE, JindiskError
 from jindiskd.policy.rules import PRODUCTS, MinimumTcb, ReleaseRules
@@ -129,8 +129,8 @@ def _parsed(text: str | bytes, where: str) -> Mapping[str, Any]:
     if len(data) > LIMIT_BYTES:
         raise BadPolicy([f"{where}: longer than {LIMIT_BYTES} bytes"])
     try:
-        return tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        return toml.loads(data.decode())
+    except ValueError as exc:
         raise BadPolicy([f"{where}: not TOML: {exc}"]) from exc
 
 

@@ -204,6 +204,11 @@ def runtime(**members: Any) -> Callable[[dict[str, Any]], bytes]:
     return lambda good: json.dumps({**good, "runtime-data": {**good["runtime-data"], **members}}).encode()
 
 
+def init_data(body: object) -> Callable[[dict[str, Any]], bytes]:
+    """An attestation with this as the text of its init-data."""
+    return lambda good: json.dumps({**good, "init-data": {"format": "toml", "body": body}}).encode()
+
+
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "no evidence": (primary(lambda _: None), "evidence.malformed"),
     "a list": (primary(lambda _: []), "evidence.malformed"),
@@ -229,10 +234,11 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "other nonce": (runtime(nonce="bm9uY2U="), "session.nonce"),
     "key member more": (runtime(**{"tee-pubkey": {"kty": "EC", "kid": "1"}}), "evidence.malformed"),
     "key as list": (runtime(**{"tee-pubkey": []}), "evidence.malformed"),
-    "deep init-data": (
-        lambda good: json.dumps({**good, "init-data": {"format": "toml", "body": "a=" + "[" * 50000}}).encode(),
-        "evidence.malformed",
-    ),
+    "deep init-data": (init_data("a=" + "[" * 50000), "evidence.malformed"),
+    "init-data of dots": (init_data("a." * 63_000 + "a=1"), "evidence.malformed"),
+    "init-data that is no text": (init_data(5), "evidence.malformed"),
+    "init-data without UTF-8": (init_data("a = '\ud800'"), "evidence.malformed"),
+    "init-data with a long number": (init_data("a = " + "9" * 5000), "evidence.malformed"),
     "member twice": (text(b'"version": 3', b'"version": 3, "version": 3'), "evidence.malformed"),
     "a float": (text(b'"version": 3', b'"version": 3.0'), "evidence.malformed"),
     "not a number": (text(b'"version": 3', b'"version": NaN'), "evidence.malformed"),

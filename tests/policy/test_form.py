@@ -156,3 +156,16 @@ def test_every_setting_says_why() -> None:
     """No field without table, help and reason."""
     for item in dataclasses.fields(ReleaseRules):
         assert {"section", "help", "why"} <= item.metadata.keys(), item.name
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 50_000])
+def test_what_the_parser_was_not_made_for_is_a_fault_of_the_policy(value: str) -> None:
+    """Not one of the program: numbers and nesting without end."""
+    with pytest.raises(form.BadPolicy, match="not TOML"):
+        form.read(f"[release]\nreleases_in_all = {value}\n")
+
+
+def test_a_key_without_end_is_refused_before_it_is_parsed() -> None:
+    """Whoever may try a policy must not keep the service busy."""
+    with pytest.raises(form.BadPolicy, match="more than 200 dots"):
+        form.read("a." * 30_000 + "a = 1\n")
