@@ -30,7 +30,7 @@ from typing import Protocol
 
 from jindiskd.attest.collecting import Collector
 from jindiskd.attest.model import EvidenceRefused, Finding, MalformedEvidence
-from jindiskd.attest.sev import LaunchReport, SealedSecret, SevKeys, SevPolicy, SevSession
+from jindiskd.attest.sev import LaunchReport, SealedSecret, SevKeys, SevPolicy, SevSession, appraise_policy
 from jindiskd.attest.sev_certs import (
     ARK_SHA256,
     CERTIFICATE_BYTES,
@@ -299,19 +299,21 @@ class SevJudge:
         return SevKeys.unpack(packed)
 
     def _against(self, record: ImageRecord, policy: int) -> list[Finding]:
-        """What speaks against a launch, whatever it measures as."""
-        platform, findings = record.platform, []
+        """What speaks against a launch, whatever it measures as: asked at both steps, for rules may change between."""
+        platform, rules, findings = record.platform, record.rules, []
         if not platform.measured_before:
             findings.append(Finding("platform.kind", f"the image is for {platform}, not for SEV or SEV-ES"))
         elif platform.tee is Tee.SEV_ES and not policy & SevPolicy.ES:
             findings.append(Finding("platform.kind", f"the image is for {platform}, the policy 0x{policy:x} is not"))
-        if platform.simulated and (self._simulated is None or record.rules.allow_simulated is False):
+        if platform.measured_before:
+            findings += appraise_policy(policy, encrypted_state=False, allow_send=rules.sev_allow_send)
+        if platform.simulated and (self._simulated is None or rules.allow_simulated is False):
             text = "the image is for a simulated platform, which is not accepted"
             findings.append(Finding("platform.simulation", text))
         if record.state is not KeyState.ACTIVE:
             findings.append(Finding("key.state", f"the image's key is {record.state}"))
         now: datetime = self._store.database.now()
-        return findings + window(record.rules, now)
+        return findings + window(rules, now)
 
     def _platform(self, host: HostPlatform, *, simulated: bool) -> SevPlatform:
         if simulated:

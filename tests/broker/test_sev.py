@@ -204,6 +204,19 @@ async def test_a_key_that_is_withheld_between_the_two_steps(tmp_path: Path, keys
     assert owner.last() == ("refused", ["key.state"])
 
 
+async def test_rules_that_change_between_the_two_steps(tmp_path: Path, keys: SevPlatformKeys) -> None:
+    """What the launch's policy may let the host do is for the rules in force when the key is asked for."""
+    owner = Owner(tmp_path, keys, Platform.SIMULATED_SEV)
+    owner.store.set_rules(IMAGE, replace(ReleaseRules(), sev_allow_send=True))
+    turn = await owner.side.begin(PEER, 0x3, shown(keys))
+    launch = SevLaunch(keys, policy=0x3, dh_certificate=turn.dh_certificate, session=turn.session)
+    owner.store.set_rules(IMAGE, ReleaseRules())
+    with pytest.raises(EvidenceRefused, match="send the guest elsewhere"):
+        await turn.approve(report(0x3, launch.measure(DIGEST)))
+    turn.close()
+    assert owner.last() == ("refused", ["sev.policy.send"])
+
+
 @pytest.mark.parametrize(
     ("platform", "policy", "simulation", "finding"),
     [
