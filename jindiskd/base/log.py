@@ -16,11 +16,19 @@ import structlog
 PRIORITY = {"critical": 2, "error": 3, "exception": 3, "warning": 4, "info": 6, "debug": 7}
 
 
+def _one_line(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Whatever stands in a value, a line stays a line: texts of errors quote what others chose, paths for example."""
+    for name, value in event.items():
+        if isinstance(value, str) and name != "exception" and not value.isprintable():
+            event[name] = "".join(one if one.isprintable() else repr(one)[1:-1] for one in value)
+    return event
+
+
 def _to_journal(_logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
-    """One line with the priority prefix that systemd-journald reads (sd-daemon(3))."""
-    render = structlog.processors.KeyValueRenderer(key_order=["event"], sort_keys=True)
-    line = str(render(None, method, event)).replace("\\n", "\n")
-    return "\n".join(f"<{PRIORITY.get(method, 6)}>{part}" for part in line.split("\n"))
+    """A line with the priority prefix that systemd-journald reads (sd-daemon(3)), then one for each of a traceback."""
+    trace = str(event.pop("exception", "")).splitlines()
+    line = str(structlog.processors.KeyValueRenderer(key_order=["event"], sort_keys=True)(None, method, event))
+    return "\n".join(f"<{PRIORITY.get(method, 6)}>{part}" for part in (line, *(f"traceback: {one}" for one in trace)))
 
 
 class _StandardError:
@@ -39,6 +47,7 @@ def setup(level: str = "info") -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.format_exc_info,
+        _one_line,
     ]
     if os.environ.get("JOURNAL_STREAM"):
         tail: list[Any] = [_to_journal]
