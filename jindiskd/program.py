@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import faulthandler
 import os
 import signal
@@ -18,9 +17,9 @@ import structlog
 
 from jindiskd.base.notify import notify, reloading, watchdog_interval_s
 from jindiskd.errors import EXIT_FAILED, JindiskError
+from jindiskd.guest import kernel
 
 log = structlog.get_logger(__name__)
-PR_SET_DUMPABLE = 4  # linux/prctl.h
 
 
 def credentials_directory() -> Path | None:
@@ -32,8 +31,7 @@ def credentials_directory() -> Path | None:
 def keep_memory_private() -> None:
     """Keys are in this memory: no core dumps, no debugger but root's. The watchdog's SIGABRT prints stacks alone."""
     faulthandler.enable()
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
 
 
 async def _signs_of_life(interval_s: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -126,7 +127,7 @@ def open_disk(base_fd: int, scratch: Path) -> int:
         ImageFormatRefused: a qcow2 image with a backing file, an external data file, or encryption.
         BaseTruncated: a qcow2 image that qemu-img cannot read to its end.
     """
-    if not os.path.isfile(path_of(base_fd)):  # noqa: PTH113 (a descriptor's path, not one of ours)
+    if not stat.S_ISREG(os.fstat(base_fd).st_mode):
         raise InvalidArgument("base", "descriptor", "a regular file with a disk image is needed")
     if os.pread(base_fd, 4, 0) != QCOW2_MAGIC:
         return base_fd

@@ -36,6 +36,7 @@ from jindiskd.base import document
 from jindiskd.base.log import setup
 from jindiskd.base.secret import Secret
 from jindiskd.errors import EXIT_FAILED, Internal, JindiskError
+from jindiskd.guest import kernel
 from jindiskd.image.builder import build
 from jindiskd.image.clone import CloneKeys, clone
 from jindiskd.image.data_volumes import Keys, parted
@@ -166,6 +167,13 @@ def change_volumes(task: VolumesTask, arguments: argparse.Namespace, report: Rep
         return change(task, root_key, volume_keys, report).name
 
 
+def keep_key_private() -> None:
+    """No core file with the key in it, nor a dump piped to a program, which the limit does not stop; no debugger but
+    root's: the tools that read the base run as the same user."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+
+
 def main() -> int:
     """Do one piece of work; the exit status is the error's."""
     parser = argparse.ArgumentParser(prog="jindiskd.image.worker")
@@ -174,7 +182,7 @@ def main() -> int:
     parser.add_argument("--import", type=int, dest="import_")
     arguments = parser.parse_args()
     setup()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would have the key in it
+    keep_key_private()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     try:
         line = read_line(sys.stdin.fileno())

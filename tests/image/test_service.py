@@ -315,6 +315,18 @@ def test_worker_refuses_a_wrong_key(request_for, disk_image, tmp_path) -> None:
     assert key not in out + err
 
 
+def test_a_workers_memory_is_its_own() -> None:
+    """No core file, no dump by whatever the host pipes dumps to, no debugger of the user that the base's tools are."""
+    program = (
+        "import ctypes, resource, sys; from jindiskd.image import worker\n"
+        "def look(_fd): print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)[0]); "
+        "sys.exit(0)\n"  # PR_GET_DUMPABLE, linux/prctl.h
+        "worker.read_line = look; sys.argv[1:] = []; worker.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]
+
+
 def test_worker_errors_are_all_known() -> None:
     """What a worker can name can be raised again by name."""
     from jindiskd.image.running import as_raised
