@@ -17,6 +17,7 @@ before anything that depends on it goes on; one at a time, under a lock of its d
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -28,7 +29,7 @@ from uuid import UUID
 
 from jindiskd.base.anchor import ANCHOR_BYTES, Anchor, State
 from jindiskd.base.files import replace_file
-from jindiskd.errors import EXIT_INTEGRITY, AlreadyExists, JindiskError
+from jindiskd.errors import EXIT_INTEGRITY, AlreadyExists, InvalidArgument, JindiskError
 from jindiskd.jindisk.errors import VolumeFenced
 
 MAGIC = b"JD2state"
@@ -94,6 +95,24 @@ def write(path: Path, remembered: Remembered, *, replace: bool) -> None:
         if not replace and path.exists():
             raise AlreadyExists("the anchor file", os.fspath(path))
         replace_file(path, remembered.encode(), 0o600)
+
+
+def check_place(path: Path, *, replace: bool) -> None:
+    """Look whether an anchor file could be written, before something is done whose state it shall keep.
+
+    Raises:
+        AlreadyExists: there is something, and it is not to be replaced.
+        InvalidArgument: there is something that is no anchor file.
+        OSError: its directory is missing, or cannot be written.
+    """
+    with _locked(path):
+        if path.exists() or path.is_symlink():
+            if not replace:
+                raise AlreadyExists("the anchor file", os.fspath(path))
+            if not path.is_file() or path.stat().st_size != FILE_BYTES:
+                raise InvalidArgument("the anchor file", os.fspath(path), "something else lies there")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
 
 
 @contextlib.contextmanager

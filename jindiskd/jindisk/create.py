@@ -14,6 +14,7 @@ from jindiskd.jindisk.crypto import Generator
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeMalformed
 from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START, Geometry, Kind
+from jindiskd.jindisk.identification import Identification
 from jindiskd.jindisk.journal import JournalWriter
 from jindiskd.jindisk.recovery import Recovered
 from jindiskd.jindisk.segments import SegmentTable
@@ -32,6 +33,12 @@ def wipe(device: Device, geometry: Geometry) -> None:
     device.flush()
 
 
+def identify(device: Device, header: Identification) -> None:
+    """Write the identification block, durably: from then on this is a volume. Raises `OSError`."""
+    device.pwrite(0, header.encode())
+    device.flush()
+
+
 def create_volume(
     device: Device,
     *,
@@ -45,6 +52,7 @@ def create_volume(
     entropy: Callable[[int], bytes] = os.urandom,
     clock: Callable[[], float] = time.time,
     ordered_placement: bool = False,
+    identified: bool = True,
 ) -> Session:
     """Format a device and begin the first session on it; epoch and sequence number are 1.
 
@@ -60,8 +68,10 @@ def create_volume(
         entropy: the operating system's source of random bytes.
         clock: Unix time.
         ordered_placement: as in `Session`.
+        identified: otherwise nothing opens the volume before the caller, at the end, has it identified by `identify`.
 
     Raises:
+        InvalidArgument: the label is too long.
         VolumeMalformed: the device is too small.
         OSError: the device failed.
     """
@@ -87,8 +97,8 @@ def create_volume(
     header = superblock.identification(label)
     device.pwrite((SLOT_START + superblock.slot) * BLOCK, sealed)
     device.flush()
-    device.pwrite(0, header.encode())
-    device.flush()
+    if identified:
+        identify(device, header)
     tree = Tree(device, geometry, Kind.S, HOLE, cache_pages=1)
     root = root_after_superblock(sealed)
     found = Recovered(

@@ -12,6 +12,7 @@ from uuid import UUID
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.jindisk.anchor import Unanchored
+from jindiskd.jindisk.create import identify
 from jindiskd.jindisk.device import Device
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Kind
@@ -86,8 +87,7 @@ def restore_identification(
     found = choose_state(device, key=key, uuid=uuid, anchor=anchor)
     restored = found.superblock.identification(label)
     try:
-        device.pwrite(0, restored.encode())
-        device.flush()
+        identify(device, restored)
     except OSError as exc:
         raise VolumeDeviceFailed("writing the identification block", exc) from exc
     return restored

@@ -16,6 +16,7 @@ from jindiskd.jindisk.anchor import Reporting
 from jindiskd.jindisksetup import make, options
 from jindiskd.jindisksetup.formats import Access, Serving
 from jindiskd.jindisksetup.progress import progress
+from jindiskd.jindisksetup.targets import same_file
 
 
 @click.command()
@@ -38,7 +39,7 @@ def convert(app: App, /, source: Path, device: Path, **given: Any) -> None:
     """
     if (given["new_key_file"] is None) == (given["generate_key"] is None):
         raise click.UsageError("give either --new-key-file or --generate-key")
-    if source.exists() and device.exists() and os.path.samefile(source, device):  # noqa: PTH121 - devices too
+    if same_file(source, device):
         raise InvalidArgument("the target", os.fspath(device), "it is the source itself")
     old = options.pick(app, "1")
     with contextlib.ExitStack() as stack:

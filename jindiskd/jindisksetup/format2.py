@@ -18,7 +18,7 @@ from jindiskd.jindisk.anchor import UNANCHORED, Unanchored
 from jindiskd.jindisk.anchor_file import FileKeeper
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.check import check_volume
-from jindiskd.jindisk.create import create_volume, wipe
+from jindiskd.jindisk.create import create_volume, identify, wipe
 from jindiskd.jindisk.crypto import KEY_BYTES, SESSION_BYTES
 from jindiskd.jindisk.device import FileDevice, OpenFile
 from jindiskd.jindisk.export import bulk_export
@@ -52,11 +52,11 @@ class JinDisk2:
                 raise InvalidArgument("a new file", os.fspath(target.path), "say how large the volume is, with --size")
             room = target.size_bytes - new.offset_bytes
             size = largest_logical(room, reserve_per_mille=new.reserve_per_mille)
-        session = self._begin(target, new, size)
+        session = self._begin(target, new, size, identified=True)
         session.close()
         return self._made(new, anchor_of(session.durable, still_open=False), size, session.volume.geometry.end * BLOCK)
 
-    def _begin(self, target: Target, new: NewVolume, size: int) -> Session:
+    def _begin(self, target: Target, new: NewVolume, size: int, *, identified: bool) -> Session:
         """Format, and begin the first session."""
         geometry = default_geometry(blocks_of(size), reserve_per_mille=new.reserve_per_mille)
         _check_room(target, new, geometry)
@@ -70,6 +70,7 @@ class JinDisk2:
             uuid=new.uuid,
             session_id=secrets.token_bytes(SESSION_BYTES),
             label=new.label,
+            identified=identified,
         )
 
     def load(self, source_fd: int, source_bytes: int, target: Target, new: NewVolume, progress: Progress) -> Document:
@@ -95,14 +96,15 @@ class JinDisk2:
         return self._made(new, anchor, size, geometry.end * BLOCK)
 
     def fill(self, source: Source, target: Target, new: NewVolume, progress: Progress) -> Document:
-        """See `VolumeFormat`. What is half done cannot be opened."""
+        """See `VolumeFormat`. What is half done cannot be opened, whatever ended it: it is identified at the end."""
         size = new.size_bytes if new.size_bytes is not None else max(source.size_bytes, MIN_BLOCKS * BLOCK)
         if size < source.size_bytes:
             raise InvalidArgument("a size of", f"{size} bytes", f"the source has {source.size_bytes}")
-        session = self._begin(target, new, size)
+        session = self._begin(target, new, size, identified=False)
         try:
             copy(source, session, progress)
             session.close()
+            identify(session.volume.device, session.volume.identification)
         except BaseException as exc:
             wipe(session.volume.device, session.volume.geometry)
             if isinstance(exc, OSError) and isinstance(exc.__cause__, JindiskError):

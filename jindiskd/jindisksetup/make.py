@@ -25,7 +25,7 @@ from jindiskd.jindisksetup.format2 import remembered
 from jindiskd.jindisksetup.formats import Document, NewVolume, Serving, VolumeFormat
 from jindiskd.jindisksetup.progress import progress
 from jindiskd.jindisksetup.streams import Stream, check_size, pour
-from jindiskd.jindisksetup.targets import Target, make_zero, overwriting
+from jindiskd.jindisksetup.targets import Target, make_zero, overwriting, same_file
 
 target_options = options.add(
     options.anchor,
@@ -77,6 +77,8 @@ def making(app: App, path: Path, what: str, given: dict[str, Any]) -> Iterator[t
         ) as target,
         _key(app, form, given) as key,
     ):
+        if given["anchor"] is not None:  # before anything is overwritten: the target and a new key are there already
+            anchor_file.check_place(given["anchor"], replace=given["force"])
         yield (
             form,
             target,
@@ -144,12 +146,9 @@ def load(app: App, /, source: Path, device: Path, **given: Any) -> None:
     source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         length = os.lseek(source_fd, 0, os.SEEK_END)
+        if same_file(source, device):
+            raise InvalidArgument("the target", os.fspath(device), "it is the source itself")
         with making(app, device, "loading", given) as (form, target, new):
-            ours, theirs = os.fstat(source_fd), os.fstat(target.fd)
-            if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) or (
-                target.is_block and ours.st_rdev == theirs.st_rdev
-            ):
-                raise InvalidArgument("the target", os.fspath(device), "it is the source itself")
             with progress(app, "loading") as tell:
                 document = form.load(source_fd, length, target, new, tell)
             keep(document, given)
@@ -165,8 +164,12 @@ def _load_stream(app: App, device: Path, given: dict[str, Any]) -> None:
     with making(app, device, "loading", given) as (form, target, new):
         with progress(app, "loading") as tell:
             document = form.fill(stream, target, new, tell)
-        stream.check_end()
         keep(document, given)
+    if stream.given_bytes < stream.size_bytes:
+        app.say(
+            f"standard input ended after {stream.given_bytes} bytes; "
+            f"the rest of the volume's {stream.size_bytes} bytes is zeros"
+        )
     show_made(app, document, "Loaded standard input into", device)
 
 
@@ -188,6 +191,8 @@ def export(app: App, /, device: Path, target: Path, **given: Any) -> None:
         _export_stream(app, device, given)
         return
     offset = given["target_offset"]
+    if same_file(device, target):
+        raise InvalidArgument("the target", os.fspath(target), "it is the source itself")
     with options.accessing(app, device, given) as (form, access):
         length = form.size_bytes(access)  # before anything is overwritten: the key and the state are right
         with overwriting(

@@ -21,26 +21,31 @@ class Stream:
         """The content is `size_bytes` long; what the stream lacks of it is zeros."""
         self._stream, self.size_bytes = stream, size_bytes
         self._at = 0
+        self.given_bytes = 0
+        """What the stream had of it so far."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """The next bytes. Raises `OSError` if they are not the next ones, or reading fails."""
+        """The next bytes.
+
+        Raises:
+            OSError: they are not the next ones, or reading fails.
+            InvalidArgument: they are the last ones, and the stream has more.
+        """
         if offset != self._at:
             raise OSError(errno.ESPIPE, "a stream is read in order")
         data = bytearray()
         while len(data) < length and (part := self._stream.read(length - len(data))):
             data += part
         self._at += length
+        self.given_bytes += len(data)
+        if self._at == self.size_bytes and self._stream.read(1):
+            raise InvalidArgument("standard input", f"of more than {self.size_bytes} bytes", "say a greater --size")
         return bytes(data.ljust(length, b"\0"))
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Nothing is known before it is read."""
         del offset
         return [(length, True)]
-
-    def check_end(self) -> None:
-        """Raise `InvalidArgument` if there is more than was to be read."""
-        if self._stream.read(1):
-            raise InvalidArgument("standard input", f"of more than {self.size_bytes} bytes", "say a greater --size")
 
 
 def pour(volume: Served, stream: BinaryIO, progress: Progress) -> int:

@@ -46,6 +46,17 @@ class Target:
     is_new: bool
 
 
+def same_file(first: Path, second: Path) -> bool:
+    """Whether two paths are the same file, or the same block device by whatever node."""
+    try:
+        one, other = first.stat(), second.stat()
+    except FileNotFoundError:
+        return False
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
 @contextlib.contextmanager
 def overwriting(app: App, path: Path, *, offset_bytes: int, force: bool, yes: bool, what: str) -> Iterator[Target]:
     """Open a target for `what`, locked; a new file is removed again if the block fails.
@@ -131,10 +142,10 @@ def signature(path: Path, fd: int, offset_bytes: int) -> str | None:
 
 
 def make_zero(target: Target, offset: int, length: int) -> None:
-    """Make a range read as zeros: by truncating a file, by the device's own means otherwise. Raises `OSError`."""
+    """Make a range read as zeros: by the device's own means, or as the end of a file. Raises `OSError`."""
     if target.is_block:
         for at in range(offset, offset + length, ZERO_BYTES):  # in pieces, so that it can be interrupted
             fcntl.ioctl(target.fd, BLKZEROOUT, _RANGE.pack(at, min(ZERO_BYTES, offset + length - at)))
     else:
         os.ftruncate(target.fd, offset)
-        os.ftruncate(target.fd, max(target.size_bytes, offset + length))
+        os.ftruncate(target.fd, offset + length)
