@@ -8,9 +8,9 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
-from jindiskd.attest.collateral import KINDS, CollateralCache, products_of
+from jindiskd.attest.collateral import KINDS, CollateralCache, products_of, read_entry
 from jindiskd.attest.model import EvidenceRefused, MalformedEvidence
 from jindiskd.attest.sev_certs import GENERATIONS, halves, signed_by
 from jindiskd.attest.snp import AMD_ROOTS, SnpVerifier, VerifiedSnp
@@ -28,9 +28,15 @@ SIGNING = frozenset({"SEV-VCEK", "SEV-VLEK"})
 
 
 class Collector:
-    """Gets collateral from the cache, or where there is `vendors` and it is not in the cache, from them.
+    """Gets collateral from the cache, or where there is `vendors` and it is not in the cache, or over, from them.
 
     What the vendors give goes into the cache first, after a look at what it is. Safe to call from several threads.
+
+    Args:
+        cache: what is at hand.
+        vendors: whom to ask; None to ask nobody.
+        clock: monotonic, seconds, for how often they are asked.
+        now: wall clock, for what is over.
     """
 
     def __init__(
@@ -39,9 +45,10 @@ class Collector:
         vendors: Vendors | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.cache, self.vendors = cache, vendors
-        self._clock, self._lock = clock, threading.Lock()
+        self._clock, self._now, self._lock = clock, now, threading.Lock()
         self._asked: list[float] = []
 
     def vceks(self, report: SnpReport) -> list[bytes]:
@@ -60,15 +67,23 @@ class Collector:
         return found
 
     def tdx(self, quote: TdxQuote) -> bytes | None:
-        """Collateral for a quote that is not believed."""
+        """Collateral for a quote that is not believed. Intel's lasts a month: what is over is asked for anew."""
         platform = platform_of(quote.quote)
         if platform is None:
             return None
         fmspc, ca = platform
-        blob = self.cache.tdx(fmspc, ca)
-        if blob is None and self.vendors is not None:
-            blob = self._ask(self.cache.tdx_name(fmspc, ca), functools.partial(self.vendors.tdx, fmspc, ca))
+        name, blob = self.cache.tdx_name(fmspc, ca), self.cache.tdx(fmspc, ca)
+        if self.vendors is not None and (blob is None or self._is_over(name, blob)):
+            blob = self._ask(name, functools.partial(self.vendors.tdx, fmspc, ca)) or blob
         return blob
+
+    def _is_over(self, name: str, blob: bytes) -> bool:
+        """Whether something of the cache is of no use any more; what is damaged is not."""
+        try:
+            expires = read_entry(name, blob).expires
+        except MalformedEvidence:
+            return True
+        return expires is not None and expires < self._now()
 
     def cek(self, cpu_id: bytes) -> bytes | None:
         """The signed CEK of a processor, by what a host that is not believed says of it."""

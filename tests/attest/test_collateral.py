@@ -5,7 +5,7 @@ import json
 import tarfile
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import jsonout
@@ -126,7 +126,8 @@ def test_tdx_collateral(services, cache, attestation):
     services.play_intel(collateral, fmspc, ca)
     entries = json.loads((attestation / "manifest.json").read_text())["entries"]
     now = datetime.fromisoformat(next(e["now"] for e in entries if e["file"] == "tdx/v4-uptodate/quote.bin"))
-    collector = Collector(cache, vendors(services))
+    clock = [now]
+    collector = Collector(cache, vendors(services), now=lambda: clock[0])
     evidence = Evidence(tee=Tee.TDX, blob=quote)
     judge = TdxJudge(TdxVerifier(), collector.tdx)
     for _ in range(2):
@@ -136,6 +137,14 @@ def test_tdx_collateral(services, cache, attestation):
     offline = genuine_verifiers(Collector(CollateralCache(cache.root)))
     assert [verifier.tee for verifier in offline] == [Tee.SNP, Tee.TDX]
     assert offline[1].judge(evidence, report_data=None, now=now).status == "UpToDate"
+    # A month later it is over: asked for anew, and what there is stays where Intel does not answer.
+    clock[0] = now + timedelta(days=400)
+    with pytest.raises(EvidenceRefused, match=r"tdx\.quote"):
+        judge.judge(evidence, report_data=None, now=clock[0])
+    assert set(services.asked.values()) == {2}
+    services.answers.clear()
+    assert collector.tdx(parse_quote(quote)) == cache.tdx(fmspc, ca)
+    assert cache.tdx(fmspc, ca) is not None
     bare = TdxJudge(TdxVerifier(), Collector(CollateralCache(cache.root / "none")).tdx)
     with pytest.raises(EvidenceRefused, match=r"collateral\.missing"):
         bare.judge(evidence, report_data=None, now=now)
