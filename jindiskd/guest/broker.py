@@ -78,11 +78,21 @@ class GuestBroker:
     def obtain(self, asks: Sequence[Ask], deadline_s: float, reported: Callable[[], None]) -> list[Secret]:
         """Attest once and get the secrets of all volumes; `reported` is called when the platform has given a report.
 
+        A guest whose platform can say so has said then that it asks no more.
+
         Raises:
             GuestFailure: with the code for what went wrong.
         """
         with broker_failures():
-            return self.client(deadline_s).obtain(self._platform.tee.value, asks, self._prover(reported))
+            found = self.client(deadline_s).obtain(self._platform.tee.value, asks, self._prover(reported))
+        try:
+            with failing_with(Code.REPORT):
+                report.end_attesting(self._platform)
+        except BaseException:
+            for secret in found:
+                secret.close()
+            raise
+        return found
 
     def _prover(self, reported: Callable[[], None]) -> Callable[[bytes], Mapping[str, object]]:
         with failing_with(Code.REPORT):

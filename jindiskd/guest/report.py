@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import importlib
 import os
 import socket
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from jindiskd.base.platform import Platform
+from jindiskd.base.platform import Platform, Tee
 from jindiskd.errors import EXIT_REFUSED, JindiskError
 from jindiskd.guest.config import FIRMWARE_PORT
 
@@ -28,6 +29,9 @@ QUOTE_LIMIT = 1 << 16
 TABLE_LIMIT = 1 << 16
 EVENT_LOG, LOG_LIMIT = Path("/sys/firmware/acpi/tables/data/CCEL"), 1 << 19
 ATTEMPTS = 5
+RTMR3 = Path("/sys/devices/virtual/misc/tdx_guest/measurements/rtmr3:sha384")
+KEYS_GIVEN = hashlib.sha384(b"jindisk: keys given").digest()
+"""What RTMR3 is extended with, by a write of 48 bytes (Linux, ABI/testing/sysfs-devices-virtual-misc-tdx_guest)."""
 
 
 class NoReport(JindiskError, code="NoReport", exit_code=EXIT_REFUSED):
@@ -130,6 +134,19 @@ def event_log(path: Path = EVENT_LOG) -> bytes:
         return _read_bounded(path, LOG_LIMIT)
     except OSError:
         return b""
+
+
+def end_attesting(platform: Platform, register: Path = RTMR3) -> None:
+    """Have a TDX guest's quotes show from now on that it has its keys: a policy that demands zeros in RTMR3, as is the
+    default, gives it none again, whoever is root in it.
+
+    Linux shows the register since 6.16; before, and on other platforms, nothing is done.
+
+    Raises:
+        OSError: it is there, and was not extended.
+    """
+    if platform.tee is Tee.TDX and register.exists():
+        _write_whole(register, KEYS_GIVEN)
 
 
 def _write_whole(path: Path, data: bytes) -> None:

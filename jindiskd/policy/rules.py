@@ -42,7 +42,7 @@ class ReleaseRules:
     # Table release.
     approval: bool = setting(
         "release",
-        "each guest waits until a person has approved it",
+        "each guest waits until a person has approved it; starts of one image on one TDX machine are one guest",
         "off: a guest that proves what it is needs nobody",
         default=False,
     )
@@ -55,7 +55,7 @@ class ReleaseRules:
     )
     releases_per_guest: int | None = setting(
         "release",
-        "releases to one launch of a guest",
+        "releases to one launch of a guest, or with TDX to an image on one machine",
         "no limit: a guest whose answer was lost asks again. With 1, root in a running guest cannot ask again",
         default=None,
         range=(1, MAX_COUNT),
@@ -301,7 +301,7 @@ class ReleaseRules:
     tdx_rtmr3: tuple[bytes, ...] | None = setting(
         "tdx",
         "values of RTMR3 (left to the guest) allowed",
-        "zeros: nothing of ours extends it before the key is asked for",
+        "zeros: it is extended when the guest has its keys, so that it gets none again",
         default=(NO_REGISTER,),
         length=48,
     )

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from jindiskd.base.platform import Platform
+from jindiskd.base.secret import Secret
 from jindiskd.guest import report
+from jindiskd.guest.broker import GuestBroker
+from jindiskd.guest.codes import Code, GuestFailure
+from jindiskd.guest.config import BrokerPin
 from jindiskd.guest.report import NoReport, SevGuest, SimulatedFirmware, TsmReports
 
 DATA = bytes(range(64))
@@ -227,3 +231,49 @@ def test_configfs_absent(tmp_path) -> None:
     """No configfs, no report."""
     with pytest.raises(NoReport, match="mkdir"):
         TsmReports(tmp_path / "none").get(DATA)
+
+
+def test_a_tdx_guest_says_that_it_has_its_keys(tmp_path: Path) -> None:
+    """One write of 48 bytes, which extends the register; nothing on other platforms, nor where the kernel has none."""
+    register = tmp_path / "rtmr3:sha384"
+    report.end_attesting(Platform.TDX, register)
+    assert not register.exists()
+    register.touch()
+    for platform in set(Platform) - {Platform.TDX}:
+        report.end_attesting(platform, register)
+        assert register.read_bytes() == b""
+    report.end_attesting(Platform.TDX, register)
+    assert register.read_bytes() == report.KEYS_GIVEN
+    assert len(report.KEYS_GIVEN) == 48
+    register.unlink()
+    register.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        report.end_attesting(Platform.TDX, register)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_it_says_so_once_it_has_them(monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    """Not before: the next attempt would be refused. A guest that cannot does not start, and keeps no key."""
+    told: list[str] = []
+    key = Secret(b"k" * 32)
+
+    class Client:
+        def obtain(self, *_arguments: object) -> list[Secret]:
+            told.append("keys")
+            return [key]
+
+    def end(_platform: Platform) -> None:
+        told.append("end")
+        if refused:
+            raise OSError(errno.EIO, "refused")
+
+    broker = GuestBroker(BrokerPin(spki_sha256=bytes(32)), Platform.TDX)
+    monkeypatch.setattr(broker, "client", lambda _deadline_s: Client())
+    monkeypatch.setattr(report, "end_attesting", end)
+    if refused:
+        with pytest.raises(GuestFailure) as failure:
+            broker.obtain([], 0.0, lambda: None)
+        assert (failure.value.code, len(key)) == (Code.REPORT, 0)
+    else:
+        assert broker.obtain([], 0.0, lambda: None) == [key]
+    assert told == ["keys", "end"]
