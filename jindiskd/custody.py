@@ -48,6 +48,8 @@ def from_threads(changed: Callable[[], None]) -> Callable[[], None]:
 class KeyPort:
     """What builds and images need of the key store."""
 
+    hands_over = False
+
     def __init__(self, store: Store) -> None:
         self._store, self._volumes, self._changes = store, Volumes(store), Changes(store)
 
@@ -74,13 +76,16 @@ class KeyPort:
         """
         return Registry(self._store).take(image_id, Requester(peer=by), why, active=True)
 
-    def released_to(self, image_id: str) -> tuple[bytes, ...]:
+    def released_to(self, manifest: Manifest) -> tuple[bytes, ...]:
         """The launch digests that the keys of an image are released to; raises `NotFound`."""
-        return self._store.image(image_id).launch_digests
+        return self._store.image(manifest.image_id).launch_digests
 
     def begin_change(self, change: Change, key: Secret | None) -> None:
         """See `Changes.begin`."""
         self._changes.begin(change, key)
+
+    def prepare_change(self, change: Change, manifest: Manifest) -> None:
+        """Nothing: the key is stored already."""
 
     def finish_change(self, change: Change, manifest: Manifest) -> bool:
         """See `Changes.finish`; the image is that of the manifest now."""

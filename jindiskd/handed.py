@@ -3,7 +3,9 @@
 The directory, mode 0700; a file is whole or absent::
 
     <image id>.pending   the handover of an image that becomes visible next
-    <image id>.json      the handover of an image in the store
+    <image id>.json      the handover of an image in the store, which was built here
+    <image id>.changing  the handover of a change of its data volumes that becomes visible next
+    <image id>.change-N  the handover of one that happened, N in four digits from 0001; of imported images too
 
 A key is in this process's memory from the beginning of a build until its handover is written, and nowhere else. What
 only the owner's broker knows, the service says so instead of guessing.
@@ -26,15 +28,16 @@ from jindiskd.base.secret import Secret
 from jindiskd.bus.objects import microseconds
 from jindiskd.bus.ports import ApprovalView, AuditOrder, KeyView
 from jindiskd.custody import from_threads
-from jindiskd.errors import InvalidArgument, NotFound, NotSupported
+from jindiskd.errors import Busy, InvalidArgument, NotFound, NotSupported
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.request import resource_of
 from jindiskd.jobs.job import Job
 from jindiskd.keys import handover
-from jindiskd.keys.changes import Change
-from jindiskd.keys.handover import BrokerCard, HandedVolume, Handover, Opened, read_card
+from jindiskd.keys.changes import ROOT_READ, Change
+from jindiskd.keys.handover import Amendment, BrokerCard, HandedVolume, Handover, Opened, read_card
 
-SEALED, PENDING = "sealed", "pending"
+SEALED, PENDING, CHANGING, CHANGE = "sealed", "pending", "changing", "change-"
+MOST_CHANGES = 9999
 
 
 class HandedKeys:
@@ -45,6 +48,8 @@ class HandedKeys:
         card: of the owner's broker.
     """
 
+    hands_over = True
+
     def __init__(self, directory: Path, card: BrokerCard) -> None:
         """Read nothing yet."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -52,6 +57,7 @@ class HandedKeys:
         self._lock = threading.Lock()
         self._building: dict[str, dict[str, Secret]] = {}
         self._rules: dict[str, str] = {}
+        self._changing: dict[str, Secret | None] = {}
         self._watchers: list[Callable[[], None]] = []
 
     @property
@@ -86,32 +92,93 @@ class HandedKeys:
 
     def take(self, image_id: str, by: str, why: str) -> Opened:  # noqa: ARG002 (the port's arguments)
         """Not here. Raises `NotSupported`."""
+        if why == ROOT_READ:
+            what = f"giving image {image_id} a volume of a format that it has none of yet, on this host,"
+            remedy = "its root, whose key is at the owner's broker alone, must be read: choose the root's format"
+            raise NotSupported(what, remedy)
         remedy = "its key is at the owner's broker alone: clone it where it was built, and export the clone to here"
         raise NotSupported(f"cloning image {image_id} on this host", remedy)
 
-    def released_to(self, image_id: str) -> tuple[bytes, ...]:
-        """Not here. Raises `NotSupported`."""
-        remedy = (
-            "its keys are at the owner's broker alone: change it where they are, and export it to here under another "
-            "name"
+    def released_to(self, manifest: Manifest) -> tuple[bytes, ...]:
+        """The launch digests of an image as it was last handed over; of one that came from elsewhere, its own: what
+        the owner's broker releases its keys to, that broker looks at when it takes a change over.
+
+        Raises:
+            NotSupported: it is for another broker than the one that this host hands over to.
+        """
+        if manifest.broker_spki_sha256 != self._card.spki_sha256:
+            remedy = "name the card of the broker that it pins as relay.card"
+            raise NotSupported(f"changing the volumes of image {manifest.name!r}, which is for another broker,", remedy)
+        known = [one for one in self.handovers() if one.image_id == manifest.image_id]
+        if known:
+            return known[-1].launch_digests
+        return (manifest.launch_digest,) if manifest.launch_digest else ()
+
+    def begin_change(self, change: Change, key: Secret | None) -> None:
+        """Hold the key that comes. Raises `Busy`: a change is under way."""
+        with self._lock:
+            if change.image_id in self._changing or self._path(change.image_id, CHANGING).exists():
+                text = "a change of its volumes was not finished; restart the service"
+                raise Busy(f"image {change.image_id!r}", text)
+            self._changing[change.image_id] = Secret(bytes(key.reveal())) if key is not None else None
+
+    def prepare_change(self, change: Change, manifest: Manifest) -> None:
+        """Seal the key that comes, durably; then it is held no longer."""
+        with self._lock:
+            key = self._changing[change.image_id]
+        built = [(one, volume) for one, volume in manifest.anchored if change.added and one == change.added]
+        told = Handover(
+            image_id=manifest.image_id,
+            name=manifest.name,
+            platform=manifest.platform,
+            resource=manifest.resource,
+            launch_digests=(manifest.launch_digest,) if manifest.launch_digest else (),
+            created=manifest.created,
+            volumes=tuple(HandedVolume(volume=volume.uuid, resource=resource) for resource, volume in built),
+            amends=Amendment(before=change.before, added=change.added, removed=change.removed),
         )
-        raise NotSupported(f"changing the volumes of image {image_id} on this host", remedy)
+        anchors = {volume.uuid: Anchor.unpack(volume.anchor) for _, volume in built}
+        keys = {change.added: key} if key is not None else {}
+        sealed = handover.seal(told, keys, anchors, self._card.transfer_key)
+        replace_file(self._path(change.image_id, CHANGING), document.dump(sealed), 0o600)
 
-    def begin_change(self, change: Change, key: Secret | None) -> None:  # noqa: ARG002 (as above)
-        """Not here. Raises `NotSupported`."""
-        self.released_to(change.image_id)
-
-    def finish_change(self, change: Change, manifest: Manifest) -> bool:  # noqa: ARG002 (as above)
-        """Not here. Raises `NotSupported`."""
-        self.released_to(change.image_id)
+    def finish_change(self, change: Change, manifest: Manifest) -> bool:  # noqa: ARG002 (the port's arguments)
+        """The image has changed: so the handover of that is to be had. Repeating it changes nothing."""
+        changing = self._path(change.image_id, CHANGING)
+        if changing.exists():
+            made = self._changes_of(change.image_id)
+            number = int(made[-1].suffix.rpartition("-")[2]) + 1 if made else 1
+            if number > MOST_CHANGES:
+                raise NotSupported(f"change {number} of image {change.image_id}", "build it again under another name")
+            changing.replace(self._path(change.image_id, f"{CHANGE}{number:04d}"))
+            fsync_directory(self._directory)
+        self._drop_change(change.image_id)
+        self._tell()
         return False
 
     def undo_change(self, image_id: str) -> None:
-        """Nothing is under way."""
+        """The image has not changed; no error where nothing is under way."""
+        self._path(image_id, CHANGING).unlink(missing_ok=True)
+        fsync_directory(self._directory)
+        self._drop_change(image_id)
 
     def changes(self) -> Sequence[Change]:
-        """None."""
-        return ()
+        """Those that are under way, as a crash left them."""
+        found = []
+        for path in sorted(self._directory.glob(f"*.{CHANGING}")):
+            told = handover.read(path.read_bytes())
+            assert told.amends is not None, "a change, as written here"
+            found.append(Change(image_id=told.image_id, added=told.amends.added, removed=told.amends.removed))
+        return found
+
+    def _drop_change(self, image_id: str) -> None:
+        with self._lock:
+            key = self._changing.pop(image_id, None)
+        if key is not None:
+            key.close()
+
+    def _changes_of(self, image_id: str) -> list[Path]:
+        return sorted(self._directory.glob(f"{image_id}.{CHANGE}[0-9][0-9][0-9][0-9]"))
 
     def prepare(self, manifest: Manifest) -> None:
         """Seal the keys of a finished image, durably; then they are held no longer."""
@@ -157,7 +224,9 @@ class HandedKeys:
             keys = self._building.pop(image_id, {})
             self._rules.pop(image_id, None)
         _wipe(keys)
-        for path in (self._path(image_id, PENDING), self._path(image_id)):
+        self._drop_change(image_id)
+        mine = (self._path(image_id, kind) for kind in (PENDING, CHANGING, "json"))
+        for path in (*mine, *self._changes_of(image_id)):
             path.unlink(missing_ok=True)
         fsync_directory(self._directory)
         self._tell()
@@ -168,24 +237,33 @@ class HandedKeys:
 
     def states(self) -> Mapping[str, str]:
         """The state of each image's key, as far as it is known here."""
-        return {path.stem: SEALED if path.suffix == ".json" else PENDING for path in self._directory.glob("[!.]*")}
+        found = {}
+        for path in self._directory.glob("[!.]*"):
+            if path.suffix == ".json" or path.suffix.startswith(f".{CHANGE}"):
+                found[path.stem] = SEALED
+            elif path.suffix == f".{PENDING}":
+                found.setdefault(path.stem, PENDING)
+        return found
 
-    def export(self, image_id: str, card: BrokerCard | None) -> Handover:
-        """The handover, as it was sealed when the image was built.
+    def export(self, image_id: str, card: BrokerCard | None) -> Sequence[Handover]:
+        """The handover, as it was sealed when the image was built, where that was here, and those of the changes of its
+        volumes in their order.
 
         Raises:
             NotFound: there is none. InvalidArgument: it cannot be sealed for another.
         """
         if card is not None:
             raise InvalidArgument("card", card.spki_sha256.hex(), "keys are sealed for the configured broker already")
-        try:
-            return handover.read(self._path(image_id).read_bytes())
-        except FileNotFoundError as exc:
-            raise NotFound("handover of image", image_id) from exc
+        paths = [self._path(image_id), *self._changes_of(image_id)]
+        found = [handover.read(path.read_bytes()) for path in paths if path.exists()]
+        if not found:
+            raise NotFound("handover of image", image_id)
+        return found
 
     def handovers(self) -> Sequence[Handover]:
-        """All that can be handed over."""
-        return [handover.read(path.read_bytes()) for path in sorted(self._directory.glob("*.json"))]
+        """Of each image that has any, the latest."""
+        images = sorted(image_id for image_id, state in self.states().items() if state == SEALED)
+        return [self.export(image_id, None)[-1] for image_id in images]
 
     def _path(self, image_id: str, kind: str = "json") -> Path:
         return self._directory / f"{image_id}.{kind}"
@@ -218,7 +296,7 @@ class OwnersKeys:
 
     async def describe(self, image_id: str) -> tuple[Mapping[str, object], Sequence[Mapping[str, object]]]:
         """A handover; where its volumes stand, the owner's broker knows."""
-        told = await asyncio.to_thread(self._keys.export, image_id, None)
+        told = (await asyncio.to_thread(self._keys.export, image_id, None))[-1]
         key = {
             "image-id": told.image_id,
             "name": told.name,
@@ -251,9 +329,12 @@ class OwnersKeys:
         _owner(f"rotating the key of image {image_id}", "jindiskctl broker key rotate")
 
     async def export(self, image_id: str, card: str, by: str) -> bytes:  # noqa: ARG002 (nothing leaves in clear)
-        """The handover, as it was sealed when the image was built."""
+        """The handover, as it was sealed when the image was built; a list of several where its volumes changed."""
         told = read_card(card.encode()) if card else None
-        return document.dump(await asyncio.to_thread(self._keys.export, image_id, told))
+        found = await asyncio.to_thread(self._keys.export, image_id, told)
+        if len(found) == 1:
+            return document.dump(found[0])
+        return document.dump({"handovers": [document.to_plain(one) for one in found]})
 
     async def card(self) -> str:
         """Of the owner's broker."""

@@ -306,7 +306,12 @@ def _tell_change(changed: Changed, job: Job) -> None:
         job.log("its RTMR2 is another now: its keys are released once its policy names that (docs/policy.md)")
     elif after.launch_digest != before.launch_digest:
         old, new = before.launch_digest.hex(), after.launch_digest.hex()
-        job.log(f"launch digest {new}; its keys are no longer released to {old}")
+        said = "its keys are released to it once" if changed.handed_over else "its keys are no longer released to"
+        rest = f"the owner's broker has taken the change over, and to {old} until then" if changed.handed_over else old
+        job.log(f"launch digest {new}; {said} {rest}")
+    if changed.handed_over:
+        words = f"'jindiskctl key export {after.name} --output FILE' here"
+        job.log(f"hand the change to the owner's broker: {words}, 'jindiskctl broker image import FILE' there")
     if changed.rules_measure:
         job.log("its policy names measurements of its own, which stay allowed: see 'jindiskctl policy show'")
     if before.id_block:

@@ -231,6 +231,8 @@ class Admin:
     def _register(self, asked: Asked) -> Answer:
         opened = handover.open_(handover.read(asked.body), self._transfer_key)
         try:
+            if opened.handover.amends is not None:
+                return self._image(self._registry.amend(opened, asked.caller.who), full=True)
             name = asked.query.get("replaces")
             replaces = self._find(name).image_id if name else None
             return self._image(self._registry.register(opened, asked.caller.who, replaces=replaces), full=True)

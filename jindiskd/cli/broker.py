@@ -17,9 +17,13 @@ from jindiskd.cli.app import App, common, pass_app
 from jindiskd.cli.attest import finding_lines
 from jindiskd.cli.broker_keys import key, recovery, token, volume
 from jindiskd.cli.broker_target import EXISTING, FILE, Target, reached, show_image, when, write
+from jindiskd.cli.client import RemoteError
 from jindiskd.cli.output import fields, platform, table
-from jindiskd.errors import EXIT_REFUSED, InvalidArgument, NotFound
+from jindiskd.errors import EXIT_REFUSED, AlreadyExists, InvalidArgument, NotFound
 from jindiskd.keys import handover
+
+KNOWN = frozenset({AlreadyExists.code, handover.AlreadyTakenOver.code})
+"""Of a list of handovers, those that were taken over before are passed over."""
 
 
 @click.group()
@@ -127,14 +131,36 @@ def image_show(target: Target, name: str) -> None:
 @image.command(name="import")
 @click.argument("file", type=click.File("rb"))
 @click.option("--replaces", metavar="IMAGE", help="The image it was built again from: revoked, its policy taken over.")
+@click.option("--yes", is_flag=True, help="Do not ask before a change of an image is taken over.")
 @reached
-def image_import(target: Target, file: Any, replaces: str | None) -> None:
+def image_import(target: Target, file: Any, replaces: str | None, yes: bool) -> None:
     """Take over an image and its keys from the handover in FILE (`jindiskctl key export`); - is standard input.
 
     From then on the keys are released to guests with the launch digests in it: import what you know the origin of.
+    FILE may hold changes of an image that is known, whose data volumes came or went on a host that relays: they are
+    taken over in their order, those that were before are passed over, and the old launch digests count no more.
     """
+    data = file.read(handover.LIMIT_BYTES + 1)
     query = {"replaces": replaces} if replaces else None
-    show_image(target, target.call("POST", "images", body=file.read(), query=query))
+    parts, told, known = handover.parts(data), None, None
+    for one in parts:
+        if one.amends is not None:
+            if replaces:
+                raise InvalidArgument("--replaces", replaces, "the handover is of a change, which replaces no image")
+            comes = f"add the key {one.amends.added}" if one.amends.added else f"forget the key {one.amends.removed}"
+            digests = ", ".join(digest.hex() for digest in one.launch_digests)
+            question = f"Release the keys of image {one.name} to launch digest {digests} alone, and {comes} for good?"
+            target.app.confirm(question, f"changing what the keys of {one.name} are released to", yes=yes)
+        try:
+            told = target.call("POST", "images", body=document.dump(one), query=query)
+        except RemoteError as exc:
+            if exc.code not in KNOWN or len(parts) == 1:
+                raise
+            known = exc
+    if told is None:
+        assert known is not None, "there was one at least"
+        raise known
+    show_image(target, told)
 
 
 @image.command(name="remove")

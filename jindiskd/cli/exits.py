@@ -24,6 +24,7 @@ from jindiskd.errors import (
 BY_CODE: Mapping[str, int] = {
     "AlreadyEncrypted": EXIT_USAGE,
     "AlreadyExists": EXIT_BUSY,
+    "AlreadyTakenOver": EXIT_UNCHANGED,
     "AnchorFileDamaged": EXIT_INTEGRITY,
     "ApprovalWaiting": EXIT_BUSY,
     "AuditBroken": EXIT_INTEGRITY,

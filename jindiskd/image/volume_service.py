@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -35,7 +35,7 @@ from jindiskd.image.request import (
 from jindiskd.image.running import run_worker
 from jindiskd.image.store import ImageStore, Staging, StoredImage
 from jindiskd.image.volume_change import needs_modules
-from jindiskd.keys.changes import Change
+from jindiskd.keys.changes import ROOT_READ, Change
 from jindiskd.keys.handover import Opened
 
 log = structlog.get_logger(__name__)
@@ -44,14 +44,20 @@ log = structlog.get_logger(__name__)
 class ChangePort(Protocol):
     """What is needed of the key store; calls block, and are made in a thread."""
 
+    hands_over: bool
+    """Whether keys go to the owner's broker, which changes nothing before its owner takes the change over."""
+
     def take(self, image_id: str, by: str, why: str) -> Opened:
         """The keys of an image and the last states of its volumes; written down who took them, and why."""
 
-    def released_to(self, image_id: str) -> tuple[bytes, ...]:
+    def released_to(self, manifest: Manifest) -> tuple[bytes, ...]:
         """The launch digests that the keys of an image are released to."""
 
     def begin_change(self, change: Change, key: Secret | None) -> None:
         """Write a change down, with the key that comes."""
+
+    def prepare_change(self, change: Change, manifest: Manifest) -> None:
+        """The image as in the manifest becomes visible next: do what needs the key that comes."""
 
     def finish_change(self, change: Change, manifest: Manifest) -> bool:
         """The image is that of the manifest now; whether the rules of release name measurements of their own."""
@@ -71,6 +77,8 @@ class Changed:
     after: Manifest
     rules_measure: bool
     """Whether the rules of release name measurements of their own, which stay allowed."""
+    handed_over: bool
+    """Whether the owner's broker has to take the change over first."""
 
 
 class VolumeService:
@@ -152,7 +160,8 @@ class VolumeService:
         progress: Callable[[Progress], None],
     ) -> Changed:
         before, begun = image.manifest, []
-        released_to = await finished(lambda: self._keys.released_to(change.image_id))
+        released_to = await finished(lambda: self._keys.released_to(before))
+        change = replace(change, before=released_to)
         names = list(keys)
         staging = await finished(self._store.stage)
 
@@ -166,7 +175,7 @@ class VolumeService:
                 given = {"volumes": stack.enter_context(joined(keys, names))}
                 anchor = b""
                 if names and needs_modules(before, request.volumes[-1].format):
-                    taken = await finished(lambda: self._keys.take(change.image_id, change.by, "root read"))
+                    taken = await finished(lambda: self._keys.take(change.image_id, change.by, ROOT_READ))
                     stack.callback(taken.close)
                     given["source-key"] = taken.keys[before.resource]
                     known = taken.anchors.get(before.volume.uuid)
@@ -195,10 +204,13 @@ class VolumeService:
             await finished(staging.close)
         told = {"launch_digest": after.launch_digest.hex(), "simulated": after.platform.simulated}
         log.info("volumes of an image changed", image=before.name, image_id=before.image_id, **told)
-        return Changed(before=before, after=after, rules_measure=rules_measure)
+        return Changed(
+            before=before, after=after, rules_measure=rules_measure, handed_over=self._keys.hands_over
+        )
 
     def _exchange(self, staging: Staging, change: Change, before: Manifest) -> tuple[Manifest, bool]:
         """Exchange the image, then have the key store follow; where that fails, exchange it back."""
+        self._keys.prepare_change(change, staging.manifest(before.name))
         after = self._store.replace(staging, before.name).manifest
         try:
             return after, self._keys.finish_change(change, after)

@@ -21,6 +21,9 @@ from jindiskd.keys.records import KeyState, ReleaseRefused, record_of
 from jindiskd.keys.store import Store
 from jindiskd.keys.volumes import BuiltVolume, Volumes
 
+ROOT_READ = "root read"
+"""Kind of the audit row where the root's key is taken for a change."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
@@ -33,6 +36,8 @@ class Change:
     """Resource of the key that goes."""
     by: str = ""
     """Who does it, for the audit log."""
+    before: tuple[bytes, ...] = ()
+    """The launch digests that the image's keys are released to before it."""
 
 
 class Changes:

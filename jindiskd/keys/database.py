@@ -314,6 +314,8 @@ KEY_PURPOSE, ANCHOR_PURPOSE, PENDING_PURPOSE, META_PURPOSE = "volume key", "volu
 KEK, SIGNING, TRANSFER, VERSION_NAME = "kek", "signing-key", "transfer-key", "version"
 CHANGE_PREFIX = "change "
 """Of the names in `meta` of changes that are under way (`keys.changes`), before the image's id."""
+AMENDED_PREFIX = "amended "
+"""Of the names in `meta` of amendments that were taken over, before the image's id, a blank and their digest."""
 WRAPPED: tuple[tuple[sa.Table, sa.Column[Any], str, sa.Column[Any]], ...] = (
     (images_table, images_table.c.wrapped, KEY_PURPOSE, images_table.c.image_id),
     (keys_table, keys_table.c.wrapped, KEY_PURPOSE, keys_table.c.resource),

@@ -5,6 +5,9 @@ A `BrokerCard` says which broker it is: the digest that guests pin, and the key 
 owner's recovery key. What is sealed repeats the digest of what is in clear, so that the keys of one image cannot be
 passed off as those of another by somebody who does not have them.
 
+A handover with an `Amendment` is of an image that its owner's broker has: a data volume came or went on a host that has
+none of its keys, so that it measures otherwise; the new volume's key alone is sealed in it.
+
 Who can make a handover can name any launch digest in it: importing one is a decision of the owner.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +33,7 @@ from jindiskd.base import document
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.base.secret import Secret
-from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError
+from jindiskd.errors import EXIT_INTEGRITY, EXIT_UNCHANGED, InvalidArgument, JindiskError
 from jindiskd.kbs import jwe, jwk
 from jindiskd.kbs.freshness import check_volume
 from jindiskd.kbs.messages import MalformedMessage, check_resource
@@ -48,6 +52,13 @@ class HandoverUnusable(JindiskError, code="HandoverUnusable", exit_code=EXIT_INT
     def __init__(self, problem: str, remedy: str) -> None:
         """`problem` completes "the handover ..."."""
         super().__init__(f"the handover {problem}: {remedy}")
+
+
+class AlreadyTakenOver(JindiskError, code="AlreadyTakenOver", exit_code=EXIT_UNCHANGED):
+    """A change of an image was taken over before; there is nothing to do."""
+
+    def __init__(self, image: str) -> None:
+        super().__init__(f"this change of image {image!r} was taken over before: there is nothing to do")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +81,18 @@ class HandedVolume:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Amendment:
+    """What changed of an image whose other keys are at its owner's broker; one of the two resources is empty."""
+
+    before: tuple[bytes, ...]
+    """The launch digests of the image as it was: its keys are not released to these any more."""
+    added: str = ""
+    """Resource of the key that comes."""
+    removed: str = ""
+    """Resource of the key that goes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
     """An image and its keys, sealed."""
 
@@ -86,11 +109,17 @@ class Handover:
     """The rules of release, as the key store keeps them; empty for the strict defaults."""
     sealed: str = ""
     """A flattened JWE of a `Contents` document."""
+    amends: Amendment | None = None
+    """None for a whole image."""
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of what is in clear."""
-        return hashlib.sha256(document.dump(replace(self, sealed=""))).digest()
+        """SHA-256 of what is in clear. Of a whole image no amendment is in it: so handovers of before there were any
+        keep theirs."""
+        plain = document.to_plain(replace(self, sealed=""))
+        if self.amends is None:
+            del plain["amends"]
+        return hashlib.sha256(document.dump(plain)).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +251,42 @@ def read(data: bytes) -> Handover:
         raise HandoverUnusable("names no launch digest", "export it from an image that was measured")
     if not found.name or len(found.name) > 63 or not found.image_id or len(found.image_id) > 64:
         raise HandoverUnusable("has no usable name or identity", "export it again")
+    if found.amends is not None:
+        _check_amendment(found, found.amends)
     return found
+
+
+def parts(data: bytes) -> list[Handover]:
+    """The handovers in what `key export` wrote: one, or in `{"handovers": [...]}` an image's and its changes' in order.
+
+    Raises:
+        As `read`.
+    """
+    try:
+        plain = json.loads(data[: LIMIT_BYTES + 1])
+    except (ValueError, RecursionError):
+        plain = None
+    listed = plain.get("handovers") if isinstance(plain, dict) else None
+    if not isinstance(listed, list):
+        return [read(data)]
+    if len(data) > LIMIT_BYTES or not listed:
+        raise HandoverUnusable("holds too much, or nothing", "export it again")
+    return [read(json.dumps(one).encode()) for one in listed]
+
+
+def _check_amendment(told: Handover, amends: Amendment) -> None:
+    remedy = "make the change again on the host"
+    if bool(amends.added) == bool(amends.removed) or told.resource in {amends.added, amends.removed}:
+        raise HandoverUnusable("neither adds nor removes one volume beside the root", remedy)
+    check_resource(amends.added or amends.removed)
+    if not amends.before or len(amends.before) > MOST_KEYS:
+        raise HandoverUnusable("does not say what the image measured as", remedy)
+    if any(len(digest) not in DIGEST_BYTES for digest in amends.before):
+        raise HandoverUnusable("names a launch digest of another length than 32 or 48 bytes", remedy)
+    if told.rules:
+        raise HandoverUnusable("changes a volume and the rules of release", "the rules are the owner's: set them there")
+    if {volume.resource for volume in told.volumes} - {amends.added}:
+        raise HandoverUnusable("names volumes that are not new", remedy)
 
 
 def open_(handover: Handover, key: jwe.PrivateKey) -> Opened:
@@ -240,7 +304,10 @@ def open_(handover: Handover, key: jwe.PrivateKey) -> Opened:
     if contents.digest != handover.digest:
         raise HandoverUnusable("was altered after it was sealed", "have it made again")
     sizes = [len(value) for value in contents.keys.values()]
-    if handover.resource not in contents.keys or not 1 <= len(sizes) <= MOST_KEYS:
+    if handover.amends is not None:
+        if set(contents.keys) != {resource for resource in (handover.amends.added,) if resource}:
+            raise HandoverUnusable("has other keys than that of the new volume", "have it made again")
+    elif handover.resource not in contents.keys or not 1 <= len(sizes) <= MOST_KEYS:
         raise HandoverUnusable("has not the key of its image", "have it made again")
     if not all(KEY_BYTES[0] <= size <= KEY_BYTES[1] for size in sizes):
         raise HandoverUnusable("has a key of an unusable length", "have it made again")

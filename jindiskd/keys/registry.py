@@ -16,8 +16,16 @@ from jindiskd.errors import AlreadyExists, InvalidArgument, JindiskError, NotFou
 from jindiskd.kbs.messages import check_resource
 from jindiskd.keys import handover, wrap
 from jindiskd.keys.audit import Requester
-from jindiskd.keys.database import KEY_PURPOSE, Database, images_table, keys_table, volumes_table
-from jindiskd.keys.handover import HandedVolume, Handover, HandoverUnusable, Opened
+from jindiskd.keys.database import (
+    AMENDED_PREFIX,
+    KEY_PURPOSE,
+    Database,
+    images_table,
+    keys_table,
+    meta_table,
+    volumes_table,
+)
+from jindiskd.keys.handover import AlreadyTakenOver, HandedVolume, Handover, HandoverUnusable, Opened
 from jindiskd.keys.store import ImageRecord, KeyState, ReleaseRefused, Store, record_of
 from jindiskd.keys.volumes import Volumes
 from jindiskd.policy import rules as release_rules
@@ -69,6 +77,8 @@ class Registry:
             InvalidArgument, MalformedDocument: its rules are none.
         """
         told = opened.handover
+        if told.amends is not None:
+            raise HandoverUnusable("is of a change, not of an image", "have it take the change over instead")
         rules = release_rules.load(told.rules) if told.rules else None
         if rules is None:
             rules = self._store.image(replaces).rules if replaces is not None else ReleaseRules()
@@ -107,6 +117,8 @@ class Registry:
             AlreadyExists: a resource or volume belongs to another image; nothing was changed.
         """
         told = opened.handover
+        if told.amends is not None:
+            raise HandoverUnusable("is of a change, and has not all keys", "take it over by broker image import")
         values = {
             "launch_digests": [digest.hex() for digest in told.launch_digests],
             "wrapped": self._wrapped(told.image_id, opened.keys[told.resource]),
@@ -125,6 +137,46 @@ class Registry:
         except sa.exc.IntegrityError as exc:
             raise AlreadyExists("resource or volume of image", told.name) from exc
         return self._store.image(told.image_id)
+
+    def amend(self, opened: Opened, by: Requester) -> ImageRecord:
+        """Take over a change of an image's data volumes: its keys are released to the digests in it alone.
+
+        A change is taken over once: the broker remembers it, so that an older one cannot be played again.
+
+        Raises:
+            NotFound: the image is not known, or no key that goes.
+            HandoverUnusable: it is of another platform, resource or state than the image; nothing was changed.
+            AlreadyTakenOver: it was. AlreadyExists: its resource or volume is taken; nothing was changed.
+            ReleaseRefused: the image's keys are not active.
+        """
+        told, amends = opened.handover, opened.handover.amends
+        assert amends is not None, "a change"
+        digests, image_id = [digest.hex() for digest in told.launch_digests], told.image_id
+        try:
+            with self._database.write() as connection:
+                record = self._record(connection, image_id)
+                if (record.platform, record.resource) != (told.platform, told.resource):
+                    raise HandoverUnusable("is of another platform or resource than the image", "look where it is from")
+                mark = f"{AMENDED_PREFIX}{image_id} {told.digest.hex()}"
+                if connection.scalar(sa.select(meta_table.c.name).where(meta_table.c.name == mark)) is not None:
+                    raise AlreadyTakenOver(record.name)
+                if record.state is not KeyState.ACTIVE:
+                    raise ReleaseRefused(image_id, "key.state", f"is {record.state}")
+                if not set(amends.before) & set(record.launch_digests):
+                    before = ", ".join(digest.hex() for digest in amends.before)
+                    problem = f"changes the image that measures as {before}, which is not what is allowed here"
+                    raise HandoverUnusable(problem, "take the changes over in their order")
+                if amends.removed:
+                    self._remove_key(connection, image_id, amends.removed)
+                self._insert_others(connection, opened)
+                self._store.change(connection, image_id, {"launch_digests": digests})
+                connection.execute(meta_table.insert().values(name=mark, value=b""))
+                changed = {"added": amends.added} if amends.added else {"removed": amends.removed}
+                detail = {"launch_digests": digests, **changed}
+                self._store.audit.append(connection, "volumes changed", image_id, by, detail)
+        except sa.exc.IntegrityError as exc:
+            raise AlreadyExists("resource or volume of image", told.name) from exc
+        return self._store.image(image_id)
 
     def add_key(self, image_id: str, resource: str, key: Secret, by: Requester) -> None:
         """Add a further key to an image; guests that get the root's key can get this one.
@@ -148,10 +200,7 @@ class Registry:
     def remove_key(self, image_id: str, resource: str, by: Requester) -> None:
         """Delete a further key for good, with the anchors of its volumes. Raises `NotFound`."""
         with self._database.write() as connection:
-            mine = (keys_table.c.image_id == image_id, keys_table.c.resource == resource)
-            if not connection.execute(keys_table.delete().where(*mine)).rowcount:
-                raise NotFound("key", resource)
-            connection.execute(volumes_table.delete().where(volumes_table.c.resource == resource))
+            self._remove_key(connection, image_id, resource)
             self._store.change(connection, image_id, {"image_id": image_id})
             self._store.audit.append(connection, "key removed", image_id, by, {"resource": resource})
 
@@ -263,6 +312,12 @@ class Registry:
         if row is None:
             raise NotFound("key of image", image_id)
         return record_of(row)
+
+    def _remove_key(self, connection: sa.Connection, image_id: str, resource: str) -> None:
+        mine = (keys_table.c.image_id == image_id, keys_table.c.resource == resource)
+        if not connection.execute(keys_table.delete().where(*mine)).rowcount:
+            raise NotFound("key", resource)
+        connection.execute(volumes_table.delete().where(volumes_table.c.resource == resource))
 
     def _wrapped(self, owner: str, key: Secret) -> bytes:
         return wrap.wrap(self._database.kek, key, purpose=KEY_PURPOSE, owner=owner)

@@ -22,6 +22,7 @@ from jindiskd.keys import wrap
 from jindiskd.keys.approvals import Approvals
 from jindiskd.keys.audit import AuditBroken, AuditLog, Requester
 from jindiskd.keys.database import (
+    AMENDED_PREFIX,
     CHANGE_PREFIX,
     KEY_PURPOSE,
     Database,
@@ -174,6 +175,8 @@ class Store:
                 for table in (keys_table, volumes_table):
                     connection.execute(table.delete().where(table.c.image_id == image_id))
                 connection.execute(meta_table.delete().where(meta_table.c.name == f"{CHANGE_PREFIX}{image_id}"))
+                amended = meta_table.c.name.startswith(f"{AMENDED_PREFIX}{image_id} ", autoescape=True)
+                connection.execute(meta_table.delete().where(amended))
                 self.approvals.forget(connection, image_id)
                 self.audit.append(connection, "forgotten", image_id, by)
 

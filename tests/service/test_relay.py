@@ -1,6 +1,7 @@
 """jindiskd as a relay, and jindisk-broker at the owner's, as real processes: keys are handed over and not kept."""
 
 import asyncio
+import json
 import socket
 import sys
 import time
@@ -15,7 +16,7 @@ from brokerprocess import BrokerProcess, evidence, fetched
 
 from jindiskd.base.endpoint import Endpoint
 from jindiskd.broker.relay import Relay
-from jindiskd.kbs.client import BrokerNotTrusted, KbsClient
+from jindiskd.kbs.client import BrokerNotTrusted, BrokerRefused, KbsClient
 from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
 
@@ -129,6 +130,87 @@ def test_a_jindisk_image_takes_its_first_state_along(
 
     sequence = asyncio.run(through_relay(owner, tmp_path, ask))
     assert owner.json("image", "show", "disk")["volumes"][0]["sequence"] == sequence + 1
+
+
+def test_a_volume_comes_and_goes_on_a_host_that_relays(
+    unstarted: Any, owner: BrokerProcess, rootfs: Path, tmp_path: Path
+) -> None:
+    """The change waits for the owner; then the new digest alone gets all keys; no old or altered document counts."""
+    daemon = unstarted
+    daemon.start()
+    before = build(daemon, rootfs, "web", "jindisk")
+    export = ("key", "export", "web", "--output", str(tmp_path / "web.json"))
+    daemon.ctl(*export)
+    built = (tmp_path / "web.json").read_text()
+    owner.ctl("image", "import", str(tmp_path / "web.json"))
+    assert "choose the root's format" in daemon.ctl("image", "volume", "add", "web", "data:16M:luks2", status=1)
+    with daemon.spawn("image", "volume", "add", "web", "data:16M:/srv/data") as process:
+        _, heard = process.communicate(timeout=600)
+    assert process.returncode == 0, heard
+    after = daemon.json("image", "show", "web")["image"]
+    assert f"and to {before['LaunchDigest']} until then" in heard
+    assert "jindiskctl broker image import FILE" in heard
+    daemon.ctl(*export)
+    bundle = json.loads((tmp_path / "web.json").read_text())["handovers"]
+    assert bundle[0] == json.loads(built)
+    root = SimulatedRoot.load_or_create(daemon.state / "simulated-root")
+    firmware = {
+        name: SimulatedSnpFirmware(root, bytes.fromhex(one["LaunchDigest"]))
+        for name, one in (("before", before), ("after", after))
+    }
+    resource = f"default/{before['ImageId']}/data"
+
+    def release(which: str, wanted: str, volume: str) -> bool:
+        def ask(client: KbsClient) -> bool:
+            client.release("snp", wanted, volume, evidence(firmware[which])).key.close()
+            return True
+
+        return bool(asyncio.run(through_relay(owner, tmp_path, ask)))
+
+    (new,) = (one for one in after["Volumes"] if one["name"] == "data")
+    root_volume = owner.json("image", "show", "web")["volumes"][0]["volume"]
+    root_key = f"default/{before['ImageId']}/root"
+    with pytest.raises(BrokerRefused):
+        release("after", root_key, root_volume)
+    assert release("before", root_key, root_volume), "until the owner agrees all is as it was"
+    file = tmp_path / "change.json"
+
+    def refused(part: dict[str, Any], status: int, word: str, *words: str) -> None:
+        file.write_text(json.dumps(part))
+        assert word in owner.ctl("image", "import", str(file), *words, status=status)
+
+    change = bundle[1]
+    assert change["amends"] == {"before": [before["LaunchDigest"]], "added": resource, "removed": ""}
+    refused(change, 2, "--yes")
+    altered = {**change, "launch_digests": ["00" * 48]}
+    refused(altered, 8, "altered after it was sealed", "--yes")
+    refused({**change, "sealed": json.loads(built)["sealed"]}, 8, "altered", "--yes")
+    refused({**change, "rules": "x"}, 8, "the rules are the owner's", "--yes")
+    both = {**change["amends"], "removed": root_key}
+    refused({**change, "amends": both}, 8, "neither adds nor removes one volume", "--yes")
+    refused({**change, "image_id": "1" * 8}, 8, "altered", "--yes")
+    refused(change, 2, "replaces no image", "--yes", "--replaces", "web")
+    shown = json.loads(owner.ctl("image", "import", str(tmp_path / "web.json"), "--yes", "--json"))
+    assert shown["launch_digests"] == [after["LaunchDigest"]]
+    assert owner.json("audit", "list")["rows"][-1]["kind"] == "volumes changed"
+    with pytest.raises(BrokerRefused):
+        release("before", root_key, root_volume)
+    with pytest.raises(BrokerRefused):
+        release("before", resource, new["uuid"])
+    assert release("after", root_key, root_volume)
+    assert release("after", resource, new["uuid"])
+    refused(change, 4, "taken over before", "--yes")
+    daemon.ctl("image", "volume", "remove", "web", "data", "--yes")
+    daemon.ctl(*export)
+    shown = json.loads(owner.ctl("image", "import", str(tmp_path / "web.json"), "--yes", "--json"))
+    last = daemon.json("image", "show", "web")["image"]
+    assert shown["launch_digests"] == [last["LaunchDigest"]]
+    assert [volume["volume"] for volume in shown["volumes"]] == [root_volume]
+    refused(change, 4, "taken over before", "--yes")
+    with pytest.raises(BrokerRefused):
+        release("after", root_key, root_volume)
+    daemon.ctl("image", "remove", "web", "--yes")
+    assert list((daemon.state / "handover").iterdir()) == []
 
 
 def test_a_broker_that_is_not_the_owners_is_not_spoken_to(
