@@ -99,10 +99,17 @@ def serve_one(stream: socket.socket, volume: Volume) -> None:
 def _action(volume: Volume, kind: int, flags: int, offset: int, length: int, data: bytes) -> Callable[[], None]:
     def write() -> None:
         volume.write(offset, data)
+        durable()
+
+    def trim() -> None:
+        volume.discard(offset, length)
+        durable()
+
+    def durable() -> None:
         if flags & FUA:
             volume.flush()
 
     def unknown() -> None:
         raise OSError(errno.EINVAL, "unknown request")
 
-    return {WRITE: write, FLUSH: volume.flush, TRIM: lambda: volume.discard(offset, length)}.get(kind, unknown)
+    return {WRITE: write, FLUSH: volume.flush, TRIM: trim}.get(kind, unknown)

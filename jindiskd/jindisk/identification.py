@@ -76,6 +76,8 @@ def decode(block: bytes, where: str) -> Identification:
         text = label.rstrip(b"\0").decode()
     except UnicodeDecodeError as exc:
         raise VolumeMalformed(WHAT, "its label is not UTF-8") from exc
+    if "\0" in text:
+        raise VolumeMalformed(WHAT, "its label goes on behind a zero")
     return Identification(
         segment_bits=bits,
         uuid=UUID(bytes=uuid),

@@ -119,8 +119,9 @@ def choose_state(device: Device, *, key: Secret, uuid: UUID, anchor: Anchor | Un
     for superblock, block in candidates:
         try:
             chosen = _choose(device, superblock, block, anchor)
-        except (VolumeUnauthentic, VolumeInconsistent) as exc:
-            # A superblock of a fenced session can be whole while its pages are not; the older one counts then.
+        except VolumeUnauthentic as exc:
+            # A superblock can be whole while its pages are not; the older one counts then. What is inconsistent is an
+            # error: it is never the host's work, and what was acknowledged since the older one would be lost.
             failures.append(exc)
             continue
         if chosen is not None:

@@ -89,7 +89,8 @@ class Reporter:
         Args:
             current: the state to report; None if there is nothing to report any more.
         """
-        if self._reporting is not Reporting.INTERVAL:
+        by_clock = self._reporting is Reporting.INTERVAL
+        if not by_clock and not self._lease_s:
             return
         with self._one_at_a_time:
             state, now = current(), self._monotonic()
@@ -97,7 +98,8 @@ class Reporter:
             renewal_s = self._lease_s / 3 if self._lease_s else self._interval_s
             due = now - self._last_report >= min(self._interval_s, renewal_s)
             renew = self._lease_s > 0 and now - self._answered >= renewal_s
-            if state is None or not due or (state == self._told and not renew) or self.fenced is not None:
+            new = by_clock and state != self._told
+            if state is None or not due or not (new or renew) or self.fenced is not None:
                 return
             self._last_report = now
             try:

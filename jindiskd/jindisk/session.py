@@ -191,6 +191,7 @@ class Session:
             if self._durable_changes < goal:
                 self._commit()
             self.reporter.committed(self.durable)
+            self.reporter.check()  # a lease may have run out meanwhile
 
     def tick(self) -> float:
         """Report what is due by the clock. Returns the seconds until it should be called again.
@@ -220,7 +221,6 @@ class Session:
             if not self.closed:
                 self._check()
                 self.checkpoint(closing=True)
-                self.closed = True
             self.reporter.close(self.durable)
             self._close_told = True
 
@@ -442,6 +442,7 @@ class Session:
                 self.appender.free.add(freed)
                 self.cleaner.damaged.difference_update(freed)
                 self.volume.reuse += 1
+                self.closed = closing
 
 
 def _blocks(offset: int, length: int) -> int:

@@ -112,8 +112,11 @@ class Registry:
 
     def all(self) -> list[Record]:
         """Every record, by name."""
-        names = sorted(path.stem for path in self._directory.glob("*.json") if NAMES.fullmatch(path.stem))
-        return [self.find(name) for name in names]
+        found = []
+        for name in sorted(path.stem for path in self._directory.glob("*.json") if NAMES.fullmatch(path.stem)):
+            with contextlib.suppress(NotFound):  # closed meanwhile
+                found.append(self.find(name))
+        return found
 
     def put(self, record: Record) -> None:
         """Write a record."""
@@ -213,7 +216,7 @@ def close(name: str, registry: Registry) -> bool:
 
     Raises:
         NotFound: no such volume is attached.
-        Busy: the device is in use; nothing was changed.
+        Busy: the device is in use, or not there yet; nothing was changed.
         VolumeNotClosed: the device is gone, but its volume's closing failed.
         TimedOut: closing takes too long; it goes on.
         OSError: writing back failed.
@@ -226,6 +229,8 @@ def close(name: str, registry: Registry) -> bool:
         if fault:
             raise VolumeNotClosed(name, fault)
         return False
+    if record.index < 0:
+        raise Busy(os.fspath(record.link), "it is just being opened")
     watched = os.pidfd_open(record.process)
     try:
         _write_back(record)

@@ -135,8 +135,10 @@ def test_random_requests(served) -> None:
             model[offset : offset + length] = data
             assert not flags or volume.flushed == model
         elif kind == nbd.TRIM:
-            assert kernel.send(kind, offset, length) == (0, b"")
+            flags = generator.choice([0, nbd.FUA])
+            assert kernel.send(kind, offset, length, flags=flags) == (0, b"")
             model[offset : offset + length] = bytes(length)
+            assert not flags or volume.flushed == model
         else:
             assert kernel.send(kind) == (0, b"")
             assert volume.flushed == model

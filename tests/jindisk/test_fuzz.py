@@ -7,6 +7,7 @@ endless loop, never content that nobody wrote.
 import random
 import signal
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -212,6 +213,30 @@ def test_journal_blocks(disk: dict[int, bytes], case: str) -> None:
     forge.journal(JOURNAL[case](forge))
     with pytest.raises(VolumeInconsistent, match="journal"):
         opened(forge)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_what_is_inconsistent_is_not_passed_over_for_an_older_state(disk: dict[int, bytes], tree: bool) -> None:  # noqa: FBT001
+    """The older superblock is whole, but what was acknowledged since would be lost without a word."""
+    forge = Forge(disk, KEY)
+    if tree:
+        forge.page(3, 0, 0, *TREE_S["unknown flags"](forge))
+    else:
+        forge.journal([forge.commit([entry(2, 0, 1)]), forge.commit([entry(2, 0, 1)], index=1, sequence=99)])
+    with pytest.raises(VolumeInconsistent):
+        opened(forge)
+
+
+@pytest.mark.parametrize("label", [b"a\0b", b"\0a", b"\xff"])
+def test_a_label_is_text_with_zeros_behind_it(disk: dict[int, bytes], label: bytes) -> None:
+    """Anything else is malformed (section 5): the host can write there, and it is written back when renamed."""
+    block = bytearray(disk[0])
+    block[72:136] = label.ljust(64, b"\0")
+    block[508:512] = zlib.crc32(bytes(block[:508])).to_bytes(4, "little")
+    with pytest.raises(VolumeMalformed, match="label"):
+        open_volume(
+            MemoryDevice(GEOMETRY.end * BLOCK, disk | {0: bytes(block)}), key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED
+        )
 
 
 def test_a_right_journal_of_the_forge_is_accepted(disk: dict[int, bytes]) -> None:

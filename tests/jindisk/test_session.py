@@ -244,19 +244,74 @@ def test_interval_and_lease_follow_the_clock() -> None:
     assert session.read(0, BLOCK) == content(2)
 
 
+@pytest.mark.parametrize("reporting", Reporting)
 @pytest.mark.parametrize("lease_s", [15.0, 300.0])
-def test_a_session_that_writes_nothing_keeps_its_lease(lease_s: float) -> None:
-    """It says the same again in time, be the lease shorter or longer than the interval."""
+def test_a_session_that_writes_nothing_keeps_its_lease(lease_s: float, reporting: Reporting) -> None:
+    """It says the same again in time, be the lease shorter or longer than the interval, whenever else it reports."""
     now = [0.0]
     here = world()
     here.create().close()
-    session = here.begin(monotonic=lambda: now[0], interval_s=60.0, lease_s=lease_s)
+    session = here.begin(monotonic=lambda: now[0], interval_s=60.0, lease_s=lease_s, reporting=reporting)
     for second in range(1000):
         now[0] = float(second)
         session.tick()
     session.write(0, content(1))
     session.flush()
     assert session.fenced is None
+
+
+@pytest.mark.parametrize("reporting", [Reporting.CLOSE, Reporting.COMMIT])
+def test_without_a_lease_only_what_the_policy_says_is_told(reporting: Reporting) -> None:
+    """The clock alone makes no reports."""
+    now = [0.0]
+    here = world()
+    here.create().close()
+    moody = Moody()
+    moody.__dict__.update(here.broker.__dict__)
+    here.broker = moody
+    session = here.begin(monotonic=lambda: now[0], interval_s=10.0, reporting=reporting)
+    session.write(0, content(1))
+    session.flush()
+    reports = len(getattr(moody, "reports", []))
+    session.write(0, content(2))
+    session.checkpoint()
+    now[0] = 1000.0
+    session.tick()
+    assert len(getattr(moody, "reports", [])) == reports
+    assert (reports > 0) == (reporting is Reporting.COMMIT)
+
+
+def test_a_lease_that_runs_out_during_a_commit_is_noticed_before_it_is_acknowledged() -> None:
+    """The barrier may take longer than the lease: by then another guest may have begun."""
+    now = [0.0]
+    here, device, _ = failing()
+    session = here.begin(monotonic=lambda: now[0], lease_s=10.0)
+    session.write(0, content(1))
+    session.flush()
+
+    def slow() -> None:
+        now[0] += 6.0
+
+    device.flush = slow  # type: ignore[method-assign]  # this device's alone
+    session.write(0, content(2))
+    session.flush()
+    session.write(0, content(3))
+    with pytest.raises(VolumeFenced, match="lease"):
+        session.flush()
+
+
+def test_nothing_is_accepted_once_the_closing_checkpoint_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on the blocks that this process would write to may be another's."""
+    session = world().create()
+    checkpoint = session.checkpoint
+
+    def watched(*, closing: bool = False) -> None:
+        checkpoint(closing=closing)
+        with pytest.raises(VolumeFenced, match="closed"):
+            session.write(0, content(1))
+
+    monkeypatch.setattr(session, "checkpoint", watched)
+    session.close()
 
 
 def test_a_session_that_has_not_begun_writes_nothing() -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jindiskd.base.document import MalformedDocument
-from jindiskd.errors import AlreadyExists, InvalidArgument, NotFound
+from jindiskd.errors import AlreadyExists, Busy, InvalidArgument, NotFound
 from jindiskd.jindisksetup import attached
 from jindiskd.jindisksetup.attached import Record, Registry
 
@@ -39,6 +39,17 @@ def test_names_are_taken_once(tmp_path) -> None:
     assert registry.all() == []
     with pytest.raises(NotFound):
         attached.close("vol", registry)
+
+
+def test_what_is_being_opened_is_busy(tmp_path) -> None:
+    """There is no device yet that could be let go of; and a record that goes meanwhile is none."""
+    registry = Registry(tmp_path)
+    registry.take("vol")
+    with pytest.raises(Busy, match="vol"):
+        attached.close("vol", registry)
+    assert registry.find("vol") == attached.own_record("vol")
+    (tmp_path / "gone.json").symlink_to("nothing")
+    assert [record.name for record in registry.all()] == ["vol"]
 
 
 def test_a_server_that_was_killed(tmp_path) -> None:
