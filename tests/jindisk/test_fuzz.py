@@ -216,7 +216,7 @@ def test_journal_blocks(disk: dict[int, bytes], case: str) -> None:
 
 
 @pytest.mark.parametrize("tree", [False, True])
-def test_what_is_inconsistent_is_not_passed_over_for_an_older_state(disk: dict[int, bytes], tree: bool) -> None:  # noqa: FBT001
+def test_what_is_inconsistent_is_not_passed_over_for_an_older_state(disk: dict[int, bytes], tree: bool) -> None:
     """The older superblock is whole, but what was acknowledged since would be lost without a word."""
     forge = Forge(disk, KEY)
     if tree:
