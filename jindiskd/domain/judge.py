@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import stat
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -140,19 +141,24 @@ class Judge:
         return ""
 
     def _sha256(self, path: Path) -> bytes:
-        """Of a file, computed again only where its identity, size or times have changed."""
-        with path.open("rb") as stream:
-            stat = os.fstat(stream.fileno())
-            mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        """Of a file, computed again only where its identity, size or times have changed.
+
+        The path is from a definition, which others write: what would wait for a writer, or never ends, is no boot file.
+        """
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError(f"{path} is no regular file")
+            mark = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             with self._lock:
                 kept = self._hashes.get(str(path))
             if kept is not None and kept[0] == mark:
                 return kept[1]
-            if stat.st_size > MAX_HASHED_BYTES:
-                raise ValueError(f"{path} has {stat.st_size} bytes")
-            found = hashlib.file_digest(stream, "sha256").digest()
+            if found.st_size > MAX_HASHED_BYTES:
+                raise ValueError(f"{path} has {found.st_size} bytes")
+            digest = hashlib.file_digest(stream, "sha256").digest()
         with self._lock:
             if len(self._hashes) >= MAX_KEPT:
                 self._hashes.clear()
-            self._hashes[str(path)] = (mark, found)
-        return found
+            self._hashes[str(path)] = (mark, digest)
+        return digest
