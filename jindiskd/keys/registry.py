@@ -80,8 +80,6 @@ class Registry:
         if told.amends is not None:
             raise HandoverUnusable("is of a change, not of an image", "have it take the change over instead")
         rules = release_rules.load(told.rules) if told.rules else None
-        if rules is None:
-            rules = self._store.image(replaces).rules if replaces is not None else ReleaseRules()
         row: dict[str, Any] = {
             "image_id": told.image_id,
             "name": told.name,
@@ -91,13 +89,14 @@ class Registry:
             "launch_digests": [digest.hex() for digest in told.launch_digests],
             "wrapped": self._wrapped(told.image_id, opened.keys[told.resource]),
             "created": told.created,
-            "rules": rules.dump(),
             "revision": 0,
         }
         try:
             with self._database.write() as connection:
                 if replaces is not None:
-                    self._retire(connection, replaces, told.image_id, by)
+                    old = self._retire(connection, replaces, told.image_id, by)
+                    rules = rules or old.rules  # as they are in this transaction
+                row["rules"] = (rules or ReleaseRules()).dump()
                 connection.execute(images_table.insert().values(row))
                 self._insert_others(connection, opened)
                 detail = {"launch_digests": row["launch_digests"], "keys": sorted(opened.keys)}
@@ -299,12 +298,13 @@ class Registry:
 
     # Parts
 
-    def _retire(self, connection: sa.Connection, image_id: str, by_image: str, by: Requester) -> None:
-        """Revoke an image and give its name free."""
+    def _retire(self, connection: sa.Connection, image_id: str, by_image: str, by: Requester) -> ImageRecord:
+        """Revoke an image and give its name free; the record that it had."""
         record = self._record(connection, image_id)
         values = {"state": KeyState.REVOKED.value, "name": f"{record.name}.{image_id[:8]}"}
         self._store.change(connection, image_id, values)
         self._store.audit.append(connection, "replaced", image_id, by, {"by": by_image})
+        return record
 
     def _record(self, connection: sa.Connection, image_id: str) -> ImageRecord:
         query = sa.select(images_table).where(images_table.c.image_id == image_id)
