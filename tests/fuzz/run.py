@@ -11,9 +11,9 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parent))
-PACKAGES = ("attest", "kbs", "broker", "device", "helper", "jindisk", "base")
+PACKAGES = ("attest", "kbs", "broker", "device", "helper", "jindisk", "guest", "base")
 with atheris.instrument_imports(include=[f"jindiskd.{name}" for name in PACKAGES]):
-    from targets import TARGETS, Target, feed
+    from targets import LONG, TARGETS, Target, feed
 
 NAMES = sorted(TARGETS)
 
@@ -30,7 +30,7 @@ def main() -> None:
     chosen: list[Target] = [TARGETS[name] for name in NAMES]
     if rest and not rest[0].startswith("-"):
         name = rest.pop(0)
-        chosen = [Target(planted, ())] if name == "planted" else [TARGETS[name]]
+        chosen = [Target(planted, ())] if name == "planted" else [LONG[name]]
 
     def one(data: bytes) -> None:
         if len(chosen) == 1:

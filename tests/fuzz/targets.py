@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import volumes
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -52,7 +53,11 @@ from jindiskd.device.probe import probe
 from jindiskd.errors import InvalidArgument, JindiskError
 from jindiskd.helper import mapped
 from jindiskd.helper import protocol as helper
+from jindiskd.jindisk.anchor_file import AnchorFileDamaged
+from jindiskd.jindisk.errors import VolumeInconsistent, VolumeMalformed, VolumeUnrecognised, VolumeUnsupported
 from jindiskd.jindisk.identification import Identification
+from jindiskd.jindisk.nbd_handshake import Gone
+from jindiskd.jindisk.v1.nodes import BadNode
 from jindiskd.kbs import encoding, initdata, jwk
 from jindiskd.kbs.evidence import snp_from_json, snp_to_json, tdx_from_json, tdx_to_json
 from jindiskd.kbs.freshness import VolumeState, dump_release, parse_release, parse_state
@@ -299,9 +304,32 @@ TARGETS: Mapping[str, Target] = {
         (),
         (mapped.nbd_mark(OPEN).encode(), mapped.dm_mark(OPEN).encode()),
     ),
+    "identification": Target(
+        volumes.identify, (VolumeUnrecognised, VolumeUnsupported, VolumeMalformed), (), (volumes.IDENTIFICATION,)
+    ),
+    "superblock": Target(
+        volumes.superblock,
+        (VolumeUnsupported, VolumeMalformed, VolumeInconsistent),
+        (),
+        (volumes.SUPERBLOCK.encode()[:500],),
+    ),
+    "journal": Target(volumes.journal_block, (VolumeInconsistent,), (), (volumes.JOURNAL,)),
+    "anchor-file": Target(volumes.kept_anchor, (AnchorFileDamaged,), (), (volumes.ANCHOR,)),
+    "superblock-1": Target(volumes.header1, (VolumeMalformed,), (), (volumes.SUPERBLOCK1,)),
+    "catalogue-1": Target(volumes.entry1, (VolumeMalformed,), (), (volumes.ENTRY1,)),
+    "leaf-1": Target(volumes.leaf1, (BadNode,), (), (volumes.LEAF1,)),
+    "inner-1": Target(volumes.inner1, (BadNode,), (), (volumes.INNER1,)),
+    "nbd": Target(volumes.nbd, (Gone,), (), (volumes.CLIENT, volumes.OLD_CLIENT)),
+    "nbd-requests": Target(volumes.nbd_requests, (), (), (b"\xff" + volumes.REQUESTS, b"\0" + volumes.REQUESTS)),
+    "nbd-guest": Target(volumes.guest_requests, (), (), (volumes.REQUESTS,)),
 }
+LONG: Mapping[str, Target] = {
+    **TARGETS,
+    "volume": Target(volumes.Forged(), (), (), (bytes(9), b"\x41\0\0\1\0\0\0\0\0" * 2)),
+}
+"""With the one that takes too long to be run beside the others."""
 """`JindiskError` is never allowed as a whole: each parser has its own."""
-assert all(JindiskError not in target.allowed for target in TARGETS.values())
+assert all(JindiskError not in target.allowed for target in LONG.values())
 
 
 def feed(target: Target, data: bytes) -> bool:

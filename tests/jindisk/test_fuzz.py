@@ -11,7 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from jd import KEY, UUID1, Broker, MemoryDevice, World, content, small_geometry, world
+from jd import KEY, UUID1, MemoryDevice, content, small_geometry, world
+from jd_attack import attack, device, opened
 from jd_forge import BLOCK, TOP, Forge, entry
 from jd_reader import Wrong
 
@@ -28,7 +29,7 @@ from jindiskd.jindisk.errors import (
 )
 from jindiskd.jindisk.repair import salvage
 from jindiskd.jindisk.session import Session
-from jindiskd.jindisk.volume import Volume, open_volume
+from jindiskd.jindisk.volume import open_volume
 
 GEOMETRY = small_geometry()
 WRITTEN = [*range(200), 1000, 4095]
@@ -57,14 +58,6 @@ def disk() -> dict[int, bytes]:
         session.write(lba * BLOCK, content(lba))
     session.checkpoint()
     return dict(here.device.blocks)
-
-
-def device(forge: Forge) -> MemoryDevice:
-    return MemoryDevice(GEOMETRY.end * BLOCK, forge.blocks)
-
-
-def opened(forge: Forge) -> Volume:
-    return open_volume(device(forge), key=Secret(KEY), uuid=UUID1, anchor=UNANCHORED)
 
 
 def only_newest(forge: Forge) -> Forge:
@@ -351,32 +344,6 @@ def test_trees_that_disagree(disk: dict[int, bytes], case: str) -> None:
 def _live(forge: Forge, segment: int) -> int:
     page = forge.reader.page(3, 0, 0, bytes(forge.plain[TOP[3] : TOP[3] + 56]))
     return int.from_bytes(page[48 * segment + 32 : 48 * segment + 36], "little")
-
-
-def attack(forge: Forge) -> None:
-    """Everything that a user does with a volume; only errors of the family may come."""
-    here = World(device=device(forge), broker=Broker(), key=Secret(KEY))
-    try:
-        volume = opened(forge)
-    except VolumeError:
-        return
-    check_volume(volume, data=True)
-    for lba in (0, 1, 100, 199, 1000, 2000, 4095):
-        try:
-            volume.read(lba * BLOCK, BLOCK)
-        except VolumeError:
-            continue
-    try:
-        session = Session(open_volume(here.device, key=here.key, uuid=UUID1, anchor=UNANCHORED), session_id=bytes(32))
-        session.begin()
-        for lba in (0, 50, 1000, 2000):
-            session.write(lba * BLOCK + 5, content(lba))
-        session.discard(0, 300 * BLOCK)
-        session.flush()
-        session.cleaner.clean(len(session.appender.free) + 1)
-        session.close()
-    except VolumeError:
-        return
 
 
 def mutate(rng: random.Random, data: bytes, used_bytes: int) -> tuple[int, bytes]:
