@@ -13,6 +13,9 @@ MAX_LINE_BYTES = 64
 MAX_LINES = 32
 MAX_CONNECTIONS = 4
 IDLE_S = 300.0
+BURST, WORDS_PER_S = 64, 0.5
+"""So many words are heard at once, and in the long run so many a second: each may be a line of the journal, and a
+signal to all who watch. A boot has seven at most."""
 _WORD = re.compile(rb"(boot|report|attested|key|unlocked|running|fail (E\d\d))")
 
 
@@ -22,6 +25,7 @@ class ProgressListener:
     def __init__(self, path: Path, heard: Callable[[str], None]) -> None:
         """Listen nowhere yet."""
         self._path, self._heard = path, heard
+        self._next_s = float("-inf")
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -45,6 +49,12 @@ class ProgressListener:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _wait_s(self) -> float:
+        """Count one word; how long it must wait. Nothing is lost: whoever talks without end waits."""
+        now = asyncio.get_running_loop().time()
+        self._next_s = max(self._next_s, now - BURST / WORDS_PER_S) + 1 / WORDS_PER_S
+        return max(self._next_s - now, 0.0)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if len(self._tasks) > MAX_CONNECTIONS:
@@ -55,6 +65,7 @@ class ProgressListener:
                 found = _WORD.fullmatch(line.strip())
                 if found is None:
                     return
+                await asyncio.sleep(self._wait_s())
                 self._heard(found[1].decode())
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
             return

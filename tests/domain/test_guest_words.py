@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from jindiskd.domain import console
+from jindiskd.domain import console, progress
 from jindiskd.domain.connection import sentence
 from jindiskd.domain.progress import MAX_CONNECTIONS, MAX_LINES, ProgressListener
 
@@ -84,6 +84,22 @@ async def test_lines_and_connections_are_bounded(port) -> None:
     await talk(path, b"boot\n")
     assert len(heard) == MAX_LINES
     for _, writer in held:
+        writer.close()
+
+
+async def test_words_without_end_are_heard_slowly(port, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that goes through all states again and again fills no journal; over several connections neither."""
+    monkeypatch.setattr(progress, "WORDS_PER_S", 1e-9)
+    path, heard = port
+    for _ in range(progress.BURST // MAX_LINES):
+        await talk(path, b"boot\n" * MAX_LINES)
+    waiting = [await asyncio.open_unix_connection(path) for _ in range(2)]
+    for _, writer in waiting:
+        writer.write(b"running\n" * MAX_LINES)
+        await writer.drain()
+    await talk(path, b"nonsense\n")  # the others were read before
+    assert heard == ["boot"] * progress.BURST
+    for _, writer in waiting:
         writer.close()
 
 
