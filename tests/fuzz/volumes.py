@@ -16,7 +16,6 @@ from jindiskd.base.secret import Secret
 from jindiskd.guest import nbd as guest_nbd
 from jindiskd.jindisk import anchor_file, identification, journal, nbd_protocol
 from jindiskd.jindisk.crypto import ZERO_NONCE, Generator
-from jindiskd.jindisk.extents import Extent
 from jindiskd.jindisk.geometry import BLOCK, Kind, default_geometry
 from jindiskd.jindisk.nbd_connection import Connection
 from jindiskd.jindisk.nbd_handshake import Agreed, ExportInfo, Handshake
@@ -32,6 +31,7 @@ from jd import content, world
 from jd_attack import attack
 from jd_forge import Forge
 from jd_reader import Wrong
+from nbd_volume import Memory
 
 KEY, NAMED = Secret(bytes(range(32))), UUID(int=7)
 GEOMETRY, LAYOUT1 = default_geometry(4096), layout_for(8 << 20)
@@ -142,39 +142,6 @@ class Forged:
             except (AssertionError, Wrong, ValueError, KeyError, IndexError):
                 break  # the forge finds no way to that page any more
         attack(forge)
-
-
-class Memory:
-    """A block device of 64 KiB."""
-
-    size_bytes, read_only, zeroes_fast, fault = 1 << 16, False, True, None
-
-    def __init__(self) -> None:
-        self.data = bytearray(self.size_bytes)
-
-    def read(self, offset: int, length: int) -> bytes:
-        assert offset + length <= self.size_bytes
-        return bytes(self.data[offset : offset + length])
-
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        assert offset + len(data) <= self.size_bytes
-        self.data[offset : offset + len(data)] = data
-
-    def zero(self, offset: int, length: int) -> None:
-        self.write(offset, bytes(length))
-
-    def discard(self, offset: int, length: int) -> None:
-        self.write(offset, bytes(length))
-
-    def flush(self) -> None:
-        """Nothing to do."""
-
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        assert length > 0
-        return [(length, True)]
-
-    def close(self) -> None:
-        """Nothing to do."""
 
 
 class Wire:

@@ -59,8 +59,8 @@ class Forge:
         """Index of the first leaf that is no hole."""
         return min(self.reader.leaves(tree))
 
-    def journal(self, plains: Sequence[bytes]) -> None:
-        """Make these plaintexts (4080 bytes, or their beginning) the journal of the newest superblock."""
+    def journal(self, plains: Sequence[bytes]) -> bytes:
+        """Make these plaintexts (4080 bytes, or their beginning) the newest superblock's journal; the root after it."""
         root = sha256(b"JD2R" + self.blocks[1 + self.reader.epoch % 2])
         for index, plain in enumerate(plains):
             aad = journal_aad(self.reader.epoch, index, root)
@@ -68,6 +68,7 @@ class Forge:
             sealed = AESGCM(bytes(self.plain[232:264])).encrypt(nonce, plain.ljust(BLOCK - 16, b"\0"), aad)
             self.blocks[8 + index] = sealed
             root = sha256(root + sealed)
+        return root
 
     def commit(self, entries: Sequence[bytes], **changes: int) -> bytes:
         """The plaintext of a journal block, its head's fields changed as told."""

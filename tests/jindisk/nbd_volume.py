@@ -10,6 +10,7 @@ from jindiskd.base.secret import Secret
 from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.device import OpenFile
+from jindiskd.jindisk.extents import Extent
 from jindiskd.jindisk.geometry import BLOCK, default_geometry
 from jindiskd.jindisk.nbd_server import Server, listen
 from jindiskd.jindisk.served import ServedSession, ServedVolume
@@ -54,3 +55,36 @@ def served(path: Path, *, create: bool = True, size: int = SIZE, writable: bool 
             server.stop()
             volume.close()
             path.with_suffix(".sock").unlink()
+
+
+class Memory:
+    """A block device of 64 KiB."""
+
+    size_bytes, read_only, zeroes_fast, fault = 1 << 16, False, True, None
+
+    def __init__(self) -> None:
+        self.data = bytearray(self.size_bytes)
+
+    def read(self, offset: int, length: int) -> bytes:
+        assert offset + length <= self.size_bytes
+        return bytes(self.data[offset : offset + length])
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        assert offset + len(data) <= self.size_bytes
+        self.data[offset : offset + len(data)] = data
+
+    def zero(self, offset: int, length: int) -> None:
+        self.write(offset, bytes(length))
+
+    def discard(self, offset: int, length: int) -> None:
+        self.write(offset, bytes(length))
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        assert length > 0
+        return [(length, True)]
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import struct
+import threading
 import time
 from uuid import UUID
 
@@ -18,16 +19,22 @@ from nbd_volume import (
     FLUSH,
     NO_HOLE,
     READ,
+    REQ_ONE,
     SIZE,
     TRIM,
+    WRITE,
     ZERO,
+    Memory,
     served,
 )
 
 from jindiskd.base.secret import Secret
+from jindiskd.jindisk import nbd_protocol
 from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.geometry import BLOCK
+from jindiskd.jindisk.nbd_connection import Connection
+from jindiskd.jindisk.nbd_handshake import Agreed
 from jindiskd.jindisk.nbd_server import Server
 from jindiskd.jindisk.volume import open_volume
 
@@ -173,26 +180,96 @@ def test_requests_that_make_no_sense(target, structured) -> None:
 
 
 @pytest.mark.parametrize(
-    "junk",
+    ("name", "junk"),
     [
-        b"\0" * 28,
-        struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, 0, (32 << 20) + 1),
-        struct.pack(">IHHQQI", 0x25609513, 0, 2, 1, 0, 0),
-        struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, BLOCK, 100) + b"x" * 99,
-        struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, BLOCK, 100)[:-1],
+        ("magic", b"\0" * 28),
+        ("magic of others", struct.pack(">IHHQQI", 0x25609514, 0, FLUSH, 1, 0, 0)),
+        ("huge", struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, 0, (32 << 20) + 1)),
+        ("disconnect", struct.pack(">IHHQQI", 0x25609513, 0, 2, 1, 0, 0)),
+        ("cut", struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, BLOCK, 100) + b"x" * 99),
+        ("half", struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, BLOCK, 100)[:-1]),
     ],
-    ids=["magic", "huge", "disconnect", "cut", "half"],
 )
-def test_junk_in_transmission(target, junk) -> None:
+def test_junk_in_transmission(target, name, junk) -> None:
     """The connection ends; of a write that did not arrive whole nothing is written."""
     with Client(target[0]) as client:
         client.go()
         client.stream.sendall(junk)
-        client.stream.shutdown(socket.SHUT_WR)
-        assert client.closed()
+        if name in {"cut", "half"}:
+            client.stream.shutdown(socket.SHUT_WR)
+        assert client.stream.recv(1) == b"", "it is not answered, and the server ends it"
     with Client(target[0]) as client:
         client.go()
         assert client.read(BLOCK, 100) == bytes(100)
+
+
+def test_payloads_of_one_client_are_bounded(tmp_path, monkeypatch) -> None:
+    """While a write waits, no other that would exceed the limit is taken from the stream; others go on."""
+    monkeypatch.setattr(nbd_protocol, "PAYLOAD_LIMIT", 3 * BLOCK)
+    going = threading.Event()
+
+    class Slow(Memory):
+        taken = 0
+
+        def write(self, offset: int, data: bytearray) -> None:
+            Slow.taken += 1
+            assert going.wait(60)
+            super().write(offset, data)
+
+        def zero(self, offset: int, length: int) -> None:
+            """Done at once."""
+
+        discard = zero
+
+    ours, theirs = socket.socketpair()
+    volume = Slow()
+    connection = Connection(ours, volume, Agreed(structured=False, allocation=False))
+    thread = threading.Thread(target=connection.run)
+    thread.start()
+    try:
+        theirs.settimeout(60)
+        requests = [(ZERO, 60_000), (TRIM, 60_000), (WRITE, 2 * BLOCK), (WRITE, 2 * BLOCK)]
+        for cookie, (kind, length) in enumerate(requests):
+            theirs.sendall(struct.pack(">IHHQQI", 0x25609513, 0, kind, cookie, 0, length))
+            if kind == WRITE:
+                theirs.sendall(b"w" * length)
+        assert {theirs.recv(16, socket.MSG_WAITALL)[8:] for _ in range(2)} == {struct.pack(">Q", n) for n in (0, 1)}
+        deadline = time.monotonic() + 60
+        while not volume.taken and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert connection._budget._left == BLOCK
+        assert volume.taken == 1
+        going.set()
+        assert len(theirs.recv(32, socket.MSG_WAITALL)) == 32
+        deadline = time.monotonic() + 60
+        while connection._budget._left < 3 * BLOCK and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert connection._budget._left == 3 * BLOCK, "nothing is held, and nothing was given back twice"
+    finally:
+        going.set()
+        theirs.close()
+        thread.join(60)
+        ours.close()
+
+
+def test_a_client_may_be_silent_as_long_as_it_likes(target) -> None:
+    """The time limit is the handshake's alone."""
+    with Client(target[0]) as client:
+        client.go()
+        assert client.read(0, 4) == b"good"
+        assert {stream.gettimeout() for stream in target[1]._running.values()} == {None}
+
+
+def test_one_extent_where_one_is_asked_for(target) -> None:
+    with Client(target[0]) as client:
+        client.go(structured=True, status=True)
+        assert client.write(8 * BLOCK, b"more" * 1024) == 0
+        mapped, hole = (BLOCK, 0), (7 * BLOCK, 3)
+        assert client.status(0, 9 * BLOCK) == [mapped, hole, mapped]
+        assert client.status(0, 9 * BLOCK, flags=REQ_ONE) == [mapped]
+        assert client.status(BLOCK + 100, 9 * BLOCK, flags=REQ_ONE) == [(7 * BLOCK - 100, 3)]
+        assert client.status(8 * BLOCK + 1, BLOCK) == [(BLOCK - 1, 0), (1, 3)]
+        assert client.read(0, 0) == b""
 
 
 def test_who_takes_no_answers_holds_nobody_up(target) -> None:
