@@ -68,11 +68,13 @@ class ImagesBackend:
         images = self._config.images
         platform = Platform(_choice(Platform, "platform", order.platform or images.platform.value))
         firmware = self._named_firmware(order.firmware) or images.firmware or choose(platform.tee)
-        if order.key_program:
-            program = Path(order.key_program)
-            _require_place("key program", program, images.key_program_dirs, "images.key_program_dirs")
+        program = order.key_program
+        if program:
+            found = _in_place("key program", Path(program), images.key_program_dirs, "images.key_program_dirs")
+            program = os.fspath(found)
         order = replace(
             order,
+            key_program=program,
             platform=platform.value,
             format=order.format or images.format.value,
             vcpus=images.vcpus if order.vcpus is None else order.vcpus,
@@ -96,9 +98,7 @@ class ImagesBackend:
         """
         if not name:
             return None
-        firmware = Path(name)
-        _require_place("firmware", firmware, self._config.images.firmware_dirs, "images.firmware_dirs")
-        return firmware
+        return _in_place("firmware", Path(name), self._config.images.firmware_dirs, "images.firmware_dirs")
 
     def _request(self, order: BuildOrder) -> BuildRequest:
         """The order as the builder takes it, with what is configured for all images."""
@@ -258,12 +258,18 @@ def _choice(kind: type[Platform | BaseKind | VolumeFormat | InitrdKind], what: s
     return value
 
 
-def _require_place(what: str, path: Path, places: Sequence[Path], setting: str) -> None:
-    """Refuse a file that a caller names outside of where callers may: it is read with the service's rights."""
-    real = path.resolve()
-    if not path.is_absolute() or not any(real.is_relative_to(place) for place in places):
+def _in_place(what: str, path: Path, places: Sequence[Path], setting: str) -> Path:
+    """A file that a caller names, by a path on which no link is his: it is read later, with the service's rights.
+
+    Raises:
+        InvalidArgument: it lies outside of where callers may name one.
+    """
+    kept, real = path.parent.resolve() / path.name, path.resolve()
+    inside = [any(one.is_relative_to(place) for place in places) for one in (kept, real)]
+    if not path.is_absolute() or not all(inside):
         known = ", ".join(str(place) for place in places)
         raise InvalidArgument(what, str(path), f"it must lie in one of {known} ({setting})")
+    return kept
 
 
 def _request(order: BuildOrder) -> BuildRequest:

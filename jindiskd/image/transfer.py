@@ -177,7 +177,10 @@ def _candidates(manifest: Manifest, task: ImportTask) -> Iterator[Path]:
     yield from map(Path, task.firmware)
     places = [Path(place) for place in task.firmware_dirs]
     named = Path(manifest.shape.firmware)
-    if named.is_absolute() and any(named.resolve().is_relative_to(place) for place in places):
-        yield named
+    # By a path on which no link is somebody else's: it goes into the manifest, and is opened again at each start.
+    kept = named.parent.resolve() / named.name
+    inside = [any(one.is_relative_to(place) for place in places) for one in (kept, named.resolve())]
+    if named.is_absolute() and all(inside):
+        yield kept
     for place in places:
         yield place / named.name

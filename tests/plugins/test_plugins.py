@@ -155,7 +155,13 @@ def test_a_build_may_name_what_is_installed_and_nothing_else(installed: Path, tm
     assert made() == (source, str(programs / "configured"))
     assert made(report_source="", key_program="") == ("", "")
     assert made(report_source="sample", key_program=str(programs / "mine")) == (source, str(programs / "mine"))
-    for bad in ("/etc/shadow", str(programs / "link"), str(programs / "../firmware"), "mine"):
+    # A link of the caller's own may lead elsewhere by the time that the program is read.
+    (tmp_path / "callers").symlink_to(programs)
+    through = str(tmp_path / "callers/mine")
+    assert made(report_source="sample", key_program=through) == (source, str(programs / "mine"))
+    (tmp_path / "link").symlink_to(programs / "mine")
+    links = (str(tmp_path / "link"), str(programs / "link"))
+    for bad in (*links, str(programs / ".."), "/etc/shadow", str(programs / "../firmware"), "mine"):
         with pytest.raises(InvalidArgument, match="key_program_dirs"):
             made(key_program=bad)
     with pytest.raises(PluginUnusable, match="not installed"):
