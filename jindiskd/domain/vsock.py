@@ -164,13 +164,17 @@ def _kill(pid: int) -> None:
 
 
 def _unrecorded(directory: Path) -> int | None:
-    """The pid of a device that was started for `directory` by a process that died before it could write it down."""
+    """The pid of a device that was started for `directory` by a process that died before it could write it down.
+
+    Anybody may call a process of his what he likes: one of another user is none of ours.
+    """
     mark = f"socket={device_path(directory)},".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if words[1:2] == [b"--vm"] and mark in words[2]:
+                ours = entry.stat().st_uid == os.geteuid()
+                if ours and words[1:2] == [b"--vm"] and mark in words[2]:
                     return int(entry.name)
     return None
 

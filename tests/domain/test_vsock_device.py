@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +82,35 @@ async def test_it_never_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     record = vsock.read_record(home)
     assert record is not None
     assert vsock.start_time(record.pid) == 0
+
+
+CALLED = """
+import ctypes, sys, time
+fields = open("/proc/self/stat").read().rpartition(")")[2].split()
+start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5)
+text = bytes.fromhex(sys.argv[1])
+assert len(text) <= end - start
+ctypes.memmove(start, text.ljust(end - start, b"\\0"), end - start)
+print(flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become other users")
+def test_a_process_of_somebody_else_is_not_the_device_whatever_it_is_called(tmp_path: Path) -> None:
+    """It is neither ended, nor in the way of clearing up; one of ours, whose start was not written down, is ended."""
+    home = tmp_path / "home"
+    home.mkdir()
+    called = f"x\0--vm\0guest-cid=3,socket={vsock.device_path(home)},uds-path=y\0".encode().hex()
+    for user in (65534, None):
+        words = [sys.executable, "-c", CALLED, called]
+        with subprocess.Popen(words, user=user, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            home.mkdir(exist_ok=True)
+            vsock.clear(home)
+            assert not home.exists()
+            # `clear` reaps what is a child of ours, as the device is.
+            gone = vsock.start_time(process.pid) == 0
+            assert gone is (user is None)
+            process.kill()
