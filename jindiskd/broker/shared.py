@@ -106,8 +106,13 @@ class DatabaseSessions:
         return self._update(session, {"asked": table.c.asked + 1}, *allowed)
 
     def end(self, session: Session) -> None:
-        """Nothing more comes of this session; it counts against the limits until its life is over."""
-        self._update(session, {"stage": Stage.ENDED.value})
+        """Nothing more comes of this session; it counts against the limits until its life is over.
+
+        What was kept of it goes now: with the keys of a launch, whoever has them open later could open what the host
+        was given.
+        """
+        facts = {"tee": session.tee.value, "version": session.version}
+        self._update(session, {"stage": Stage.ENDED.value, "tee_pubkey": {}, "facts": facts, "report": b""})
 
     def count(self) -> int:
         """Living sessions."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from brokerbench import REQUEST
 from sev_place import DIGESTS, IMAGE, KEYS, OTHER, PEER, POLICY, Place, cookie_of, report
 
@@ -37,6 +38,7 @@ from jindiskd.errors import InvalidArgument, NotSupported
 from jindiskd.guest.secret import DISK_KEY, entries
 from jindiskd.kbs.client import BrokerMisbehaved, BrokerNotTrusted, BrokerRefused, BrokerUnreachable
 from jindiskd.kbs.messages import MalformedMessage
+from jindiskd.keys.database import sessions_table
 from jindiskd.policy.rules import ReleaseRules
 from jindiskd.sim.pki import SimulatedRoot
 from jindiskd.sim.sev_firmware import SevRefused
@@ -250,6 +252,10 @@ async def test_a_broker_that_ends_between_the_steps(
             await turn.approve(told)
         turn, _launch, told = await made.measured(owner)
         assert (await turn.approve(told)).payload
+    if shared:  # nothing of what could open the secrets is left
+        with made.store.database.read() as connection:
+            kept = connection.execute(sa.select(sessions_table.c.stage, sessions_table.c.facts)).all()
+        assert [(row.stage, row.facts.get("launch")) for row in kept] == [("ended", None)] * 2
     made.store.close()
 
 
