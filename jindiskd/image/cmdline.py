@@ -30,6 +30,9 @@ _FIXED = (
     # SMBIOS and fw_cfg, and words of a command line from the EFI variable SystemdOptions.
     "systemd.import_credentials=no",
     "efi=noruntime",
+    # A system that was never started asks on the console for root's password, or for an administrator to be (systemd
+    # 256): the host would answer.
+    "systemd.firstboot=off",
 )
 _SYSTEM = (
     "cryptopts=",  # an entry of /etc/crypttab in the initramfs would ask for a passphrase on the console
@@ -43,13 +46,18 @@ _OURS = {"root", "ro", "rw", "resume", "noresume", "panic", "systemd.gpt_auto", 
     "systemd.getty_auto",
     *(f"{prefix}systemd.import_credentials" for prefix in ("", "rd.")),
     "sysctl.kernel.sysrq",
+    "systemd.firstboot",
     "efi",
     "noefi",
     "cryptopts",
     *(f"rd.{kind}" for kind in ("luks", "lvm", "md", "dm", "auto")),
 }
 _SHELLS = {"break", "init", "rdinit", "rd.break", "rd.shell", "rd.emergency", "single", "s", "1", "rescue", "emergency"}
-_SYSTEMD = {"debug-shell", "debug_shell", "unit", "set_credential", "set_credential_binary"}
+_SYSTEMD = {"debug-shell", "debug_shell", "unit", "set_credential", "set_credential_binary", "crash_shell"} | {
+    "confirm_spawn",  # asks on the console before each service is started, or not
+    "condition_first_boot",
+    "journald.forward_to_console",  # the host would read the journal
+}
 _UNSAFE = (
     _SHELLS
     | {f"{prefix}systemd.{word}" for word in _SYSTEMD for prefix in ("", "rd.")}

@@ -7,7 +7,7 @@ from jindiskd.image.request import VolumeFormat
 
 FIXED = (
     "ro noresume panic=5 console=ttyS0 systemd.gpt_auto=0 rd.systemd.gpt_auto=0 systemd.getty_auto=no "
-    "sysctl.kernel.sysrq=0 systemd.import_credentials=no efi=noruntime"
+    "sysctl.kernel.sysrq=0 systemd.import_credentials=no efi=noruntime systemd.firstboot=off"
 )
 
 
@@ -34,7 +34,8 @@ UNSAFE = [
     "rd.systemd.unit=emergency.target", "sysrq_always_enabled", "sysrq_always_enabled=1", "initrd=/x",
     "systemd.set_credential=a:b", "systemd.set-credential=a:b", "ds=nocloud;s=http://x/", "ci.ds=NoCloud",
     "lockdown=none", "kgdboc=ttyS0", "mem_encrypt=off", "systemd.run=/bin/x", "systemd.mask=x", "RD.BREAK",
-    "efivar_ssdt=x",
+    "efivar_ssdt=x", "systemd.crash_shell", "systemd.crash-shell=1", "systemd.confirm_spawn=console",
+    "systemd.journald.forward_to_console=1", "systemd.condition-first-boot=yes",
 ]  # fmt: skip
 
 
@@ -52,7 +53,8 @@ def test_words_that_open_the_guest(word: str) -> None:
     "word",
     ["root=/dev/sda1", "ro", "rw", "resume=/dev/sda2", "noresume", "panic=0", "panic=halt", "systemd.gpt_auto=1",
      "systemd.import_credentials=yes", "systemd.import-credentials", "efi=runtime", "efi=debug", "noefi",
-     "systemd.gpt-auto=1", "rd.systemd.gpt_auto=1", "systemd.getty_auto=yes", "sysctl.kernel.sysrq=1"],
+     "systemd.gpt-auto=1", "rd.systemd.gpt_auto=1", "systemd.getty_auto=yes", "sysctl.kernel.sysrq=1",
+     "systemd.firstboot=yes"],
 )  # fmt: skip
 def test_fixed_words_cannot_be_overridden(word: str) -> None:
     """Not even by a debug image: the last of two would win."""
