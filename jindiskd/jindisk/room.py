@@ -6,7 +6,7 @@ The caller holds the volume's lock around every call.
 from __future__ import annotations
 
 from jindiskd.jindisk.appender import STREAMS, Appender
-from jindiskd.jindisk.geometry import PER_LEAF, Kind
+from jindiskd.jindisk.geometry import PER_LEAF, SPARE_SLOTS, Kind
 from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.tree import page_name
 from jindiskd.jindisk.volume import Volume
@@ -48,33 +48,42 @@ class Room:
                             slots.mark(raw, page_name(kind, level, index, raw))  # raises for one of them
         self._slots = slots
 
-    def suffices(self, blocks: int) -> bool:
-        """Whether a change of so many blocks may be accepted now."""
+    @property
+    def zeroed_at_once(self) -> int:
+        """So many blocks may be unmapped in one change, wherever they lie: all, but for the largest volumes."""
+        geometry = self._volume.geometry
+        spare = geometry.meta_slots - geometry.pages
+        if sum(geometry.levels[Kind.S]) + SPARE_SLOTS // 4 <= spare:
+            return geometry.blocks
+        return (spare - SPARE_SLOTS // 4) // 2
+
+    def suffices(self, blocks: int, unmapped: int = 0) -> bool:
+        """Whether a change may be accepted now that writes so many blocks and unmaps so many others."""
         need = self._appender.segments_for(blocks)
         if need and len(self._appender.free) - need < RESERVED_SEGMENTS:
             return False
         memtable = self._volume.memtable
         if not len(memtable):
             return True
-        return len(memtable) + len(self._volume.pending) + blocks <= MEMTABLE_LIMIT and self.has_slots(blocks)
+        return len(memtable) + len(self._volume.pending) + blocks <= MEMTABLE_LIMIT and self.has_slots(blocks, unmapped)
 
-    def has_slots(self, blocks: int) -> bool:
+    def has_slots(self, blocks: int, unmapped: int = 0) -> bool:
         """Whether the page slots suffice for a checkpoint after a change of so many blocks more."""
-        return self._slots is None or self._page_estimate(blocks) <= self._slots.free
+        return self._slots is None or self._page_estimate(blocks, unmapped) <= self._slots.free
 
     def pages_scarce(self) -> bool:
         """Whether the next checkpoint may need four fifths of the free page slots."""
         return self._page_estimate(0) > self.slots.free * 4 // 5
 
-    def _page_estimate(self, extra: int) -> int:
-        """At most so many pages will the next checkpoint write, after `extra` blocks more."""
+    def _page_estimate(self, extra: int, unmapped: int = 0) -> int:
+        """At most so many pages will the next checkpoint write, after `extra` blocks and a range unmapped."""
         geometry, memtable = self._volume.geometry, self._volume.memtable
         more = len(self._volume.pending) + extra
         per_segment = -(-geometry.segment_blocks // _R_LEAF) + 1
         taken = len(self._volume.segments.taken) + self._appender.segments_for(extra) + len(STREAMS)
         counts = {
-            Kind.F: len(memtable.touched) + more,
+            Kind.F: len(memtable.touched) + more + (unmapped // _F_LEAF + 2 if unmapped else 0),
             Kind.R: taken * per_segment,
-            Kind.S: len(memtable.entries) + _F_LEAF * len(memtable.cleared) + more + len(STREAMS),
+            Kind.S: len(memtable.entries) + _F_LEAF * len(memtable.cleared) + more + unmapped + len(STREAMS),
         }
         return sum(min(count, pages) for kind, count in counts.items() for pages in geometry.levels[kind])

@@ -159,16 +159,28 @@ class Session:
                 offset, view = offset + len(piece), view[len(piece) :]
 
     def zero(self, offset: int, length: int) -> None:
-        """Make the bytes read as zeros; whole blocks are unmapped. All in one commit; errors as `write`."""
+        """Make the bytes read as zeros; whole blocks are unmapped. All in one commit; errors as `write`.
+
+        On volumes beyond some 20 TiB a long range is done in pieces, for it could touch more pages than there is room
+        for at a time.
+        """
         self.volume.check_range(offset, length)
         if not length:
+            return
+        step = self.room.zeroed_at_once * BLOCK
+        if length > step:
+            end = offset + length
+            while offset < end:
+                length = min(step - offset % step, end - offset)
+                self.zero(offset, length)
+                offset += length
             return
         first, last = -(-offset // BLOCK), (offset + length) // BLOCK
         if first > last:  # within one block
             self.write(offset, bytes(length))
         else:
             parts = (offset % BLOCK > 0) + ((offset + length) % BLOCK > 0)
-            self._insist(parts, partial(self._zero, offset, length, parts))
+            self._insist(parts, partial(self._zero, offset, length, parts), unmapped=last - first)
 
     def discard(self, offset: int, length: int) -> None:
         """Trim: whole blocks within the range read as zeros afterwards, others are kept. Errors as `write`."""
@@ -277,10 +289,10 @@ class Session:
 
     # Changing what is in memory
 
-    def _insist(self, blocks: int, change: Callable[[], bool]) -> None:
-        """Make room until a change of so many blocks is accepted."""
+    def _insist(self, blocks: int, change: Callable[[], bool], *, unmapped: int = 0) -> None:
+        """Make room until a change of so many blocks is accepted, which unmaps so many others."""
         while not change():
-            if not self._make_room(blocks) and not len(self.volume.pending):
+            if not self._make_room(blocks, unmapped) and not len(self.volume.pending):
                 raise VolumeCrowded(len(self.cleaner.damaged))
 
     def _put(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
@@ -325,7 +337,7 @@ class Session:
         """As `_put`, of zeros, with so many blocks that are zeroed in part."""
         first, last = -(-offset // BLOCK), (offset + length) // BLOCK
         with self.volume.lock:
-            if not self._accepts(partial_blocks):
+            if not self._accepts(partial_blocks, last - first):
                 return False
             volume, parts = self.volume, list[Planned]()
             for at, size in ((offset, first * BLOCK - offset), (last * BLOCK, offset + length - last * BLOCK)):
@@ -345,12 +357,12 @@ class Session:
             self._accepted()
         return True
 
-    def _accepts(self, blocks: int) -> bool:
-        """Whether there is room for a change of so many blocks. Raises if the store refuses what is waiting."""
+    def _accepts(self, blocks: int, unmapped: int = 0) -> bool:
+        """Whether there is room for a change of so many blocks, and so many unmapped ones. Raises if the store refuses what is waiting."""
         self._check()
         if len(self.volume.pending) >= self._pending_limit():
             self.appender.seal_pending()
-        return self.room.suffices(blocks)
+        return self.room.suffices(blocks, unmapped)
 
     def _accepted(self) -> None:
         self._changes += 1
@@ -362,12 +374,12 @@ class Session:
 
     # Room
 
-    def _make_room(self, blocks: int) -> bool:
-        """Checkpoint, then clean until a change of so many blocks has room; whether it has."""
+    def _make_room(self, blocks: int, unmapped: int = 0) -> bool:
+        """Checkpoint, then clean until a change of so many blocks, and unmapped ones, has room; whether it has."""
         with self._commits:
             with self.volume.lock:
                 self._check()
-                if self.room.suffices(blocks):
+                if self.room.suffices(blocks, unmapped):
                     return True
             self.checkpoint()
             need, free = self.appender.segments_for(blocks), len(self.appender.free)
@@ -375,7 +387,7 @@ class Session:
             if need <= FREE_TARGET - RESERVED_SEGMENTS and free - need < RESERVED_SEGMENTS + len(STREAMS):
                 self.cleaner.clean(FREE_TARGET)
             with self.volume.lock:
-                return self.room.suffices(blocks)
+                return self.room.suffices(blocks, unmapped)
 
     # Commits
 
