@@ -358,7 +358,7 @@ class Session:
         return True
 
     def _accepts(self, blocks: int, unmapped: int = 0) -> bool:
-        """Whether there is room for a change of so many blocks, and so many unmapped ones. Raises if the store refuses what is waiting."""
+        """Whether there is room for a change of so many blocks, and unmapped ones. Raises if the store refuses."""
         self._check()
         if len(self.volume.pending) >= self._pending_limit():
             self.appender.seal_pending()

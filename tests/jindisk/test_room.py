@@ -20,7 +20,7 @@ HALF = S_LEAVES * STEP
 
 
 def scattered(free: int) -> tuple[World, Session]:
-    """Two blocks mapped in segments of every page of S, one in each half; so many page slots free, fewer than will change."""
+    """Two blocks mapped in segments of every page of S, one in each half; so many page slots are free."""
     here = world(TIGHT)
     session = here.create(TIGHT)
     session.appender.free._choose = lambda count: count - 1
