@@ -44,8 +44,7 @@ from jindiskd.broker.peer import Peer
 from jindiskd.errors import EXIT_BUSY, EXIT_NOT_FOUND, JindiskError, NotFound
 from jindiskd.keys import wrap
 from jindiskd.keys.store import ApprovalWaiting, ImageRecord, KeyState, RecordChanged, ReleaseRefused, Requester, Store
-from jindiskd.policy.release import window
-from jindiskd.policy.rules import version_of
+from jindiskd.policy.rules import version_of, window
 from jindiskd.sim.sev_platform import SevPlatformRoot
 
 MAX_CERTIFICATE_BYTES = 4096

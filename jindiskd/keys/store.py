@@ -42,7 +42,7 @@ from jindiskd.keys.records import (
     record_of,
 )
 from jindiskd.keys.refusals import Refusals
-from jindiskd.policy.rules import ReleaseRules
+from jindiskd.policy.rules import ReleaseRules, window
 
 __all__ = [
     "ApprovalWaiting",
@@ -318,7 +318,7 @@ class Store:
         revision: int | None,
         resource: str | None = None,
     ) -> tuple[ImageRecord, StoredKey]:
-        """The record and wrapped key, if state and limits allow a release now; within a write transaction."""
+        """The record and wrapped key, if state, times and limits allow a release now; within a write transaction."""
         row = connection.execute(sa.select(images_table).where(images_table.c.image_id == image_id)).mappings().first()
         if row is None:
             raise NotFound("key of image", image_id)
@@ -327,6 +327,8 @@ class Store:
             raise ReleaseRefused(image_id, "key.state", f"is {record.state}")
         if revision is not None and revision != record.revision:
             raise RecordChanged(image_id)
+        for finding in window(record.rules, self.database.now()):
+            raise ReleaseRefused(image_id, finding.id, "has times in its policy, and this is none of them")
         stored = self.stored_key(connection, row, resource)
         self._check_limits(connection, record, requester, stored.resource)
         return record, stored

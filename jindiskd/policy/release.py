@@ -11,7 +11,7 @@ from jindiskd.attest.snp import VerifiedSnp
 from jindiskd.attest.tdx import TdxExpectations, appraise_tdx
 from jindiskd.base.platform import Tee
 from jindiskd.keys.store import ImageRecord, KeyState
-from jindiskd.policy.rules import ReleaseRules, time_of, version_of
+from jindiskd.policy.rules import ReleaseRules, version_of, window
 
 
 def decide(
@@ -52,16 +52,6 @@ def appraise(
     if isinstance(verified, VerifiedSnp):
         return appraise_snp(verified, snp_expectations(rules, digests, allow_simulated=allow_simulated), now=now)
     return appraise_tdx(verified, tdx_expectations(rules, digests, allow_simulated=allow_simulated), now=now)
-
-
-def window(rules: ReleaseRules, now: datetime) -> list[Finding]:
-    """What the times in an image's rules say against a release now."""
-    begin, end = time_of(rules.not_before), time_of(rules.not_after)
-    if begin is not None and now < begin:
-        return [Finding("policy.too_early", f"the policy releases the key from {rules.not_before} on")]
-    if end is not None and now > end:
-        return [Finding("policy.too_late", f"the policy releases the key until {rules.not_after} only")]
-    return []
 
 
 def snp_expectations(rules: ReleaseRules, digests: tuple[bytes, ...], *, allow_simulated: bool) -> SnpExpectations:

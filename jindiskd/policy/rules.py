@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 
 from jindiskd.attest import guest_policy
+from jindiskd.attest.model import Finding
 from jindiskd.attest.snp_report import FirmwareVersion, GuestPolicy, Tcb
 from jindiskd.base import document
 from jindiskd.base.platform import Tee
@@ -416,6 +418,16 @@ def by_guest_policy(policy: int, tee: Tee) -> ReleaseRules:
         require_page_swap_disabled=bool(policy & GuestPolicy.PAGE_SWAP_DISABLE),
         require_no_cxl=not policy & GuestPolicy.CXL_ALLOW,
     )
+
+
+def window(rules: ReleaseRules, now: datetime) -> list[Finding]:
+    """What the times in an image's rules say against a release now."""
+    begin, end = time_of(rules.not_before), time_of(rules.not_after)
+    if begin is not None and now < begin:
+        return [Finding("policy.too_early", f"the policy releases the key from {rules.not_before} on")]
+    if end is not None and now > end:
+        return [Finding("policy.too_late", f"the policy releases the key until {rules.not_after} only")]
+    return []
 
 
 def load(text: str | bytes) -> ReleaseRules:

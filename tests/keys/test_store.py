@@ -9,8 +9,9 @@ from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.errors import AlreadyExists, NotFound
 from jindiskd.keys.database import KekWrong
-from jindiskd.keys.store import AuditBroken, KeyState, ReleaseRefused, Store
+from jindiskd.keys.store import AuditBroken, KeyState, ReleaseRefused, Requester, Store
 from jindiskd.keys.wrap import KekMissing, KekUnusable, KeyUnreadable, load_kek
+from jindiskd.policy.rules import ReleaseRules
 
 IMAGE = "11111111-1111-4111-8111-111111111111"
 KEY = bytes(range(32))
@@ -44,6 +45,26 @@ def test_only_an_active_key_is_released(tmp_path: Path) -> None:
     assert [row["kind"] for row in store.audit_rows()] == [
         "activated", "released", "revoked", "reinstated", "released", "forgotten",
     ]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("rules", "finding"),
+    [
+        (ReleaseRules(not_after="2001-01-01T00:00:00Z"), "policy.too_late"),
+        (ReleaseRules(not_before="2999-01-01T00:00:00Z"), "policy.too_early"),
+    ],
+)
+def test_the_times_of_the_rules_hold_for_whoever_asks(tmp_path: Path, rules: ReleaseRules, finding: str) -> None:
+    """Not for guests alone, which are judged before: a volume that is opened on the host is given its key here too."""
+    store = filled(tmp_path / "keys.db", Secret.random(32))
+    store.activate(IMAGE, [bytes(48)])
+    store.set_rules(IMAGE, rules)
+    for ask in (lambda: give(store), lambda: store.release_volumes(IMAGE, Requester(peer="test"))):
+        with pytest.raises(ReleaseRefused) as refused:
+            ask()
+        assert refused.value.finding == finding
+    assert "released" not in [row["kind"] for row in store.audit_rows()]
     store.close()
 
 
