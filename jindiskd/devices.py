@@ -100,7 +100,8 @@ class StoredVolumes:
         Raises:
             NotFound, ReleaseRefused, ApprovalWaiting, KeyUnreadable: no key leaves.
         """
-        by = Requester(peer=who, simulated=volume.simulated)
+        # To approvals and limits, who opens a device is a guest of its own: an approval is for what a person was shown.
+        by = Requester(peer=who, simulated=volume.simulated, guest=who)
         record = self._record(volume)
         if record is not None and not read_only:
             grant = self._volumes.release(

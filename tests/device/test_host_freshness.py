@@ -34,8 +34,9 @@ from jindiskd.jindisk.anchor import UNANCHORED
 from jindiskd.jindisk.device import OpenFile
 from jindiskd.jindisk.errors import VolumeFenced, VolumeStale
 from jindiskd.jindisk.volume import Volume, anchor_of, open_volume
-from jindiskd.keys.store import ReleaseRefused, Store
+from jindiskd.keys.store import ApprovalWaiting, ReleaseRefused, Store
 from jindiskd.keys.volumes import Volumes
+from jindiskd.policy.rules import ReleaseRules
 
 IMAGE = "11111111-1111-4111-8111-111111111111"
 WEB = ImageVolume(image="web", image_id=IMAGE, kind="jindisk2", uuid=devicevolumes.UUID)
@@ -186,6 +187,19 @@ async def test_what_was_written_here_is_the_latest_state_and_the_disk_of_before_
     released = next(row for row in host.store.audit_rows() if row["kind"] == "released")
     assert released["peer"] == WHO
     assert released["simulated"]
+
+
+async def test_an_approval_is_for_whom_it_was_asked(host):
+    """Another user who opens the volume meanwhile waits for one of his own."""
+    host.store.set_rules(IMAGE, ReleaseRules(approval=True))
+    with pytest.raises(ApprovalWaiting) as waits:
+        host.permit()
+    host.store.approvals.grant(waits.value.number)
+    (web,) = host.keys.volumes()
+    for read_only in (False, True):
+        with pytest.raises(ApprovalWaiting):
+            host.keys.permit(web, read_only=read_only, key=None, who=WHO.replace("1000", "1001"))
+    host.permit().key.close()
 
 
 async def test_reading_changes_nothing(host):
