@@ -233,6 +233,7 @@ def test_a_checkpoint_comes_when_memory_or_page_slots_get_scarce(monkeypatch: py
     running.checkpoint()
     slots = running.room.slots
     for share, made in ((2.0, 0), (1.1, 1)):
+        running.checkpoint()
         before = running.epoch
         for lba in range(20):
             running.write(lba * 170 * BLOCK, content(lba))
