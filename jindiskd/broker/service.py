@@ -60,6 +60,7 @@ T = TypeVar("T")
 _NAME = re.compile(r"[0-9a-f]{32}")
 JUDGES = 4
 """Evidences that are judged at the same time."""
+FAULT, FAULT_S = "fault while serving a guest", 1.0
 
 
 class Broker:
@@ -96,7 +97,8 @@ class Broker:
         self.limits = limits or BrokerLimits()
         self.metrics = metrics or Metrics()
         self._store, self._verifiers = store, tuple(verifiers)
-        self._on_event, self._now = on_event, now
+        self._on_event, self._now, self._monotonic = on_event, now, monotonic
+        self._next_fault_s, self._faults_omitted = float("-inf"), 0
         self._tees = {verifier.tee.value: verifier.tee for verifier in self._verifiers}
         with store.database.signing_key(draw_signing_key) as key:
             self._tokens = TokenMaker(key.reveal())
@@ -159,13 +161,22 @@ class Broker:
             # A kind that clients try again after a while.
             return step, error("PluginInternalError", "too many sessions")
         except JindiskError as exc:
-            log.error("fault while serving a guest", peer=peer.description, step=step, problem=str(exc))
+            self._tell_of_fault(peer, step, str(exc))
         except ConnectionError:
             pass  # the guest went away in the middle; the answer goes nowhere
         except Exception as exc:  # whatever it is, a guest is told nothing of it, and the journal its kind
-            log.error("fault while serving a guest", peer=peer.description, step=step, problem=type(exc).__name__)
-            log.debug("fault while serving a guest", exc_info=exc)
+            self._tell_of_fault(peer, step, type(exc).__name__)
+            log.debug(FAULT, exc_info=exc)
         return step, error("PluginInternalError", "internal error")
+
+    def _tell_of_fault(self, peer: Peer, step: str, problem: str) -> None:
+        """One line in `FAULT_S`: while a database is away every request of every guest is one."""
+        now = self._monotonic()
+        if now < self._next_fault_s:
+            self._faults_omitted += 1
+            return
+        log.error(FAULT, peer=peer.description, step=step, problem=problem, omitted=self._faults_omitted)
+        self._next_fault_s, self._faults_omitted = now + FAULT_S, 0
 
     # The steps
 

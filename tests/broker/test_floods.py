@@ -23,6 +23,7 @@ from jindiskd.broker.sessions import MemorySessions, Stage, TooManySessions
 from jindiskd.errors import NotFound
 from jindiskd.kbs.messages import MAX_BODY_BYTES
 from jindiskd.keys.approvals import LIFE_S
+from jindiskd.keys.database import DatabaseFailed
 from jindiskd.keys.store import ApprovalWaiting, Requester
 from jindiskd.policy.rules import ReleaseRules
 from jindiskd.sim.pki import SimulatedRoot
@@ -124,6 +125,26 @@ async def test_fencings_fill_no_log(root: SimulatedRoot, tmp_path: Path) -> None
             clock.now += 3601
             await b.ask("POST", "/kbs/v0/jindisk/report", UNKNOWN)
             assert len([line for line in lines if line["event"] == "fenced"]) == 4
+
+
+async def test_a_fault_of_ours_fills_no_journal(
+    root: SimulatedRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the database away every request is one: told at once, then once a second, with how many there were."""
+
+    def away(*_: object) -> None:
+        raise DatabaseFailed("it is away")
+
+    clock = Clock()
+    async with bench(root, tmp_path, monotonic=clock) as b:
+        monkeypatch.setattr(b.broker._freshness.volumes, "report", away)
+        with capture_logs() as lines:
+            for _ in range(5):
+                status, _, answer = await b.ask("POST", "/kbs/v0/jindisk/report", UNKNOWN)
+                assert (status, kind(answer)) == (401, "PluginInternalError"), answer
+            clock.now += 1.5
+            await b.ask("POST", "/kbs/v0/jindisk/report", UNKNOWN)
+        assert [line["omitted"] for line in lines if line["event"] == service.FAULT] == [0, 4]
 
 
 async def test_many_addresses_do_not_silence_the_log(root: SimulatedRoot, tmp_path: Path) -> None:
