@@ -7,6 +7,7 @@ stored already it would open none of them.
 from __future__ import annotations
 
 import enum
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +81,17 @@ class KekPlace:
 
     def warning(self) -> str:
         """What an administrator should know of it, a sentence; empty where nothing."""
-        if self.found == KekSource.FILE:
-            return (
-                f"the key-encryption key is a file, {self.file}: better give the unit the credential {CREDENTIAL}, or "
-                "seal it to the TPM (--seal-kek)"
-            )
-        return ""
+        if self.found != KekSource.FILE:
+            return ""
+        better = f"better give the unit the credential {CREDENTIAL}, or seal it to the TPM (--seal-kek)"
+        if self._others_may:
+            return f"the key-encryption key is a file that others may read: chmod 600 {self.file}; {better}"
+        return f"the key-encryption key is a file, {self.file}: {better}"
+
+    @property
+    def _others_may(self) -> bool:
+        """Whether the file's mode lets others in, as a copy from a backup may have it; it is made with 0600."""
+        try:
+            return bool(self.file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+        except OSError:
+            return False
