@@ -54,7 +54,7 @@ class Agent:
             mounts.mount_root(os.fspath(nodes[0]), SYSROOT, config.root.filesystem, config.root.options)
         if not switch_root.find_init(SYSROOT, config.init):
             raise GuestFailure(Code.INIT_MISSING)
-        self.mount_volumes(config, nodes[1:])
+        mount_volumes(config, nodes[1:], SYSROOT)
         with failing_with(Code.SWITCH_ROOT):
             soften_kernel(settings)
             self.progress.stage(Stage.RUNNING)
@@ -69,24 +69,6 @@ class Agent:
             os.close(old)
             watchdog.stop()
             switch_root.start_init(config.init)
-
-    def mount_volumes(self, config: GuestConfig, nodes: Sequence[Path]) -> None:
-        """Mount the file systems of the further volumes, those above others first.
-
-        Raises:
-            GuestFailure: one cannot be mounted.
-        """
-        mounted = [(volume, node) for volume, node in zip(config.volumes, nodes, strict=True) if volume.mount]
-        for volume, node in sorted(mounted, key=lambda one: Path(one[0].mount).parts):
-            with failing_with(Code.DATA_MOUNT):
-                mounts.mount_data(
-                    os.fspath(node),
-                    SYSROOT,
-                    volume.mount,
-                    kind=volume.filesystem,
-                    options=volume.options,
-                    root_options=config.root.options,
-                )
 
     def open_volumes(self, config: GuestConfig) -> list[Path]:
         """Load the modules, attest, and open all volumes; returns the nodes of the block devices, the root's first.
@@ -103,6 +85,30 @@ class Agent:
         self.progress.stage(Stage.BOOT)
         self.opening = Opening(config, self.progress, self._began_s)
         return self.opening.run()
+
+
+def mount_volumes(config: GuestConfig, nodes: Sequence[Path], root: Path) -> None:
+    """Mount the file systems of the further volumes in the system that is mounted at `root`, those above others first.
+
+    Args:
+        config: the measured configuration.
+        nodes: of their open block devices, in the order of the configuration.
+        root: where the system's root is mounted.
+
+    Raises:
+        GuestFailure: one cannot be mounted.
+    """
+    mounted = [(volume, node) for volume, node in zip(config.volumes, nodes, strict=True) if volume.mount]
+    for volume, node in sorted(mounted, key=lambda one: Path(one[0].mount).parts):
+        with failing_with(Code.DATA_MOUNT):
+            mounts.mount_data(
+                os.fspath(node),
+                root,
+                volume.mount,
+                kind=volume.filesystem,
+                options=volume.options,
+                root_options=config.root.options,
+            )
 
 
 def measured_config(path: Path = Path("/", guest_config.PATH)) -> GuestConfig:

@@ -90,15 +90,8 @@ class Opening:
 
     def abandon(self) -> None:
         """Have the volumes closed that were opened before it turned out that the boot cannot go on."""
-        if not self._config.jindisk:
-            return
-        from jindiskd.guest import storage
-
-        names = storage.running()
-        if names:
-            os.sync()
-        for name in names:
-            storage.ask_to_close(storage.CONTROLS / name, ABANDON_S)
+        if self._config.jindisk:
+            close_open()
 
     def _look(self, volume: RootVolume | DataVolume, number: int, until_s: float) -> Found:
         """Find a volume's disk, and see whether it can be the volume."""
@@ -197,6 +190,18 @@ class Opening:
             forget=forget,
             number=one.number,
         )
+
+
+def close_open() -> None:
+    """Have the JinDisk 2 volumes closed that are open."""
+    # Only here, so that the engine is not part of the initrd where no volume needs it.
+    from jindiskd.guest import storage
+
+    names = storage.running()
+    if names:
+        os.sync()
+    for name in names:
+        storage.ask_to_close(storage.CONTROLS / name, ABANDON_S)
 
 
 def _checked(volume: RootVolume | DataVolume, device: Path) -> LuksRoot | Jindisk1Root | None:

@@ -1,5 +1,6 @@
-"""The agent in an initramfs that a distribution makes: attests and opens the root, and leaves the rest to the
-distribution's own scripts, which mount it from where the measured command line says.
+"""The agent in an initramfs that a distribution makes: attests and opens the root and the data volumes, and leaves the
+rest to the distribution's own scripts, which mount the root from where the measured command line says. Once they have,
+it mounts the data volumes in it.
 
 The same agent as in our own initrd. What differs is whose process 1 is: another's, which changes the root and deletes
 the initramfs, so that what must outlive it, the storage process and the shutdown program, is copied to `/run/initramfs`
@@ -11,13 +12,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from jindiskd.guest import config as guest_config
 from jindiskd.guest import kernel, power
 from jindiskd.guest.codes import Code, GuestFailure
 from jindiskd.guest.progress import Progress, Stage
+
+if TYPE_CHECKING:
+    from jindiskd.guest.config import DataVolume, GuestConfig
 
 HOME = Path("/usr/lib/jindisk")
 FILES = HOME / "files"
@@ -79,11 +85,11 @@ def enter_kept(kept: Path = KEPT) -> None:
     os.chdir("/")
 
 
-def unlock(progress: Progress) -> None:
-    """Open the root.
+def measured_config() -> GuestConfig:
+    """The configuration in the initramfs; what it takes to read it is imported only here.
 
     Raises:
-        GuestFailure: with the code for what went wrong.
+        GuestFailure: `CONFIG`: there is none that this agent understands.
     """
     try:
         spare_the_emulator()
@@ -91,36 +97,89 @@ def unlock(progress: Progress) -> None:
         raise GuestFailure(Code.CONFIG) from None
     from jindiskd.guest import agent
 
-    config = agent.measured_config()
+    return agent.measured_config()
+
+
+def unlock(progress: Progress) -> None:
+    """Open the root, and the data volumes with it.
+
+    Raises:
+        GuestFailure: with the code for what went wrong; volumes that are open then stay so.
+    """
+    config = measured_config()
+    from jindiskd.guest import agent
+
     watchdog = power.Watchdog(config.timeout_s, progress)
     settings = agent.harden_kernel()
-    if config.volumes:
-        raise GuestFailure(Code.CONFIG)  # they are for our own initrd, which mounts the root itself
-    if config.root.jindisk is not None:
+    if config.jindisk:
         try:
             keep_agent()
             enter_kept()
         except OSError:
             raise GuestFailure(Code.STORAGE) from None
-    node = agent.Agent(progress).open_volumes(config)[0]
-    if not node.exists():
+    nodes = agent.Agent(progress).open_volumes(config)
+    if not all(node.exists() for node in nodes):
         raise GuestFailure(Code.ACTIVATION)
     agent.soften_kernel(settings)
     progress.close()
     watchdog.stop()
 
 
-def main() -> NoReturn:
-    """Ends with status 0 when the root is open, and otherwise not at all: the machine goes off."""
-    progress, code = Progress(), Code.INTERNAL
+def nodes_of(volumes: Sequence[DataVolume]) -> list[Path]:
+    """The block devices of open data volumes, by the names that the kernel or the agent gave them: no disk of the
+    host's can be one."""
+    from jindiskd.guest import storage, udev
+
+    return [
+        storage.node(number) if volume.jindisk is not None else udev.MAPPER / volume.mapping
+        for number, volume in enumerate(volumes, 1)
+    ]
+
+
+def mount_volumes(root: Path) -> None:
+    """Mount the data volumes in the system whose root is mounted at `root`.
+
+    Raises:
+        GuestFailure: with the code for what went wrong.
+    """
+    config = measured_config()
+    from jindiskd.guest import agent
+
+    agent.mount_volumes(config, nodes_of(config.volumes), root)
+
+
+def abandon() -> None:
+    """Have the volumes closed that are open, since the boot cannot go on."""
+    from jindiskd.guest import opening
+
+    opening.close_open()
+
+
+def or_off(work: Callable[[], None], progress: Progress) -> NoReturn:
+    """End with status 0 when the work is done, and otherwise not at all: the machine goes off."""
+    code = Code.INTERNAL
     try:
-        unlock(progress)
+        work()
         os._exit(0)
     except GuestFailure as failure:
         code = failure.code
     except BaseException:  # noqa: BLE001 - must not show why
         code = Code.INTERNAL
-    power.give_up(code, progress)
+    try:
+        abandon()
+    finally:
+        power.give_up(code, progress)
+
+
+def main() -> NoReturn:
+    """What a distribution's scripts call first: ends with status 0 when all volumes are open."""
+    progress = Progress()
+    or_off(lambda: unlock(progress), progress)
+
+
+def mounting() -> NoReturn:
+    """What they call when the root is mounted, with the place: ends with status 0 when the data volumes are, too."""
+    or_off(lambda: mount_volumes(Path(sys.argv[1])), Progress())
 
 
 def running() -> NoReturn:

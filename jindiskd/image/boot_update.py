@@ -47,13 +47,17 @@ def stage(image: StoredImage, directory: Path, kernel_fd: int, initrd_fd: int) -
         raise NotSupported(f"another kernel for image {old.name!r}, which starts by our own initrd", text)
     kernel = _copy(kernel_fd, directory / KERNEL, "kernel", MAX_KERNEL_BYTES)
     initrd = _copy(initrd_fd, directory / INITRD, "initramfs", system_initrd.MAX_BYTES)
-    system_initrd.require_agent(directory / INITRD, "the file given")
+    knows = system_initrd.require_agent(directory / INITRD, "the file given", volumes=bool(old.volumes))
     replace_file(directory / CMDLINE, (image.path / CMDLINE).read_bytes(), 0o644)
     os.link(image.disk, directory / DISK)
     for volume in old.volumes:
         os.link(image.volume_disk(volume), directory / volume.file)
     new = replace(
-        old, kernel=kernel, initrd=initrd, kernel_release=release_of(directory / KERNEL) or old.kernel_release
+        old,
+        kernel=kernel,
+        initrd=initrd,
+        kernel_release=release_of(directory / KERNEL) or old.kernel_release,
+        finds_root=knows,
     )
     if old.launch_digest:
         digest = measure.launch_digest(old.platform.tee, inputs_of(StoredImage(path=directory, manifest=new)))

@@ -115,6 +115,7 @@ class _Build:
         self.work = self.staging / "work"
         self.identities = task.request.stream("identities")
         self.firmware: FirmwareInfo | None = None
+        self.finds_root = True
 
     def run(self, base_fd: int) -> Manifest:
         firmware = self.firmware = suitable_firmware(self.request)
@@ -177,7 +178,7 @@ class _Build:
             seeded=self.request.seed is not None,
             changes=root.changes,
             volumes=written,
-            finds_root=not self.system_initrd,  # the package in the base may be older than we are
+            finds_root=self.finds_root,
         )
         replace_file(self.staging / manifests.FILE, document.dump(manifest))
         return manifest
@@ -220,7 +221,9 @@ class _Build:
         kernels.extract_kernel(found_kernel, self.staging / KERNEL)
         if self.system_initrd:
             path = system_initrd.extract(found_kernel, self.work / INITRD)
-            system_initrd.require_agent(self.work / INITRD, path)
+            # The package in the base may be older than we are.
+            wanted = bool(self.request.volumes)
+            self.finds_root = system_initrd.require_agent(self.work / INITRD, path, volumes=wanted)
             changes = (*changes, f"started with {path}, which its own system made")
         else:
             kernels.extract_modules(

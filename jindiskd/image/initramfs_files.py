@@ -7,6 +7,7 @@ making, at the same places as in our own initrd, and::
 
     usr/lib/jindisk/unlock           attests and opens the root, or switches off
     usr/lib/jindisk/load-modules     what the agent expects to be loaded
+    usr/lib/jindisk/mount-volumes    mounts the data volumes in the root, once that is mounted, or switches off
     usr/lib/jindisk/running          tells the host that the root is mounted
     usr/lib/jindisk/give-up          in the place of a rescue shell
     usr/lib/jindisk/shutdown         goes to /run/initramfs for a root that a process serves
@@ -46,6 +47,8 @@ ENTRIES = (
 HOME = "usr/lib/jindisk"
 UNLOCK = f"{HOME}/unlock"
 """By this file an initramfs is known to have the agent."""
+MOUNT_VOLUMES = f"{HOME}/mount-volumes"
+"""By this one, that its agent knows data volumes, and finds the root on any disk."""
 FOLDERS = ("dev", "oldroot", "proc", "run", "sys", "tmp")
 """Of the copy in /run/initramfs; systemd-shutdown wants `oldroot`."""
 PACKAGED = Path("/usr/lib/jindisk-initramfs")
@@ -90,6 +93,7 @@ def write_tree(target: Path, config: bytes | None, scripts: Path = PACKAGED) -> 
     kept = archive.entries
     own = Archive()
     own.file(UNLOCK, script(UNLOCK_ENTRY), 0o755)
+    own.file(MOUNT_VOLUMES, script(UNLOCK_ENTRY, call="mounting"), 0o755)
     own.file(f"{HOME}/running", script(UNLOCK_ENTRY, call="running"), 0o755)
     own.file(f"{HOME}/give-up-agent", script(UNLOCK_ENTRY, call="give_up"), 0o755)
     for name in SCRIPTS:

@@ -201,8 +201,6 @@ class BuildRequest:
         if self.platform.measured_before and any(one.format is not VolumeFormat.LUKS2 for one in self.volumes):
             text = f"choose format {VolumeFormat.LUKS2}: a broker tells a JinDisk volume's state while the guest boots"
             raise NotSupported(f"{what} for {self.platform} in another format", text)
-        if self.initrd is InitrdKind.SYSTEM:
-            raise NotSupported(f"{what} that its system's initrd opens", f"build with initrd {InitrdKind.OWN}")
         if self.key_program and any(one.format is not VolumeFormat.LUKS2 for one in self.volumes):
             text = f"choose format {VolumeFormat.LUKS2}: JinDisk 2 needs the broker, which remembers the volume's state"
             raise NotSupported(f"{what} whose keys a program gives, in another format", text)

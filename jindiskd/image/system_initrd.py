@@ -25,7 +25,7 @@ from jindiskd.errors import EXIT_USAGE
 from jindiskd.guest import config as guest_config
 from jindiskd.guest.config import GuestConfig
 from jindiskd.image.cpio import ALIGNMENT, NAME_LIMIT, TRAILER, Archive
-from jindiskd.image.initramfs_files import UNLOCK
+from jindiskd.image.initramfs_files import MOUNT_VOLUMES, UNLOCK
 from jindiskd.image.kernel import Kernel
 from jindiskd.image.refusals import BaseRefused
 
@@ -75,16 +75,29 @@ def extract(kernel: Kernel, target: Path) -> str:
     raise InitramfsRefused(f"there is no {names[0]} beside its kernel; run update-initramfs or dracut in it")
 
 
-def require_agent(file: Path, path: str) -> None:
+def require_agent(file: Path, path: str, *, volumes: bool = False) -> bool:
     """Refuse an initramfs without the agent: nothing would open the root.
 
+    Args:
+        file: the initramfs.
+        path: what it is called in messages.
+        volumes: the agent must know data volumes.
+
+    Returns:
+        Whether it does; then it finds the root on any disk, too.
+
     Raises:
-        InitramfsRefused: it has none, or cannot be read through.
+        InitramfsRefused: it has none, or none that knows them, or cannot be read through.
     """
     with file.open("rb", buffering=0) as stream:
-        if UNLOCK not in _names(stream, path):
-            text = "does not have the agent: install the package jindisk-initramfs in the base, which makes it anew"
-            raise InitramfsRefused(f"{path} {text}")
+        found = {UNLOCK, MOUNT_VOLUMES}.intersection(_names(stream, path))
+    if UNLOCK not in found:
+        text = "does not have the agent: install the package jindisk-initramfs in the base, which makes it anew"
+        raise InitramfsRefused(f"{path} {text}")
+    if volumes and MOUNT_VOLUMES not in found:
+        text = "has an agent that knows no data volumes: install a newer package jindisk-initramfs in the base"
+        raise InitramfsRefused(f"{path} {text}")
+    return MOUNT_VOLUMES in found
 
 
 def append(file: Path, config: GuestConfig, output: Path) -> None:

@@ -221,9 +221,10 @@ def test_images_that_cannot_have_them(request_for) -> None:
     with pytest.raises(InvalidArgument, match="number of volumes"):
         request_for(volumes=many).check()
     request_for(volumes=many[1:]).check()
-    for more in ({"platform": Platform.SEV_ES}, {"key_program": "/p"}):
+    for more in ({"platform": Platform.SEV_ES}, {"key_program": "/p"}, {"initrd": InitrdKind.SYSTEM}):
         request_for(volumes=(LOGS,), **more).check()
-    for more in ({"platform": Platform.SEV_ES}, {"initrd": InitrdKind.SYSTEM}, {"key_program": "/p"}):
+    request_for(volumes=(DATA, LOGS), initrd=InitrdKind.SYSTEM).check()
+    for more in ({"platform": Platform.SEV_ES}, {"key_program": "/p"}):
         with pytest.raises(NotSupported, match="data volumes"):
             request_for(volumes=(DATA,), **more).check()
 

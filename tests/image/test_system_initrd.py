@@ -24,7 +24,7 @@ from jindiskd.guest.config import PATH, GuestConfig
 from jindiskd.image import system_initrd
 from jindiskd.image.boot_update import release_of
 from jindiskd.image.cpio import Archive
-from jindiskd.image.initramfs_files import UNLOCK
+from jindiskd.image.initramfs_files import MOUNT_VOLUMES, UNLOCK
 from jindiskd.image.request import BaseKind, InitrdKind, VolumeFormat
 from jindiskd.image.service import ImageService
 from jindiskd.image.store import ImageStore, verify
@@ -61,6 +61,17 @@ def test_the_agent_is_found(tmp_path: Path, packer: str, early: bool) -> None:
     require_agent(made(tmp_path, *before, PACKERS[packer](tree(UNLOCK))), "/boot/x")
     with pytest.raises(InitramfsRefused, match="does not have the agent: install the package jindisk-initramfs"):
         require_agent(made(tmp_path, *before, PACKERS[packer](tree("usr/lib/jindisk/other"))), "/boot/x")
+
+
+def test_an_agent_of_before_is_told_from_one_that_knows_volumes(tmp_path: Path) -> None:
+    """An older package boots what it can; what it would not mount is refused, and named."""
+    old, new = tree(UNLOCK), tree(MOUNT_VOLUMES, UNLOCK)
+    assert not require_agent(made(tmp_path, old), "/boot/x")
+    assert require_agent(made(tmp_path, new), "/boot/x", volumes=True)
+    with pytest.raises(InitramfsRefused, match="/boot/x has an agent that knows no data volumes: install a newer"):
+        require_agent(made(tmp_path, old), "/boot/x", volumes=True)
+    with pytest.raises(InitramfsRefused, match="does not have the agent"):
+        require_agent(made(tmp_path, tree(MOUNT_VOLUMES)), "/boot/x", volumes=True)
 
 
 def test_an_archive_of_cpio_is_read(tmp_path: Path) -> None:

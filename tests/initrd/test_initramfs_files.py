@@ -66,7 +66,7 @@ def test_everything_the_agent_imports_is_there(initramfs: Path) -> None:
 
 def test_programs_are_executable_and_silent(initramfs: Path) -> None:
     """Each takes the console from its streams first; each is for the interpreter that is there, by its whole name."""
-    for name in ("unlock", "shutdown", "give-up-agent", "running"):
+    for name in ("unlock", "shutdown", "give-up-agent", "mount-volumes", "running"):
         path = initramfs / "usr/lib/jindisk" / name
         assert stat.S_IMODE(path.stat().st_mode) == 0o755
         first, second, third, *_ = path.read_text().splitlines()
