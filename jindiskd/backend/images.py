@@ -25,7 +25,7 @@ from jindiskd.domain.service import DomainService
 from jindiskd.errors import EXIT_INTEGRITY, InvalidArgument, JindiskError, NotSupported
 from jindiskd.image.manifest import Manifest
 from jindiskd.image.measurement import inputs_of
-from jindiskd.image.request import BaseKind, BuildRequest, InitrdKind, Progress, VolumeFormat, VolumeRequest
+from jindiskd.image.request import BaseKind, BuildRequest, DiskBus, InitrdKind, Progress, VolumeFormat, VolumeRequest
 from jindiskd.image.service import ImageService
 from jindiskd.image.signing import policy_of, signature_of
 from jindiskd.image.store import DISK, verify
@@ -251,7 +251,7 @@ def _policy(manifest: Manifest) -> dict[str, object]:
     return {"value": policy, "words": guest_policy.written(policy, manifest.platform.tee)}
 
 
-def _choice(kind: type[Platform | BaseKind | VolumeFormat | InitrdKind], what: str, value: str) -> str:
+def _choice(kind: type[Platform | BaseKind | VolumeFormat | InitrdKind | DiskBus], what: str, value: str) -> str:
     names = [member.value for member in kind]
     if value not in names:
         raise InvalidArgument(what, value, f"it is one of {', '.join(names)}")
@@ -292,6 +292,7 @@ def _request(order: BuildOrder) -> BuildRequest:
         guest_policy=policy,
         vouch_firmware=order.vouch_firmware,
         volumes=tuple(map(_volume, order.volumes)),
+        disk_bus=DiskBus(_choice(DiskBus, "disk bus", order.disk_bus or DiskBus.VIRTIO)),
     )
 
 

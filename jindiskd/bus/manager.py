@@ -223,6 +223,7 @@ def build_order(name: str, options: Options) -> BuildOrder:
         report_source=text(options, "report-source") if "report-source" in options else None,
         key_program=text(options, "key-program") if "key-program" in options else None,
         volumes=volumes(options),
+        disk_bus=text(options, "disk-bus"),
     )
 
 

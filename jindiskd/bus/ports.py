@@ -82,6 +82,7 @@ class BuildOrder:
     key_program: str | None = None
     """Path on the host; empty for the broker."""
     volumes: Sequence[VolumeOrder] = ()
+    disk_bus: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="A further encrypted disk of its guests, with a key of its own, such as data:20G:/srv/data; FORMAT is jindisk"
     " or luks2. Without MOUNT it gets no file system, and is /dev/disk/by-jindisk/NAME. May be given several times.",
 )
+@click.option(
+    "--disk-bus",
+    type=click.Choice(["virtio", "scsi"]),
+    help="How its domains have its disks; scsi is for domains with a virtio SCSI controller. Enters the launch digest.",
+)
 @click.option("--cmdline", help="Words to add to the kernel command line; enters the launch digest.")
 @click.option("--debug", is_flag=True, help="Permit words there that open the guest to whoever has its console.")
 @click.option(
@@ -129,6 +134,7 @@ def _build_options(given: dict[str, Any], *, rootfs: bool) -> dict[str, Any]:
         "key_program": ("key-program", "s"),
         "size_": ("size", "t"),
         "cmdline": ("cmdline", "s"),
+        "disk_bus": ("disk-bus", "s"),
         "debug": ("debug", "b"),
         "guest_policy": ("guest-policy", "s"),
         "seed": ("seed", "s"),

@@ -45,7 +45,7 @@ def adopt(text: str, spec: DomainSpec) -> str:
     _devices(root, spec)
     _security(root, spec)
     check.refuse(root, simulated=spec.binding.platform.simulated)
-    if wrong := tuple(check.volume_faults(root, spec.volumes)):
+    if wrong := tuple(check.volume_faults(root, spec.volumes, scsi=spec.scsi)):
         raise DomainRefused(wrong)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode") + "\n"
@@ -108,9 +108,7 @@ def _root_obstacles(root: ET.Element, spec: DomainSpec) -> Iterator[Fault]:
     if ours is not disks[0] and not spec.finds_root:
         problem = f"has the first source {_path(disks[0])!r}: guests of this image look for {str(spec.disk)!r} there"
         yield Fault(element="disk", problem=problem)
-    target = ours.find("target")
-    if target is None or target.get("bus") != "virtio":
-        yield Fault(element="target@bus", problem="of the image's disk must be 'virtio'")
+    yield from check.bus_faults(root, ours, "the image's disk", scsi=spec.scsi)
 
 
 def _path(disk: ET.Element) -> str:
@@ -193,6 +191,7 @@ def _devices(root: ET.Element, spec: DomainSpec) -> None:
             virtio
             or (device.tag in {"rng", "vsock"})
             or (device.tag, device.get("type")) == ("controller", "virtio-serial")
+            or (device.tag, device.get("model")) == ("controller", xml.VIRTIO_SCSI)
         ):
             driver = device.find("driver")
             if driver is None:

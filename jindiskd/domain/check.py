@@ -50,15 +50,56 @@ class DomainRefused(JindiskError, code="DomainRefused", exit_code=EXIT_INTEGRITY
         self.faults = faults
 
 
-def volume_faults(root: ET.Element, volumes: Sequence[DataDisk]) -> Iterator[Fault]:
-    """What is wrong with the disks of the data volumes of a domain's image: each is there once, as it should be."""
+def bus_faults(root: ET.Element, disk: ET.Element, what: str, *, scsi: bool) -> Iterator[Fault]:
+    """What is wrong with where a disk of an image is attached: its guests have drivers for virtio disks, and where the
+    image was built so (`scsi`) for those on a virtio SCSI controller.
+
+    `what` names the disk, after "of".
+    """
+    target, address = disk.find("target"), disk.find("address")
+    bus = "" if target is None else target.get("bus", "")
+    if bus == xml.VIRTIO and disk.get("device", "disk") == "disk":
+        return
+    if bus != xml.SCSI or disk.get("device", "disk") != "disk":
+        remedy = "make it 'virtio', for which its guests have the driver"
+        if scsi:
+            remedy += ", or 'scsi' on a controller of model virtio-scsi"
+        yield Fault(element="target@bus", problem=f"of {what} is {bus!r}: {remedy}")
+    elif not scsi:
+        remedy = "make it 'virtio', for which they have one, or build the image with --disk-bus scsi"
+        yield Fault(element="target@bus", problem=f"of {what} is 'scsi', for which its guests have no driver: {remedy}")
+    else:
+        index = "0" if address is None else address.get("controller", "0")
+        models = [
+            controller.get("model", "")
+            for controller in root.iterfind("devices/controller[@type='scsi']")
+            if controller.get("index", "0") == index
+        ]
+        if models != [xml.VIRTIO_SCSI]:
+            found = " and ".join(map(repr, models)) or "not given"
+            problem = f"of SCSI controller {index} is {found}: make it 'virtio-scsi', for {what}"
+            yield Fault(element="controller@model", problem=problem)
+
+
+def root_bus_faults(root: ET.Element, path: str, *, scsi: bool) -> Iterator[Fault]:
+    """`bus_faults` of the image's own disk, which is at `path`."""
+    for disk in root.iterfind("devices/disk"):
+        source = disk.find("source")
+        if source is not None and source.get("file", "") == path:
+            yield from bus_faults(root, disk, "the image's disk", scsi=scsi)
+
+
+def volume_faults(root: ET.Element, volumes: Sequence[DataDisk], *, scsi: bool = False) -> Iterator[Fault]:
+    """What is wrong with the disks of the data volumes of a domain's image: each is there once, as it should be; `scsi`
+    as of `bus_faults`.
+    """
     for volume in volumes:
         disks = xml.with_serial(root, volume.serial)
         if len(disks) != 1:
             problem = f"with <serial>{volume.serial}</serial> stands there {len(disks)} times instead of once"
             yield Fault(element="disk", problem=f"{problem}, for {volume.path}")
             continue
-        source, driver, target = (disks[0].find(tag) for tag in ("source", "driver", "target"))
+        source, driver = (disks[0].find(tag) for tag in ("source", "driver"))
         path = "" if source is None else source.get("file", "")
         if path != str(volume.path) and driver is not None and driver.get("type") == "qcow2":
             continue  # a snapshot lies on top of it: the guest finds the latest state there, and no other would do
@@ -68,9 +109,7 @@ def volume_faults(root: ET.Element, volumes: Sequence[DataDisk]) -> Iterator[Fau
         if driver is not None and driver.get("type", "raw") != "raw":
             problem = f"of the disk with serial number {volume.serial!r} is {driver.get('type')!r} and must be 'raw'"
             yield Fault(element="driver@type", problem=problem)
-        if target is None or target.get("bus") != "virtio" or disks[0].get("device", "disk") != "disk":
-            problem = f"of the disk with serial number {volume.serial!r} must be 'virtio', where the guest looks for it"
-            yield Fault(element="target@bus", problem=problem)
+        yield from bus_faults(root, disks[0], f"the disk with serial number {volume.serial!r}", scsi=scsi)
 
 
 def stray_faults(root: ET.Element, directory: Path, volumes: Sequence[DataDisk]) -> Iterator[Fault]:

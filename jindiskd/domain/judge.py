@@ -25,6 +25,7 @@ from jindiskd.domain.spec import data_disks
 from jindiskd.domain.xml import MalformedDomain
 from jindiskd.errors import EXIT_REFUSED, JindiskError, NotFound, NotSupported
 from jindiskd.image.manifest import BootFile, Manifest
+from jindiskd.image.request import DiskBus
 from jindiskd.image.store import ImageStore
 
 MAX_HASHED_BYTES = 1 << 30
@@ -87,7 +88,8 @@ class Judge:
         disks = data_disks(manifest, stored.path)
         found = itertools.chain(
             check.faults(root, simulated=manifest.platform.simulated),
-            check.volume_faults(root, disks),
+            check.root_bus_faults(root, os.fspath(stored.disk), scsi=manifest.disk_bus == DiskBus.SCSI),
+            check.volume_faults(root, disks, scsi=manifest.disk_bus == DiskBus.SCSI),
             check.stray_faults(root, stored.path, disks),
         )
         faults = [str(fault) for fault in found]

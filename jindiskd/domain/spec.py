@@ -10,6 +10,7 @@ from jindiskd.domain.binding import Binding
 from jindiskd.domain.security import Security, Stated, security_of, with_host_data
 from jindiskd.guest.config import serial_of
 from jindiskd.image.manifest import Manifest
+from jindiskd.image.request import DiskBus
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
 
@@ -54,7 +55,9 @@ class DomainSpec:
     security: Security | None = None
     volumes: tuple[DataDisk, ...] = ()
     finds_root: bool = False
-    """Whether the guest finds the image's disk wherever it is among the virtio disks."""
+    """Whether the guest finds the image's disk wherever it is among the disks."""
+    scsi: bool = False
+    """Whether its guests find disks on a virtio SCSI controller, too, so that they get theirs there."""
     stated: Stated = Stated()  # noqa: RUF009 (as above)
     """The policy and ID block that the image has of its own: what rules over an owner's of an adopted domain."""
 
@@ -120,6 +123,7 @@ def from_manifest(
         emulator=emulator,
         volumes=data_disks(manifest, directory),
         finds_root=manifest.finds_root,
+        scsi=manifest.disk_bus == DiskBus.SCSI,
         security=security,
         stated=stated,
     )

@@ -21,6 +21,7 @@ ROOT_SERIAL = serial_of("root")
 """Of the image's own disk: tells the guest where to look first."""
 TARGETS = tuple(f"vd{letter}" for letter in "bcdefghijklmnopqrstuvwxyz")
 """For the disks of data volumes; the guest finds them by their serial numbers."""
+VIRTIO, SCSI, VIRTIO_SCSI = "virtio", "scsi", "virtio-scsi"
 QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
 MAX_XML_BYTES = 1 << 20
 ET.register_namespace("jd", METADATA_URI)
@@ -123,9 +124,15 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     # it for confidential guests in any case; written so that the XML shows it.
     shared = {} if spec.security is None else {"iommu": "on"}
     _text(devices, "emulator", spec.emulator)
-    devices.append(disk(spec.disk, "vda", shared, ROOT_SERIAL))
+    bus, letter = (SCSI, "s") if spec.scsi else (VIRTIO, "v")
+    driver = {} if spec.scsi else shared  # of the controller
+    devices.append(disk(spec.disk, f"{letter}da", driver, ROOT_SERIAL, bus=bus))
     for volume, target in zip(spec.volumes, TARGETS, strict=False):
-        devices.append(disk(volume.path, target, shared, volume.serial))
+        devices.append(disk(volume.path, f"{letter}{target[1:]}", driver, volume.serial, bus=bus))
+    if spec.scsi:
+        controller = ET.SubElement(devices, "controller", type="scsi", index="0", model=VIRTIO_SCSI)
+        if shared:
+            ET.SubElement(controller, "driver", shared)
     ET.SubElement(devices, "controller", type="usb", model="none")
     serial = ET.SubElement(devices, "serial", type="pty")
     ET.SubElement(serial, "log", file=str(spec.console_log), append="on")
@@ -142,12 +149,12 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
         ET.SubElement(rng, "driver", shared)
 
 
-def disk(path: Path, target: str, driver: Mapping[str, str], serial: str = "") -> ET.Element:
-    """A virtio disk on a raw file; `driver` are further attributes of its driver."""
+def disk(path: Path, target: str, driver: Mapping[str, str], serial: str = "", *, bus: str = VIRTIO) -> ET.Element:
+    """A disk on a raw file; `driver` are further attributes of its driver."""
     made = ET.Element("disk", type="file", device="disk")
     ET.SubElement(made, "driver", {"name": "qemu", "type": "raw", "discard": "unmap", **driver})
     ET.SubElement(made, "source", file=str(path))
-    ET.SubElement(made, "target", dev=target, bus="virtio")
+    ET.SubElement(made, "target", dev=target, bus=bus)
     if serial:
         _text(made, "serial", serial)
     return made

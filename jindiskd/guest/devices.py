@@ -14,19 +14,28 @@ BLKGETSIZE64 = 0x80081272  # linux/fs.h
 POLL_S = 0.02
 BLOCK = Path("/sys/class/block")
 SERIAL_BYTES = 64  # virtio has room for 20
+VPD_SERIAL, VPD_HEADER = 0x80, 4
+"""Unit serial number page and its header (SPC-4, 7.8.15): device type, page code, length in two bytes."""
 
 
 def with_serial(serial: str, block: Path = BLOCK) -> list[Path]:
-    """The nodes of the virtio disks that say that this is their serial number."""
-    found = []
-    for entry in sorted(block.iterdir()):
-        try:
-            told = (entry / "serial").read_bytes()[:SERIAL_BYTES]
-        except OSError:
-            continue  # no virtio disk, or it went away
-        if told.strip(b"\0\n") == serial.encode():
-            found.append(Path("/dev", entry.name))
-    return found
+    """The nodes of the virtio and SCSI disks that say that this is their serial number."""
+    return [Path("/dev", entry.name) for entry in sorted(block.iterdir()) if _serial(entry) == serial.encode()]
+
+
+def _serial(entry: Path) -> bytes:
+    """What a disk says that its serial number is; empty where it says nothing. Partitions have none."""
+    try:
+        return (entry / "serial").read_bytes()[:SERIAL_BYTES].strip(b"\0\n")
+    except OSError:
+        pass  # no virtio disk, or it went away
+    try:
+        page = (entry / "device/vpd_pg80").read_bytes()[: VPD_HEADER + SERIAL_BYTES]
+    except OSError:
+        return b""
+    if len(page) < VPD_HEADER or page[1] != VPD_SERIAL:
+        return b""
+    return page[VPD_HEADER : VPD_HEADER + int.from_bytes(page[2:4], "big")].strip(b"\0 ")
 
 
 def wait_for_serial(serial: str, deadline_s: float, block: Path = BLOCK) -> list[Path]:

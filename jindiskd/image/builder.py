@@ -39,6 +39,7 @@ from jindiskd.image.refusals import RootDamaged
 from jindiskd.image.request import (
     BaseKind,
     BuildTask,
+    DiskBus,
     InitrdKind,
     Progress,
     Report,
@@ -52,8 +53,8 @@ from jindiskd.image.tools import tool
 from jindiskd.image.volume import SealedVolume, placeholder, prepare_volume
 
 MAX_PROGRAM_BYTES = 32 << 20
-ROOT_DEVICE = "/dev/vda3"
-"""The root is a disk's third partition, most often of the first virtio disk: a locator, no identity."""
+ROOT_DEVICES = {DiskBus.VIRTIO: "/dev/vda3", DiskBus.SCSI: "/dev/sda3"}
+"""The root is a disk's third partition, most often of the first disk: a locator, no identity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +180,7 @@ class _Build:
             changes=root.changes,
             volumes=written,
             finds_root=self.finds_root,
+            disk_bus=self.request.disk_bus.value,
         )
         replace_file(self.staging / manifests.FILE, document.dump(manifest))
         return manifest
@@ -222,7 +224,7 @@ class _Build:
         if self.system_initrd:
             path = system_initrd.extract(found_kernel, self.work / INITRD)
             # The package in the base may be older than we are.
-            wanted = bool(self.request.volumes)
+            wanted = bool(self.request.volumes) or self.request.disk_bus is not DiskBus.VIRTIO
             self.finds_root = system_initrd.require_agent(self.work / INITRD, path, volumes=wanted)
             changes = (*changes, f"started with {path}, which its own system made")
         else:
@@ -289,7 +291,7 @@ class _Build:
             platform=self.request.platform,
             broker=guest.BrokerPin(spki_sha256=self.task.broker_spki_sha256),
             root=guest.RootVolume(
-                device=ROOT_DEVICE,
+                device=ROOT_DEVICES[self.request.disk_bus],
                 resource=resource_of(self.task.image_id),
                 luks2=expected if isinstance(expected, guest.Luks2Expectation) else None,
                 jindisk=expected if isinstance(expected, guest.JindiskExpectation) else None,

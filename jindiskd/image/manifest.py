@@ -129,7 +129,10 @@ class Manifest:
     volumes: tuple[DataVolume, ...] = ()
     """What its guests have besides the root."""
     finds_root: bool = False
-    """Whether the agent in its initrd finds the root on any virtio disk; an older one looks at the first alone."""
+    """Whether the agent in its initrd finds the root on any disk; an older one looks at the first virtio disk alone."""
+    disk_bus: str = "virtio"
+    """How its domains have their disks: `virtio`, or `scsi` on a virtio SCSI controller, for which its initrd has the
+    drivers then. Those for virtio disks are in each."""
     id_block: bytes = b""
     """SEV-SNP: the owner's signed statement of digest and policy, 96 bytes; else empty. See `attest.id_block`."""
     id_auth: bytes = b""

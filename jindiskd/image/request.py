@@ -70,6 +70,15 @@ class InitrdKind(enum.StrEnum):
     """The one that the base's system made, by initramfs-tools or dracut, with the agent in it."""
 
 
+class DiskBus(enum.StrEnum):
+    """How an image's domains have its disks."""
+
+    VIRTIO = "virtio"
+    """As virtio block devices."""
+    SCSI = "scsi"
+    """On a virtio SCSI controller: `sda` and so on. More drivers in the initrd then read what the host says."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeRequest:
     """A data volume to be made. `check` refuses what cannot be."""
@@ -139,6 +148,7 @@ class BuildRequest:
     """The owner knows that a firmware of an unknown build checks the kernel against the measured hashes."""
     volumes: tuple[VolumeRequest, ...] = ()
     """What its guests have besides the root, each on a disk of its own."""
+    disk_bus: DiskBus = DiskBus.VIRTIO
 
     def stream(self, purpose: str) -> randomness.Rng:
         """Randomness for one purpose of this build; with a seed it follows from that, the image's name and the purpose.
@@ -258,6 +268,7 @@ def _as_built(manifest: Manifest, name: str) -> BuildRequest:
         ),
         guest_policy=manifest.shape.guest_policy,
         initrd=InitrdKind(manifest.initrd_kind),
+        disk_bus=DiskBus(manifest.disk_bus),
     )
 
 

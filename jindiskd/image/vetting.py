@@ -17,7 +17,7 @@ from jindiskd.errors import InvalidArgument
 from jindiskd.guest.config import MAX_VOLUMES
 from jindiskd.image import signing
 from jindiskd.image.manifest import READABLE, SCHEMA, BootFile, DataVolume, Manifest, Volume
-from jindiskd.image.request import MAX_ROOT_BYTES, NAME, BaseKind, VolumeFormat, VolumeRequest, resource_of
+from jindiskd.image.request import MAX_ROOT_BYTES, NAME, BaseKind, DiskBus, VolumeFormat, VolumeRequest, resource_of
 from jindiskd.image.store import CMDLINE, INITRD, KERNEL
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -45,6 +45,8 @@ def faults(manifest: Manifest) -> Iterator[str]:
         yield "resource is not that of image_id"
     if manifest.clone_of and not UUID.fullmatch(manifest.clone_of):
         yield "clone_of is no UUID"
+    if manifest.disk_bus not in set(DiskBus):
+        yield "disk_bus is not known"
     yield from _texts(manifest)
     if manifest.base_kind not in set(BaseKind):
         yield "base_kind is not known"

@@ -53,6 +53,7 @@ def test_what_virt_install_made_becomes_a_guest_of_the_image(made: str, golden, 
         ("/var/lib/jindiskd/images/web/disk.img", "/other.img", "disk"),
         ("type='raw'", "type='qcow2'", "driver@type"),
         ("bus='virtio'", "bus='sata'", "target@bus"),
+        ("dev='vda' bus='virtio'", "dev='sda' bus='scsi'", "target@bus"),
         (">hvm<", ">exe<", "type"),
     ],
 )
@@ -171,6 +172,73 @@ def test_a_domain_without_its_data_disks_is_not_started(old: str, new: str, elem
     assert found
     assert found[0].element == element
     assert "<disk>" in xml.differences(xml.parse(text), changed)
+
+
+def on_scsi(made: str, model: str = "virtio-scsi", disk: str = "controller='0' ") -> str:
+    """What virt-install made, with its disk on a SCSI controller."""
+    address = f"<address type='drive' {disk}bus='0' target='0' unit='0'/>"
+    start, end = made.index("<address", made.index("<disk")), made.index("</disk>")
+    text = made[:start] + address + made[end:]
+    text = text.replace("dev='vda' bus='virtio'", "dev='sda' bus='scsi'")
+    controller = f"<controller type='scsi' index='0' model='{model}'/>" if model else ""
+    return text.replace("<controller", f"{controller}<controller", 1)
+
+
+@pytest.mark.parametrize("kind", ["simulated-snp", "snp"])
+def test_a_disk_on_a_virtio_scsi_controller_is_taken_by_an_image_built_for_it(made: str, kind: str) -> None:
+    """Its data disks are added as virtio disks, whose driver each image has; the controller gets its bounce buffers."""
+    spec = of_kind(kind, name="web", volumes=VOLUMES, scsi=True)
+    adopted = adoption.adopt(on_scsi(made), spec)
+    root = xml.parse(adopted)
+    buses = [target.get("bus") for target in root.iterfind("devices/disk/target")]
+    assert buses == ["scsi", *("virtio" for _ in VOLUMES)]
+    driver = root.find("devices/controller[@model='virtio-scsi']/driver")
+    assert (driver is not None and driver.get("iommu") == "on") == (kind == "snp")
+    assert sorted(adoption.adopt(adopted, spec).split()) == sorted(adopted.split())
+    assert not list(check.root_bus_faults(root, str(spec.disk), scsi=True))
+    (fault,) = check.root_bus_faults(root, str(spec.disk), scsi=False)
+    assert "build the image with --disk-bus scsi" in str(fault)
+    if NEWEST_SCHEMA.exists():
+        etree.RelaxNG(etree.parse(NEWEST_SCHEMA)).assertValid(etree.fromstring(adopted))
+
+
+@pytest.mark.parametrize(
+    ("changes", "scsi", "word"),
+    [
+        ({}, False, "no driver: make it 'virtio', for which they have one, or build the image with --disk-bus scsi"),
+        ({"model": "lsilogic"}, True, "is 'lsilogic': make it 'virtio-scsi'"),
+        ({"model": ""}, True, "SCSI controller 0 is not given: make it 'virtio-scsi'"),
+        ({"disk": "controller='3' "}, True, "SCSI controller 3 is not given"),
+    ],
+)
+def test_a_scsi_disk_without_a_driver_is_refused(made: str, changes: dict[str, str], scsi: bool, word: str) -> None:
+    """The image has none, or none for that controller: the refusal says what to change."""
+    with pytest.raises(DomainRefused) as caught:
+        adoption.adopt(on_scsi(made, **changes), of_kind("simulated-snp", name="web", scsi=scsi))
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("bus", ["sata", "ide", "usb", "fdc"])
+def test_a_disk_of_another_bus_is_refused_by_any_image(made: str, bus: str) -> None:
+    """No initrd of ours has drivers for them."""
+    for scsi, word in ((False, "make it 'virtio', for which"), (True, "or 'scsi' on a controller of model virtio")):
+        with pytest.raises(DomainRefused, match=word):
+            adoption.adopt(made.replace("bus='virtio'", f"bus='{bus}'"), of_kind("snp", name="web", scsi=scsi))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_domains_of_an_image_for_scsi_have_its_disks_there(kind: str) -> None:
+    """All on one virtio SCSI controller, by their serial numbers, as the schema and our own checks want it."""
+    spec = of_kind(kind, volumes=VOLUMES, scsi=True)
+    text = xml.write(spec)
+    root = xml.parse(text)
+    targets = [(disk.get("dev"), disk.get("bus")) for disk in root.iterfind("devices/disk/target")]
+    assert targets == [(f"sd{letter}", "scsi") for letter, _ in zip("abcdefg", [spec.disk, *VOLUMES], strict=False)]
+    assert not list(check.root_bus_faults(root, str(spec.disk), scsi=True))
+    assert not list(check.volume_faults(root, VOLUMES, scsi=True))
+    assert list(check.volume_faults(root, VOLUMES))
+    if NEWEST_SCHEMA.exists():
+        etree.RelaxNG(etree.parse(NEWEST_SCHEMA)).assertValid(etree.fromstring(text))
 
 
 def test_a_data_disk_the_guest_cannot_find_is_refused() -> None:

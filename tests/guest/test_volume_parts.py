@@ -55,6 +55,29 @@ def test_disks_are_found_by_the_whole_serial_number(block) -> None:
     assert devices.with_serial(serial_of("data"), block) == [Path("/dev/vda"), Path("/dev/vdb")]
 
 
+@pytest.mark.parametrize(
+    ("page", "found"),
+    [
+        (b"\0\x80\0\x07jd-data", True),
+        (b"\0\x80\0\x14jd-data             ", True),
+        (b"\0\x80\0\x07jd-data-and-what-is-behind", True),
+        (b"\0\x80\0\x09jd-data-2", False),
+        (b"\0\x80\0\x03jd-data", False),
+        (b"\0\x80\xff\xffjd-data", True),
+        (b"\0\x83\0\x07jd-data", False),
+        (b"\0\x80\0", False),
+        (b"", False),
+        (b"\xff" * 5000, False),
+    ],
+)
+def test_a_scsi_disk_is_known_by_its_page(tmp_path, page: bytes, found: bool) -> None:
+    """Unit serial number, of the length that the page says and no more than is read; a page of another kind is none."""
+    (tmp_path / "sda/device").mkdir(parents=True)
+    (tmp_path / "sda1").mkdir()
+    (tmp_path / "sda/device/vpd_pg80").write_bytes(page)
+    assert devices.with_serial(serial_of("data"), tmp_path) == ([Path("/dev/sda")] if found else [])
+
+
 def test_a_disk_that_does_not_come_is_not_waited_for_long(block) -> None:
     """The wait ends at its time, and names the serial number."""
     with pytest.raises(TimedOut, match="jd-none"):
