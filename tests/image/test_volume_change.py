@@ -310,9 +310,9 @@ asyncio.run(work)
 
 
 KILLS = [
-    ("add", "encrypt"), ("add", "exchanged"), ("remove", "made"), ("remove", "exchanged"),
+    ("add", "encrypt"), ("add", "exchanged"), ("remove", "exchanged"),
     *(pytest.param("add", stage, marks=LONG) for stage in ("begun", "prepare", "made", "finished")),
-    *(pytest.param("remove", stage, marks=LONG) for stage in ("begun", "prepare", "boot", "finished")),
+    *(pytest.param("remove", stage, marks=LONG) for stage in ("begun", "prepare", "boot", "made", "finished")),
 ]  # fmt: skip
 
 
