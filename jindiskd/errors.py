@@ -86,9 +86,9 @@ class Cancelled(JindiskError, code="Cancelled", exit_code=EXIT_INTERRUPTED):
 class TimedOut(JindiskError, code="Timeout"):
     """Something did not happen in time."""
 
-    def __init__(self, what: str, seconds: float) -> None:
-        """`what` did not happen within `seconds`."""
-        super().__init__(f"{what} did not happen within {seconds:g} s")
+    def __init__(self, what: str, seconds: float, remedy: str = "") -> None:
+        """`what` did not happen within `seconds`; `remedy` says what would help, where that is known."""
+        super().__init__(f"{what} did not happen within {seconds:g} s" + (f": {remedy}" if remedy else ""))
         self.seconds = seconds
 
 

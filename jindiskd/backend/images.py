@@ -18,6 +18,7 @@ from jindiskd.attest.descriptors import choose
 from jindiskd.attest.expected import expected
 from jindiskd.attest.measure import launch_digest
 from jindiskd.base import document, plugins
+from jindiskd.base.deadline import within
 from jindiskd.base.platform import Platform, Tee
 from jindiskd.bus.ports import BuildOrder, ImageView, ImportOrder, VolumeOrder
 from jindiskd.config import Config
@@ -34,6 +35,8 @@ from jindiskd.jobs.job import Job
 
 KEY_UNKNOWN = "unknown"
 """State of the key of an image that this key store does not know, for example one copied from elsewhere."""
+
+MORE_TIME = "it was given up; set images.build_timeout_s higher, or try again when this machine has less to do"
 
 
 class DigestDiffers(JindiskError, code="DigestDiffers", exit_code=EXIT_INTEGRITY):
@@ -123,7 +126,7 @@ class ImagesBackend:
 
     async def build(self, order: BuildOrder, base_fd: int, job: Job) -> str:
         """Build one; the result is its name."""
-        async with asyncio.timeout(self._config.images.build_timeout_s):
+        async with self._in_time("build", order.name):
             built = await self._service.build(self._request(order), base_fd, _telling(job))
         inside = built.distribution or "a system without a name"
         job.log(f"{inside}, kernel {built.kernel_release}, root {built.volume.format}, {built.disk_size_bytes} bytes")
@@ -135,19 +138,19 @@ class ImagesBackend:
 
     async def clone(self, name: str, new_name: str, by: str, job: Job) -> str:
         """Make a second image of the same system under keys of its own; the result is its name."""
-        async with self._held(name, "it is being cloned; wait for that to end", disks=True):
+        async with self._held(name, "clone", why="it is being cloned; wait for that to end", disks=True):
             return (await self._service.clone(name, new_name, by, _telling(job))).name
 
     async def export(self, name: str, target_fd: int, job: Job) -> str:
         """Write one as a stream; the result is the stream's SHA-256, hexadecimal."""
-        async with self._held(name, "it is being exported; wait for that to end", disks=True):
+        async with self._held(name, "export", why="it is being exported; wait for that to end", disks=True):
             return await self._service.export(name, target_fd, _telling(job))
 
     async def import_(self, order: ImportOrder, source_fd: int, job: Job) -> str:
         """Take one from a stream; the result is its name."""
         path = self._named_firmware(order.firmware) or self._config.images.firmware
         firmware = (os.fspath(path),) if path is not None else ()
-        async with asyncio.timeout(self._config.images.build_timeout_s):
+        async with self._in_time("import", order.name):
             return (
                 await self._service.import_(
                     source_fd,
@@ -159,13 +162,30 @@ class ImagesBackend:
                 )
             ).name
 
+    def _in_time(self, work: str, name: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """What stands inside ends in the time that is configured, or is given up as `TimedOut`.
+
+        Args:
+            work: a noun for it, such as "build".
+            name: of the image, empty where only its stream knows it.
+        """
+        image = f"image {name!r}" if name else "an image"
+        return within(self._config.images.build_timeout_s, f"the end of the {work} of {image}", MORE_TIME)
+
     @contextlib.asynccontextmanager
-    async def _held(self, name: str, why: str, *, disks: bool = False) -> AsyncIterator[None]:
-        """No domain starts from it meanwhile, and it ends in time. `disks`: its disks are read or changed, too."""
+    async def _held(self, name: str, work: str, *, why: str, disks: bool = False) -> AsyncIterator[None]:
+        """No domain starts from it meanwhile, and it ends in time.
+
+        Args:
+            name: of the image.
+            work: a noun for what is done with it.
+            why: what those are told who would start it meanwhile.
+            disks: its disks are read or changed, too.
+        """
         found = await self._service.get(name)
         manifest = found.manifest
         with self._domains.hold(manifest.name, manifest.image_id, why):
-            async with asyncio.timeout(self._config.images.build_timeout_s):
+            async with self._in_time(work, name):
                 if disks:
                     files = (DISK, *(volume.file for volume in manifest.volumes))
                     paths = frozenset(os.fspath(found.path / file) for file in files)
@@ -174,12 +194,12 @@ class ImagesBackend:
 
     async def remove(self, name: str) -> None:
         """Remove one and its key, unless a domain runs from it."""
-        async with self._held(name, "it is being removed", disks=True):
+        async with self._held(name, "removal", why="it is being removed", disks=True):
             await self._service.remove(name)
 
     async def update(self, name: str, kernel_fd: int, initrd_fd: int, job: Job) -> bytes:
         """Replace its kernel and initramfs, unless a domain runs from it; the result is its new launch digest."""
-        async with self._held(name, "it is being updated; wait for that to end"):
+        async with self._held(name, "update", why="it is being updated; wait for that to end"):
             made = await self._service.update(name, kernel_fd, initrd_fd)
         job.log(f"kernel {made.kernel_release}")
         return made.launch_digest
@@ -187,7 +207,7 @@ class ImagesBackend:
     async def add_volume(self, name: str, volume: VolumeOrder, by: str, job: Job) -> bytes:
         """Give its guests one more data volume, unless a domain runs from it; the result is its new launch digest."""
         why = "it is being given a volume; wait for that to end"
-        async with self._held(name, why, disks=True):
+        async with self._held(name, "change", why=why, disks=True):
             changed = await self._service.volumes.add(name, _volume(volume), by, _telling(job))
         _tell_change(changed, job)
         return changed.after.launch_digest
@@ -195,14 +215,14 @@ class ImagesBackend:
     async def remove_volume(self, name: str, volume: str, by: str, job: Job) -> bytes:
         """Take a data volume from it, with its disk and key; as `add_volume`."""
         why = "one of its volumes is being removed; wait for that to end"
-        async with self._held(name, why, disks=True):
+        async with self._held(name, "change", why=why, disks=True):
             changed = await self._service.volumes.remove(name, volume, by, _telling(job))
         _tell_change(changed, job)
         return changed.after.launch_digest
 
     async def sign(self, name: str, block: bytes, auth: bytes) -> None:
         """Take an owner's ID block for the launches of an image, unless a domain runs from it; empty for none."""
-        async with self._held(name, "it is being signed; wait for that to end"):
+        async with self._held(name, "signing", why="it is being signed; wait for that to end"):
             await self._service.sign(name, block, auth)
 
     async def measure(self, name: str) -> bytes:

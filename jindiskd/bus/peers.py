@@ -11,6 +11,7 @@ from jindiskd.bus.contract import FDO
 from jindiskd.bus.faults import ACCESS_DENIED, INVALID_ARGS, BusFault
 from jindiskd.bus.lib import Message, MessageType
 from jindiskd.bus.transport import Connection, close_all
+from jindiskd.errors import ServiceUnavailable
 
 Authorize = Callable[["Caller", str, Mapping[str, str]], Awaitable[None]]
 """Raises unless the caller has the right (a polkit action); the mapping fills the placeholders of its message."""
@@ -82,16 +83,18 @@ class Peers:
         await self._ask("AddMatch", rule)
 
     async def _ask(self, member: str, argument: str) -> Any:
-        reply = await self._bus.call(
-            Message(
-                destination=FDO,
-                path="/org/freedesktop/DBus",
-                interface=FDO,
-                member=member,
-                signature="s",
-                body=[argument],
-            )
+        question = Message(
+            destination=FDO,
+            path="/org/freedesktop/DBus",
+            interface=FDO,
+            member=member,
+            signature="s",
+            body=[argument],
         )
+        try:
+            reply = await self._bus.call(question)
+        except TimeoutError as exc:
+            raise ServiceUnavailable("the D-Bus message bus", "it does not answer; try again") from exc
         close_all(reply.unix_fds or ())  # newer bus daemons add a process descriptor
         if reply.message_type is MessageType.ERROR:
             raise BusFault(ACCESS_DENIED, "the caller has left")
