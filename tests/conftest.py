@@ -49,6 +49,15 @@ def vectors() -> Path:
     return found
 
 
+@pytest.fixture(scope="session")
+def firmware() -> Path:
+    """Firmware with a page for kernel hashes, which `scripts/setup` puts there."""
+    found = Path(os.environ.get("JINDISK_OVMF", ROOT / "build/tools/usr/share/ovmf")) / "OVMF.amdsev.fd"
+    if not found.is_file():
+        pytest.skip(f"no firmware for confidential guests at {found}: run scripts/setup, or set JINDISK_OVMF")
+    return found
+
+
 @pytest.fixture
 def left_processes() -> Callable[[], set[int]]:
     """Child processes that the test has started and not ended; services that other tests share do not count."""

@@ -25,11 +25,11 @@ DEBIAN12 = Path("/usr/share/ovmf/OVMF.fd")
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, attestation: Path) -> LaunchInputs:
+def inputs(tmp_path: Path, firmware: Path) -> LaunchInputs:
     empty = tmp_path / "empty"
     empty.touch()
     return LaunchInputs(
-        firmware=attestation / "measure/ovmf_AmdSev_suffix.bin",
+        firmware=firmware,
         kernel=empty,
         initrd=empty,
         cmdline="",
@@ -119,7 +119,7 @@ def snp_by_hand(launch: LaunchInputs, signature: int) -> bytes:
     return digest
 
 
-def test_second_computation(attestation, inputs, tmp_path):
+def test_second_computation(inputs, tmp_path):
     """A computation from AMD's document, page by page, agrees for kernels, command lines, processors and features."""
     for name, content in (("k", b"kernel"), ("i", b"initrd" * 1000)):
         (tmp_path / name).write_bytes(content)

@@ -292,15 +292,6 @@ def with_module(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def firmware(vectors) -> Path:
-    """Firmware with a page for kernel hashes: the end of an AmdSev build, which has all tables."""
-    found = vectors / "attestation/measure/ovmf_AmdSev_suffix.bin"
-    if not found.is_file():
-        pytest.skip(f"the recorded firmware is not at {found}")
-    return found
-
-
-@pytest.fixture(scope="session")
 def request_for(firmware) -> Callable[..., BuildRequest]:
     def make(**changes) -> BuildRequest:
         values = {

@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
-from jindiskd.attest import firmware
-from jindiskd.attest.firmware import KNOWN, FirmwareUnsuitable, KnownFirmware, enforcement_problem
+from jindiskd.attest.firmware import (
+    KNOWN,
+    FirmwareUnsuitable,
+    KnownFirmware,
+    enforcement_problem,
+    inspect_firmware,
+)
 from jindiskd.base.platform import Platform
 from jindiskd.errors import NotFound
 from jindiskd.image.manifest import BootFile, Manifest, Shape, Volume
@@ -15,9 +20,9 @@ from jindiskd.image.measurement import require_launch_firmware
 
 
 @pytest.fixture
-def manifest(vectors: Path, tmp_path: Path) -> Manifest:
+def manifest(firmware: Path, tmp_path: Path) -> Manifest:
     path = tmp_path / "ovmf.fd"
-    path.write_bytes((vectors / "attestation/measure/ovmf_AmdSev_suffix.bin").read_bytes())
+    path.write_bytes(firmware.read_bytes())
     file = BootFile(file="x", size_bytes=1, sha256=bytes(32))
     given: dict[str, Any] = dict.fromkeys(("created", "base_kind", "distribution", "kernel_release", "resource"), "")
     return Manifest(
@@ -34,7 +39,7 @@ def manifest(vectors: Path, tmp_path: Path) -> Manifest:
         cmdline=file,
         shape=Shape(
             firmware=str(path),
-            firmware_sha256=firmware.inspect_firmware(path).sha256,
+            firmware_sha256=inspect_firmware(path).sha256,
             vcpus=1,
             cpu_model="EPYC-v4",
         ),

@@ -32,15 +32,6 @@ def large_rootfs(rootfs: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def firmware(vectors: Path) -> Path:
-    """Firmware with a page for kernel hashes."""
-    found = vectors / "attestation/measure/ovmf_AmdSev_suffix.bin"
-    if not found.is_file():
-        pytest.skip(f"the recorded firmware is not at {found}")
-    return found
-
-
-@pytest.fixture(scope="session")
 def simulated_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Takes seconds to make: made once."""
     path = tmp_path_factory.mktemp("pki") / "root"

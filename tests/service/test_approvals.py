@@ -21,7 +21,7 @@ UUID = "77777777-7777-4777-8777-777777777777"
 
 
 @pytest.fixture
-def host(daemon: Any, rootfs: Path, tmp_path: Path, vectors: Path) -> Any:
+def host(daemon: Any, rootfs: Path, tmp_path: Path) -> Any:
     """A service with an image `stock`, whose policy wants a person's approval."""
     daemon.ctl("image", "build", "stock", "--rootfs", str(rootfs), "--vcpus", "2", "--format", "luks2")
     policy = tmp_path / "policy.toml"

@@ -8,8 +8,6 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("vectors")
-
 
 def left_behind(daemon) -> list[str]:
     """What is in the store besides its lock."""

@@ -17,8 +17,6 @@ from jindiskd.kbs.client import BrokerRefused
 from jindiskd.policy import form
 from jindiskd.policy.rules import ReleaseRules
 
-pytestmark = pytest.mark.usefixtures("vectors")
-
 
 def test_a_refusal_is_explained_and_mended(daemon: Any, rootfs: Path, tmp_path: Path) -> None:
     """Three processors instead of two: refused, explained, tried with another policy, allowed by it, released.

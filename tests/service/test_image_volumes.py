@@ -7,11 +7,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-pytestmark = pytest.mark.usefixtures("vectors")
 USAGE, NOT_FOUND, BUSY, INTERRUPTED = 2, 3, 6, 130
 
 

@@ -17,8 +17,6 @@ from jindiskd.image.cpio import Archive
 from jindiskd.image.initramfs_files import UNLOCK
 from jindiskd.image.request import BaseKind, BuildRequest, VolumeFormat
 
-pytestmark = pytest.mark.usefixtures("vectors")
-
 
 def left_behind(daemon) -> list[str]:
     """What is in the store besides its lock."""

@@ -34,7 +34,7 @@ def test_a_schema_refuses_what_is_otherwise(bad: Any) -> None:
         jsonout.check(["image", "list"], bad)
 
 
-def test_real_output_fits(daemon: Any, rootfs: Path, tmp_path: Path, vectors: Path) -> None:
+def test_real_output_fits(daemon: Any, rootfs: Path, tmp_path: Path) -> None:
     """Of every command that can be run here, by the real command line on the real service; others have to be elsewhere.
 
     A command that nobody runs with --json in any test is a fault of whoever added it.
@@ -69,9 +69,6 @@ def test_real_output_fits(daemon: Any, rootfs: Path, tmp_path: Path, vectors: Pa
         ["broker", "make-card", "--certificate", str(daemon.state / "broker.pem"), "--transfer-key",
          str(_recovery_key(tmp_path))],
         ["image", "remove", "printed", "--yes"], ["image", "import", str(tmp_path / "stream")],
-        ["attest", "verify", str(vectors / "attestation/snp/milan-v3-vcek/report.bin"), "--certificates",
-         str(vectors / "attestation/snp/milan-v3-vcek/vek.der"), str(vectors / "attestation/amd-roots/milan"),
-         "--at", "2026-07-15T00:00:00Z"],
         ["key", "recovery", "set-key", str(_recovery_key(tmp_path))],
         ["key", "recovery", "copy", "--output", str(tmp_path / "copy")],
     ]  # fmt: skip
@@ -87,6 +84,14 @@ def test_real_output_fits(daemon: Any, rootfs: Path, tmp_path: Path, vectors: Pa
         jsonout.check(words, json.loads(out))
     elsewhere = jsonout.called_with_json(Path(__file__).resolve().parent.parent)
     assert set(schemas.SHAPES) - seen <= elsewhere, "commands that no test runs with --json"
+
+
+def test_a_verdict_on_recorded_evidence_fits(vectors: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs no service."""
+    case = vectors / "attestation/snp/milan-v3-vcek"
+    main(["--json", "attest", "verify", str(case / "report.bin"), "--certificates", str(case / "vek.der"),
+          str(vectors / "attestation/amd-roots/milan"), "--at", "2026-07-15T00:00:00Z"])  # fmt: skip
+    jsonout.check(["attest", "verify"], json.loads(capsys.readouterr().out))
 
 
 def _recovery_key(folder: Path) -> Path:

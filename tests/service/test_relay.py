@@ -20,8 +20,6 @@ from jindiskd.kbs.client import BrokerNotTrusted, BrokerRefused, KbsClient
 from jindiskd.sim.firmware import SimulatedSnpFirmware
 from jindiskd.sim.pki import SimulatedRoot
 
-pytestmark = pytest.mark.usefixtures("vectors")
-
 
 @pytest.fixture
 def owner(unstarted: Any, tmp_path: Path) -> Iterator[BrokerProcess]:

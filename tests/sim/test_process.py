@@ -24,11 +24,11 @@ DATA = bytes(range(64))
 
 
 @pytest.fixture
-def request_line(tmp_path: Path, vectors: Path, root_directory: Path) -> dict:
+def request_line(tmp_path: Path, firmware: Path, root_directory: Path) -> dict:
     for name in ("kernel", "initrd"):
         (tmp_path / name).write_bytes(name.encode())
     return {
-        "firmware": str(vectors / "attestation/measure/ovmf_AmdSev_suffix.bin"),
+        "firmware": str(firmware),
         "kernel": str(tmp_path / "kernel"),
         "initrd": str(tmp_path / "initrd"),
         "cmdline": "quiet",
