@@ -9,8 +9,9 @@ from typing import Any
 
 from jindiskd.bus.contract import FDO
 from jindiskd.bus.faults import ACCESS_DENIED, INVALID_ARGS, BusFault
+from jindiskd.bus.incoming import close_all
 from jindiskd.bus.lib import Message, MessageType
-from jindiskd.bus.transport import Connection, close_all
+from jindiskd.bus.transport import Connection
 from jindiskd.errors import ServiceUnavailable
 
 Authorize = Callable[["Caller", str, Mapping[str, str]], Awaitable[None]]

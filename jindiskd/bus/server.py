@@ -21,10 +21,12 @@ import structlog
 from jindiskd.bus import faults
 from jindiskd.bus.contract import DOCTYPE, ERROR_PREFIX, FDO, Method, standard
 from jindiskd.bus.faults import BusFault
+from jindiskd.bus.incoming import close_all
 from jindiskd.bus.lib import Message, MessageFlag, MessageType
 from jindiskd.bus.objects import Object, as_variant
+from jindiskd.bus.outgoing import MessageTooLarge
 from jindiskd.bus.peers import Authorize, Caller, Descriptor, Descriptors, Peers, Presence
-from jindiskd.bus.transport import Connection, MessageTooLarge, close_all
+from jindiskd.bus.transport import Connection
 from jindiskd.errors import Internal, InvalidArgument, JindiskError
 
 log = structlog.get_logger(__name__)

@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from jindiskd.bus.contract import BUS_NAME, ERROR_PREFIX, FDO, ROOT_PATH, interface
+from jindiskd.bus.incoming import close_all
 from jindiskd.bus.lib import BusType, Message, MessageFlag, MessageType, Variant
-from jindiskd.bus.transport import Connection, close_all, connect_to
+from jindiskd.bus.transport import Connection, connect_to
 from jindiskd.cli import elsewhere
 from jindiskd.cli.app import App
 from jindiskd.cli.exits import BY_CODE, BY_NAME

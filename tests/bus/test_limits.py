@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jindiskd.bus import transport
+from jindiskd.bus import outgoing
 from jindiskd.bus.server import CALLS_PER_PEER, CALLS_PER_USER, Server
 
 RAWBUS = Path(__file__).resolve().parents[1] / "support/rawbus.py"
@@ -131,7 +131,7 @@ async def test_nothing_is_remembered_of_callers_that_left(probe, connect, messag
 async def test_a_bus_that_takes_nothing_more_is_given_up(probe, monkeypatch):
     """However little is queued: others' unread messages may keep the bus from ever reading from us again."""
     bus = probe.__dict__["_test_bus"]
-    monkeypatch.setattr(transport, "STUCK_S", 0.5)
+    monkeypatch.setattr(outgoing, "STUCK_S", 0.5)
     credentials = bus._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid = struct.unpack("3i", credentials)[0]
     os.kill(pid, signal.SIGSTOP)
@@ -148,7 +148,7 @@ async def test_a_bus_that_takes_nothing_more_is_given_up(probe, monkeypatch):
 async def test_a_slow_bus_is_not_given_up(probe, client, monkeypatch):
     """As long as it takes something, and when it takes all again, nothing was lost."""
     bus = probe.__dict__["_test_bus"]
-    monkeypatch.setattr(transport, "STUCK_S", 0.5)
+    monkeypatch.setattr(outgoing, "STUCK_S", 0.5)
     for number in range(20):
         probe.signal("Tick", number, "x" * 50_000)
         await asyncio.sleep(0.1)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from jindiskd.bus import transport
+from jindiskd.bus import outgoing, transport
+from jindiskd.bus.incoming import Incoming
 from jindiskd.bus.lib import InvalidMessageError, Message, MessageFlag, MessageType, Variant
-from jindiskd.bus.transport import Connection, _Unmarshaller
+from jindiskd.bus.transport import Connection
 
 
 def open_descriptors() -> int:
@@ -100,7 +101,7 @@ async def test_descriptors_travel_and_none_is_left(probe, client, message):
 
 async def test_oversized_requests_are_skipped_unparsed(probe, client, message, monkeypatch):
     """31 MiB of an array that takes seconds to parse are refused in a moment, and the service goes on."""
-    monkeypatch.setattr(transport, "MAX_OUTGOING_BYTES", 1 << 26)
+    monkeypatch.setattr(outgoing, "MAX_OUTGOING_BYTES", 1 << 26)
     monkeypatch.setattr(transport, "GIVE_UP_ABOVE_BYTES", 1 << 27)
     request = message("WhoAmI", "ay", b"x" * (31 << 20))
     began = time.monotonic()
@@ -190,8 +191,8 @@ class Wire:
         self.theirs.setblocking(False)
         self.reader = self._new()
 
-    def _new(self) -> _Unmarshaller:
-        return _Unmarshaller(self.theirs.makefile("rb", buffering=0), self.theirs)
+    def _new(self) -> Incoming:
+        return Incoming(self.theirs.makefile("rb", buffering=0), self.theirs)
 
     def receive(self) -> Any:
         """The next message; None for one that was dropped; raises if it is not whole or the stream is lost."""
