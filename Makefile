@@ -36,4 +36,4 @@ bench: base
 	scripts/bench
 
 clean:
-	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache jindiskd/jindisk/*.so

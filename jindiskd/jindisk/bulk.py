@@ -26,6 +26,7 @@ from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.direct import DirectWriter
 from jindiskd.jindisk.errors import VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
+from jindiskd.jindisk.native import RUN, native
 from jindiskd.jindisk.pool import DEPTH, Pool, default_workers
 from jindiskd.jindisk.runs import SealingRun, packed_entries
 from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken
@@ -41,7 +42,6 @@ _TASK = struct.Struct("<?QI")
 """Whether to seal a piece, then first block and count of the piece to read; chunks follow."""
 _CHUNK = struct.Struct("<Q32sI")
 """First raw block, key, number of runs; these follow."""
-_RUN = struct.Struct("<QI")
 _ZERO, _WORDS = bytes(BLOCK), BLOCK // 8
 _F_LEAF, _F_ENTRY, _R_LEAF = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F], PER_LEAF[Kind.R]
 Run = tuple[int, int]
@@ -168,8 +168,8 @@ class _Worker:
 
     def __init__(self, source_fd: int, source_offset: int, target: FileDevice) -> None:
         self._source, self._offset, self._target = source_fd, source_offset, DirectWriter(target)
-        # Used again and again, and not too large: new memory, and memory far from the processor, cost more than the
-        # cipher.
+        self._native = native()
+        # Used again and again, 1 MiB each: new memory, and memory far from the processor, cost more than the cipher.
         self._run = SealingRun(PIECE_BLOCKS)
         self._free = [_Buffer() for _ in range(DEPTH)]
         self._held: deque[tuple[int, _Buffer]] = deque()
@@ -190,7 +190,10 @@ class _Worker:
             buffer = self._free.pop()
             self._held.append((first, buffer))
             buffer.read(self._source, self._offset + first * BLOCK, count)
-            result += b"".join(_RUN.pack(first + start, length) for start, length in buffer.runs(count))
+            if self._native is not None:
+                result += self._native.data_runs(buffer.view[: count * BLOCK], first)
+            else:
+                result += b"".join(RUN.pack(first + start, length) for start, length in buffer.runs(count))
         return result
 
     def _seal(self, task: bytes, start: int, buffer: _Buffer) -> bytes:
@@ -198,16 +201,23 @@ class _Worker:
         while at < len(task):
             raw, material, count = _CHUNK.unpack_from(task, at)
             at += _CHUNK.size
-            lbas, plains = list[int](), list[memoryview]()
-            for lba, length in _RUN.iter_unpack(task[at : at + count * _RUN.size]):
-                lbas += range(lba, lba + length)
-                plains += buffer.blocks[lba - start : lba - start + length]
-            at += count * _RUN.size
-            key = SealingKey.take_over(material)
-            key.seal_run(raw, lbas, plains, self._run)
-            self._target.write(raw * BLOCK, self._run.data(len(lbas)))
-            tags.append(self._run.tags(len(lbas)))
+            with memoryview(task)[at : at + count * RUN.size] as runs:
+                done = self._seal_chunk(SealingKey.take_over(material), raw, runs, start, buffer)
+            at += count * RUN.size
+            self._target.write(raw * BLOCK, self._run.data(done))
+            tags.append(self._run.tags(done))
         return b"".join(tags)
+
+    def _seal_chunk(self, key: SealingKey, raw: int, runs: memoryview, start: int, buffer: _Buffer) -> int:
+        """Seal runs of blocks of one piece for one segment; how many blocks."""
+        if self._native is not None:
+            return key.seal_blocks(self._native, raw, runs, base=start, plain=buffer.view, room=self._run)
+        lbas, plains = list[int](), list[memoryview]()
+        for lba, length in RUN.iter_unpack(runs):
+            lbas += range(lba, lba + length)
+            plains += buffer.blocks[lba - start : lba - start + length]
+        key.seal_run(raw, lbas, plains, self._run)
+        return len(lbas)
 
 
 class _Buffer:
@@ -215,17 +225,17 @@ class _Buffer:
 
     def __init__(self) -> None:
         self._memory = bytearray(PIECE_BLOCKS * BLOCK)
-        self._view = memoryview(self._memory)
-        self._words = self._view.cast("Q")
-        self.blocks = [self._view[at : at + BLOCK] for at in range(0, len(self._view), BLOCK)]
+        self.view = memoryview(self._memory)
+        self._words = self.view.cast("Q")
+        self.blocks = [self.view[at : at + BLOCK] for at in range(0, len(self.view), BLOCK)]
 
     def read(self, fd: int, offset: int, count: int) -> None:
         """Blocks of the source; zeros behind its end."""
         done, end = 0, count * BLOCK
         while done < end:
-            more = os.preadv(fd, [self._view[done:end]], offset + done)
+            more = os.preadv(fd, [self.view[done:end]], offset + done)
             if not more:
-                self._view[done:end] = bytes(end - done)
+                self.view[done:end] = bytes(end - done)
                 return
             done += more
 
@@ -282,7 +292,7 @@ def _task(sealed: _Piece | None, piece: Run) -> bytes:
     if sealed is not None:
         for filling, raw, runs in sealed.chunks:
             parts.append(_CHUNK.pack(raw, filling.material, len(runs)))
-            parts += [_RUN.pack(*run) for run in runs]
+            parts += [RUN.pack(*run) for run in runs]
     return b"".join(parts)
 
 
@@ -327,7 +337,7 @@ class _Loader:
                 result = result[self._take(sealed, result) :]
                 progress(sealed.end * BLOCK, total)
             if piece is not None:
-                known[lane].append(_Piece(sum(piece), list(self._assign(_RUN.iter_unpack(result)))))
+                known[lane].append(_Piece(sum(piece), list(self._assign(RUN.iter_unpack(result)))))
             ask(lane)
         self._place_full(everything=True)
         progress(total, total)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import operator
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from jindiskd.jindisk.bulk import lengthen
 from jindiskd.jindisk.crypto import OpeningKey
@@ -14,6 +13,7 @@ from jindiskd.jindisk.device import FileDevice, read_parts
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeError, VolumeInconsistent, VolumeUnauthentic
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind
 from jindiskd.jindisk.memtable import UNMAPPED
+from jindiskd.jindisk.native import native
 from jindiskd.jindisk.pool import Pool, default_workers
 from jindiskd.jindisk.runs import OpeningRun
 from jindiskd.jindisk.segments import data_name
@@ -22,8 +22,9 @@ from jindiskd.jindisk.volume import ZERO_BLOCK, Volume
 SMALL_BLOCKS = 8192
 LEAVES = 6
 """Leaves of the map in a task: 1020 blocks, 4 MiB."""
-STEP_BLOCKS = 170
-"""Read, opened and written at once."""
+STEP_BLOCKS = 256
+"""Read, opened and written at once, no more and no others than lie between two multiples of this: for what begins at a
+round offset the page cache has large pages."""
 _LEAF, _ENTRY = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F]
 _USED, _ENTRY_WORDS = _LEAF * _ENTRY, _ENTRY // 8
 _HEAD = struct.Struct("<II")  # leaves, keys
@@ -151,8 +152,10 @@ class _Worker:
         self._device, self._geometry, self._onward = volume.device, volume.geometry, onward
         self._target = FileDevice(target_fd, name="the target", offset_bytes=offset)
         # Used again and again: memory that is new costs more than the cipher.
+        self._native = native()
         self._room, self._plain = OpeningRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
         self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
+        self._sealed = memoryview(bytearray(STEP_BLOCKS * BLOCK)) if self._native is not None else memoryview(b"")
         self._bad: list[bytes] = []
 
     def work(self, task: bytes) -> bytes:
@@ -162,39 +165,67 @@ class _Worker:
         opening = {segment: OpeningKey(key) for segment, key in _KEY.iter_unpack(task[_HEAD.size : at])}
         start, bits = self._geometry.data_start, self._geometry.segment_bits
         self._bad, count = [], 0
-        with memoryview(task) as whole:
-            for _ in range(leaves):
-                (index,) = _INDEX.unpack_from(task, at)
-                at += _INDEX.size
-                raws = _RAWS.unpack_from(task, at)
-                with whole[at : at + _USED] as page, page.cast("Q") as words:
-                    for first, length in _runs(raws, bits, start):
-                        if self._bad and not self._onward:
-                            break
-                        tags = words[first * _ENTRY_WORDS : (first + length) * _ENTRY_WORDS]
-                        self._run(index * _LEAF + first, raws[first], tags, opening[(raws[first] - start) >> bits])
-                        tags.release()
-                        count += length
-                at += _USED
+        for lba, entries in _stretches(task, at, leaves):
+            with memoryview(entries) as view:
+                for first, raw, length in self._runs(lba, view, bits, start):
+                    if self._bad and not self._onward:
+                        break
+                    part = view[first * _ENTRY : (first + length) * _ENTRY]
+                    self._run(lba + first, raw, part, opening[(raw - start) >> bits])
+                    count += length
         return _GOOD.pack(count - len(self._bad)) + b"".join(self._bad)
+
+    def _runs(self, lba: int, entries: memoryview, bits: int, start: int) -> Iterator[tuple[int, int, int]]:
+        """Where in these entries, at which raw block, and how many, follow each other in one segment and one step."""
+        at, end = 0, len(entries) // _ENTRY
+        while at < end:
+            (raw,) = _INDEX.unpack_from(entries, at * _ENTRY)
+            if not raw:
+                at += 1
+                continue
+            in_segment = (1 << bits) - (raw - start & (1 << bits) - 1)
+            most = min(end - at, in_segment, STEP_BLOCKS - (lba + at) % STEP_BLOCKS)
+            length = 1
+            if self._native is not None:
+                length = self._native.following(entries[at * _ENTRY :], most, step=_ENTRY)
+            else:
+                while length < most and _INDEX.unpack_from(entries, (at + length) * _ENTRY)[0] == raw + length:
+                    length += 1
+            yield at, raw, length
+            at += length
 
     def _run(self, lba: int, raw: int, entries: memoryview, key: OpeningKey) -> None:
         """Blocks that lie one behind the other in the image and in one segment."""
-        count = len(entries) // _ENTRY_WORDS
+        count = len(entries) // _ENTRY
         failed = self._read(raw, count)
-        self._room.put_tags(entries[1::_ENTRY_WORDS], entries[2::_ENTRY_WORDS])
-        self._room.number(raw, range(lba, lba + count))
-        if failed or not key.open_run(self._room, self._plains[:count]):
+        if self._native is None:
+            with entries.cast("Q") as words:
+                self._room.put_tags(words[1::_ENTRY_WORDS], words[2::_ENTRY_WORDS])
+            self._room.number(raw, range(lba, lba + count))
+        if failed or not self._open(key, lba, raw, entries):
             for number in range(count):
-                if number in failed or not key.open_run_at(self._room, number, self._plains[number]):
+                at = number * _ENTRY
+                if number in failed or not self._open(key, lba, raw, entries[at : at + _ENTRY], number):
                     self._bad.append(_BAD.pack(lba + number, raw + number, failed.get(number, 0)))
                     self._plains[number][:] = ZERO_BLOCK
         self._target.pwrite(lba * BLOCK, self._plain[: count * BLOCK])
 
+    def _open(self, key: OpeningKey, lba: int, raw: int, entries: memoryview, number: int = 0) -> bool:
+        """Open as many of the blocks as there are entries, from this one on; whether all tags verify."""
+        count = len(entries) // _ENTRY
+        if self._native is not None:
+            sealed, plain = self._sealed[number * BLOCK :], self._plain[number * BLOCK :]
+            return key.open_blocks(
+                self._native, lba + number, raw + number, sealed=sealed, entries=entries, plain=plain
+            )
+        if count == 1:
+            return key.open_run_at(self._room, number, self._plains[number])
+        return key.open_run(self._room, self._plains[:count])
+
     def _read(self, raw: int, count: int) -> dict[int, int]:
         """Raw blocks; going on past damage, with the error number of each that the device does not give."""
         try:
-            read_parts(self._device, raw * BLOCK, self._room.blocks[:count])
+            read_parts(self._device, raw * BLOCK, self._room_for(0, count))
         except OSError:
             if not self._onward:
                 raise
@@ -203,22 +234,30 @@ class _Worker:
         failed = {}
         for number in range(count):
             try:
-                read_parts(self._device, (raw + number) * BLOCK, [self._room.blocks[number]])
+                read_parts(self._device, (raw + number) * BLOCK, self._room_for(number, 1))
             except OSError as exc:
                 failed[number] = exc.errno or errno.EIO
         return failed
 
+    def _room_for(self, number: int, count: int) -> list[memoryview]:
+        """Where ciphertexts are read to."""
+        if self._native is not None:
+            return [self._sealed[number * BLOCK : (number + count) * BLOCK]]
+        return self._room.blocks[number : number + count]
 
-def _runs(raws: Sequence[int], bits: int, start: int) -> Iterator[tuple[int, int]]:
-    """Where in a leaf, and how many, entries follow each other on the disk, each run in one segment."""
-    ends = [at for at, step in enumerate(map(operator.sub, raws[1:], raws), 1) if step != 1]
-    first = 0
-    for end in (*ends, len(raws)):
-        if raws[first]:
-            at = first
-            while at < end:
-                in_segment = (1 << bits) - (raws[at] - start & (1 << bits) - 1)
-                length = min(end - at, in_segment, STEP_BLOCKS)
-                yield at, length
-                at += length
-        first = end
+
+def _stretches(task: bytes, at: int, leaves: int) -> Iterator[tuple[int, bytearray]]:
+    """The entries of leaves that follow each other, and the first logical block of each such stretch."""
+    first, found = 0, bytearray()
+    for _ in range(leaves):
+        (index,) = _INDEX.unpack_from(task, at)
+        at += _INDEX.size
+        if found and index * _LEAF != first + len(found) // _ENTRY:
+            yield first, found
+            found = bytearray()
+        if not found:
+            first = index * _LEAF
+        found += task[at : at + _USED]
+        at += _USED
+    if found:
+        yield first, found

@@ -2,7 +2,8 @@
 
 The cipher is called once a block, so what Python does around each call is most of the cost. Here all that a call needs
 is cut to size once, used again and again, and numbered for a whole run at a time: then one loop in C goes over it. New
-memory for every run would cost more than the cipher.
+memory for every run would cost more than the cipher. Where there is a compiled loop (`native`), loads and exports have
+that do it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, Kind
+from jindiskd.jindisk.native import Blocks, Native
 
 TAG_BYTES = 16
 NONCE_BYTES = 12
@@ -102,6 +104,10 @@ class SealingRun(_Run):
         """Draw from an iterator that seals one block after the other into `places`, each time it is drawn from."""
         # All in C: each slice is 4112 long, which takes the 16 bytes of a tag whole.
         deque(map(memoryview.__setitem__, self._tags, map(slice, sealed), self._ends), maxlen=0)
+
+    def seal(self, native: Native, blocks: Blocks, plain: memoryview) -> int:
+        """Seal blocks by the compiled loop; how many."""
+        return native.seal(blocks, plain, self._room, self._tags_room)
 
     def data(self, count: int) -> memoryview:
         """The ciphertexts of the first blocks, until the next are sealed."""

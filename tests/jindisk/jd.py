@@ -16,6 +16,7 @@ from jindiskd.jindisk import crypto
 from jindiskd.jindisk.create import create_volume
 from jindiskd.jindisk.errors import VolumeFenced
 from jindiskd.jindisk.geometry import BLOCK, Geometry, default_geometry
+from jindiskd.jindisk.native import Blocks, Native, native
 from jindiskd.jindisk.session import Session
 from jindiskd.jindisk.volume import Volume, open_volume
 
@@ -140,14 +141,7 @@ class Audit:
                 return self._aead.encrypt_into(nonce, data, aad, into)
 
             def _note(self, nonce: bytes) -> None:
-                nonce = bytes(nonce)  # a view of memory that is used again
-                name = (hashlib.sha256(self._key).digest()[:16], nonce)
-                if name in audit.sealed:
-                    audit.repeated.append(nonce)
-                audit.sealed.add(name)
-                audit.count += 1
-                if self._key not in audit.drawn:
-                    audit.foreign += 1
+                audit.note(self._key, bytes(nonce))  # a view of memory that is used again
 
             def decrypt(self, nonce: bytes, data: bytes, aad: bytes) -> bytes:
                 return self._aead.decrypt(nonce, data, aad)
@@ -168,9 +162,31 @@ class Audit:
                 audit.drawn.add(found)
             return found
 
+        native()  # it tries itself once, by keys of its own
+        seal = Native.seal
+
+        def sealing(loop: Native, blocks: Blocks, plain: memoryview, sealed: memoryview, tags: memoryview) -> int:
+            count = seal(loop, blocks, plain, sealed, tags)
+            assert len(blocks.keys) == blocks.key_bytes
+            assert blocks.nonce is not None
+            for number in range(blocks.nonce, blocks.nonce + count):
+                audit.note(blocks.keys, crypto.block_nonce(number))
+            return count
+
+        monkeypatch.setattr(Native, "seal", sealing)
         monkeypatch.setattr(crypto, "AESGCM", Watched)
         monkeypatch.setattr(crypto.Generator, "draw", drawing)
         monkeypatch.setattr(crypto, "hkdf", deriving)
+
+    def note(self, key: bytes, nonce: bytes) -> None:
+        """A sealing."""
+        name = (hashlib.sha256(key).digest()[:16], nonce)
+        if name in self.sealed:
+            self.repeated.append(nonce)
+        self.sealed.add(name)
+        self.count += 1
+        if key not in self.drawn:
+            self.foreign += 1
 
     def new_process(self) -> None:
         """Another process begins: keys drawn before may not seal any more."""

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jd import KEY, UUID1
+from jd import KEY, UUID1, Audit
 
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
+from jindiskd.jindisk import bulk
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.crypto import Generator, SealingKey
@@ -21,6 +22,7 @@ from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic, VolumeUnrecognised
 from jindiskd.jindisk.export import bulk_export
 from jindiskd.jindisk.geometry import BLOCK, default_geometry, largest_logical, required_bytes
+from jindiskd.jindisk.native import Native, native
 from jindiskd.jindisk.pool import Pool, WorkerFailed
 from jindiskd.jindisk.runs import SealingRun
 from jindiskd.jindisk.volume import Volume, open_volume
@@ -221,3 +223,14 @@ def test_a_worker_that_is_killed_ends_the_work(left_processes: Callable[[], set[
     with pytest.raises(WorkerFailed, match="-9"):
         run()
     assert not left_processes()
+
+
+@pytest.mark.parametrize("choice", [native, lambda: None])
+def test_no_nonce_comes_twice(
+    choice: Callable[[], Native | None], image: Path, tmp_path: Path, audit: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of data, pages and superblock, by the compiled loop and without it; every key was drawn by this load."""
+    monkeypatch.setattr(bulk, "native", choice)
+    load(image, tmp_path / "volume", 1)
+    data = image.read_bytes()
+    assert audit.count > sum(any(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK))

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from jindiskd.jindisk.bulk import lengthen
 from jindiskd.jindisk.device import FileDevice, read_parts
 from jindiskd.jindisk.errors import VolumeUnauthentic
+from jindiskd.jindisk.native import native
 from jindiskd.jindisk.pool import Pool, default_workers
 from jindiskd.jindisk.runs import OpeningRun
-from jindiskd.jindisk.v1.keys import open_run
+from jindiskd.jindisk.v1.keys import blocks_of, open_run
 from jindiskd.jindisk.v1.layout import BLOCK
 from jindiskd.jindisk.v1.nodes import RECORD_BYTES
 from jindiskd.jindisk.v1.volume import Volume, block_name
@@ -22,7 +23,7 @@ STEP_BLOCKS = 64
 """Read, opened and written at once."""
 _COUNT = struct.Struct("<I")
 _RESULT = struct.Struct("<BQQ")
-_RECORD_WORDS = RECORD_BYTES // 8
+_RECORD_WORDS, _TAG_AT = RECORD_BYTES // 8, 8
 GOOD, BAD = 0, 1
 
 
@@ -108,6 +109,7 @@ class _Worker:
         # Used again and again: memory that is new costs more than the cipher.
         self._room, self._plain = OpeningRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
         self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
+        self._native, self._sealed = native(), memoryview(bytearray(STEP_BLOCKS * BLOCK))
 
     def work(self, task: bytes) -> bytes:
         """Read, open and write some blocks; how many bytes, or which block is not authentic."""
@@ -126,7 +128,8 @@ class _Worker:
                 and positions[done + run] == position + run
             ):
                 run += 1
-            read_parts(self._device, (self._layout.data_start + position) * BLOCK, self._room.blocks[:run])
+            room = [self._sealed[: run * BLOCK]] if self._native is not None else self._room.blocks[:run]
+            read_parts(self._device, (self._layout.data_start + position) * BLOCK, room)
             start = at + done * RECORD_BYTES
             bad = self._open(position, task[start : start + run * RECORD_BYTES], run)
             if bad is not None:
@@ -140,7 +143,13 @@ class _Worker:
 
     def _open(self, position: int, records: bytes, count: int) -> int | None:
         """Open blocks that were read; which one does not open."""
+        keys = struct.unpack("24x16s" * count, records)
+        if self._native is not None:
+            tags = memoryview(records)[_TAG_AT:]
+            good = self._native.unseal(
+                blocks_of(keys, position), self._sealed, tags, self._plain, tag_step=RECORD_BYTES
+            )
+            return good if good < count else None
         words = memoryview(records).cast("Q")
         self._room.put_tags(words[1::_RECORD_WORDS], words[2::_RECORD_WORDS])
-        keys = struct.unpack("24x16s" * count, records)
         return open_run(keys, position, self._room, self._plains[:count])

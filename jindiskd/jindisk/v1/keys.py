@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.errors import VolumeUnauthentic
+from jindiskd.jindisk.native import RUN, Blocks
 from jindiskd.jindisk.runs import OpeningRun, SealingRun
 
 ROOT_BYTES = 28
@@ -100,6 +101,12 @@ def _seal_into(key: bytes, plain: memoryview, aad: bytes, sealed: memoryview) ->
     else:
         sealed[:] = aead.encrypt(ZERO_NONCE, plain, aad)
     return len(sealed)
+
+
+def blocks_of(keys: Sequence[bytes], first: int) -> Blocks:
+    """Blocks of consecutive numbers from `first` on, each under its own key, for the compiled loop."""
+    runs = RUN.pack(first, len(keys))
+    return Blocks(b"".join(keys), KEY_BYTES, None, runs, first, aad_bytes=_SEQUENCE.size)
 
 
 def seal_run(keys: Sequence[bytes], first: int, plains: Sequence[memoryview], run: SealingRun) -> None:

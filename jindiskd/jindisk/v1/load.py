@@ -19,12 +19,13 @@ from jindiskd.jindisk.bulk import data_pieces, lengthen
 from jindiskd.jindisk.device import Device, FileDevice
 from jindiskd.jindisk.direct import DirectWriter
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeMalformed
+from jindiskd.jindisk.native import native
 from jindiskd.jindisk.pool import Pool, default_workers
 from jindiskd.jindisk.runs import SealingRun
 from jindiskd.jindisk.v1 import superblock
 from jindiskd.jindisk.v1.catalogue import Entry
 from jindiskd.jindisk.v1.index_file import IndexWriter
-from jindiskd.jindisk.v1.keys import KEY_BYTES, check_root, seal_run
+from jindiskd.jindisk.v1.keys import KEY_BYTES, blocks_of, check_root, seal_run
 from jindiskd.jindisk.v1.layout import (
     BITC_PER_BLOCK,
     BLOCK,
@@ -218,7 +219,7 @@ class _Worker:
     """The task, as it runs in the worker processes: seal blocks into a segment; their tags."""
 
     def __init__(self, source: _Source, target: FileDevice) -> None:
-        self._source, self._target = source, DirectWriter(target)
+        self._source, self._target, self._native = source, DirectWriter(target), native()
         # Used again and again: memory that is new costs more than the cipher.
         self._room, self._plain = SealingRun(STEP_BLOCKS), memoryview(bytearray(STEP_BLOCKS * BLOCK))
         self._plains = [self._plain[at : at + BLOCK] for at in range(0, len(self._plain), BLOCK)]
@@ -239,7 +240,11 @@ class _Worker:
             for start in range(0, length, STEP_BLOCKS):
                 count = min(STEP_BLOCKS, length - start)
                 self._source.read_into(lba + start, self._plain[: count * BLOCK])
-                seal_run(keys[done : done + count], position + done, self._plains[:count], self._room)
+                if self._native is not None:
+                    blocks = blocks_of(keys[done : done + count], position + done)
+                    self._room.seal(self._native, blocks, self._plain)
+                else:
+                    seal_run(keys[done : done + count], position + done, self._plains[:count], self._room)
                 self._target.write((raw + done) * BLOCK, self._room.data(count))
                 tags.append(self._room.tags(count))
                 done += count
