@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -44,6 +45,8 @@ LIMIT_BYTES = 1 << 20
 MOST_KEYS = 64
 KEY_BYTES = (1, 4096)
 DIGEST_BYTES = (32, 48)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+IDENTITY = re.compile(r"[0-9A-Za-z-]{1,64}")
 
 
 class HandoverUnusable(JindiskError, code="HandoverUnusable", exit_code=EXIT_INTEGRITY):
@@ -249,7 +252,8 @@ def read(data: bytes) -> Handover:
     if not found.launch_digests and found.platform.tee is not Tee.TDX:
         # What a TDX guest measures as is for the policy, by registers.
         raise HandoverUnusable("names no launch digest", "export it from an image that was measured")
-    if not found.name or len(found.name) > 63 or not found.image_id or len(found.image_id) > 64:
+    # They become parts of paths, of files that recovery copies are, and of lines that people read.
+    if not NAME.fullmatch(found.name) or not IDENTITY.fullmatch(found.image_id):
         raise HandoverUnusable("has no usable name or identity", "export it again")
     if found.amends is not None:
         _check_amendment(found, found.amends)

@@ -301,7 +301,8 @@ class Registry:
     def _retire(self, connection: sa.Connection, image_id: str, by_image: str, by: Requester) -> ImageRecord:
         """Revoke an image and give its name free; the record that it had."""
         record = self._record(connection, image_id)
-        values = {"state": KeyState.REVOKED.value, "name": f"{record.name}.{image_id[:8]}"}
+        # No longer than names are: it is still exported, and is among the recovery copies.
+        values = {"state": KeyState.REVOKED.value, "name": f"{record.name[:54]}.{image_id[:8]}"}
         self._store.change(connection, image_id, values)
         self._store.audit.append(connection, "replaced", image_id, by, {"by": by_image})
         return record

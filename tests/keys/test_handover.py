@@ -54,6 +54,15 @@ def test_what_goes_in_comes_out() -> None:
         handover.open_(again, OWNER)
 
 
+@pytest.mark.parametrize("member", ["image_id", "name"])
+@pytest.mark.parametrize("value", ["../../x", "/etc/x", ".", "..", "a/b", "a\nb", "a\x1b[2J", "", "a" * 65, "\ud800"])
+def test_names_and_identities_are_no_paths(member: str, value: str) -> None:
+    """A recovery copy is a file by the identity, below a folder of the owner's; whoever builds images chooses it."""
+    whole = json.loads(document.dump(sealed()))
+    with pytest.raises(JindiskError):
+        handover.read(json.dumps({**whole, member: value}).encode())
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=8) | st.floats(allow_nan=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
