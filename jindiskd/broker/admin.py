@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 import structlog
@@ -188,9 +189,12 @@ class Admin:
     # Calls
 
     def _find(self, name: str) -> ImageRecord:
-        for record in self._store.images():
-            if name in {record.image_id, record.name}:
-                return record
+        """An image by its identity, or else by its name: whoever built another may have named it like this one's id."""
+        records = self._store.images()
+        for of in (attrgetter("image_id"), attrgetter("name")):
+            for record in records:
+                if of(record) == name:
+                    return record
         raise NotFound("image", name)
 
     def _image(self, record: ImageRecord, *, full: bool = False) -> dict[str, Any]:

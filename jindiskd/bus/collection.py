@@ -121,15 +121,15 @@ class Collection(Generic[V, T]):
 
 
 def named(kind: str, name: str, views: Mapping[str, V], name_of: Callable[[V], str]) -> V:
-    """The one of `views`, by identity, that has this identity or this name.
+    """The one of `views`, by identity, that has this identity, or else this name: a name may look like an identity.
 
     Raises:
         NotFound: there is no such thing of this kind.
     """
-    for identity, view in views.items():
-        if name in {identity, name_of(view)}:
-            return view
-    raise NotFound(kind, name)
+    found = views.get(name) or next((view for view in views.values() if name_of(view) == name), None)
+    if found is None:
+        raise NotFound(kind, name)
+    return found
 
 
 class Follower:

@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jindiskd.base import document
+from jindiskd.base.platform import Platform
 from jindiskd.base.secret import Secret
 from jindiskd.broker.admin import Admin
 from jindiskd.broker.admin_request import Asked, Caller
 from jindiskd.broker.metrics import Metrics
-from jindiskd.errors import JindiskError
+from jindiskd.bus.collection import named
+from jindiskd.errors import JindiskError, NotFound
 from jindiskd.kbs import jwk
 from jindiskd.keys import handover
 from jindiskd.keys.audit import Requester
@@ -111,3 +113,19 @@ def test_plain_forms_round(admin: Admin) -> None:
     body = document.dump(told["rules"])
     again: Any = put.call(Asked(caller=ME, parts=("web",), query={}, body=body))
     assert again["rules"] == told["rules"]
+
+
+def test_an_identity_goes_before_a_name_that_looks_like_it(admin: Admin) -> None:
+    """An image that was named like another's identity is not taken for that, and what is done not done to it."""
+    (web,) = admin._store.images()
+    first = "0" * 8 + web.image_id[8:]  # sorts before
+    admin._store.add_image(first, web.image_id, Platform.SNP, "default/other/root", Secret(b"k" * 32))
+    admin._store.add_image("zz", "0", Platform.SNP, "default/third/root", Secret(b"k" * 32))
+    assert admin._find(web.image_id).name == "web"
+    assert admin._find("web").image_id == web.image_id
+    assert admin._find(first).image_id == first
+    views = {record.image_id: record for record in reversed(admin._store.images())}
+    assert named("image", web.image_id, views, lambda view: view.name).name == "web"
+    assert named("image", "0", views, lambda view: view.name).image_id == "zz"
+    with pytest.raises(NotFound):
+        named("image", "none", views, lambda view: view.name)
