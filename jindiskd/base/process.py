@@ -14,11 +14,10 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
-import structlog
-
+from jindiskd.base.logger import Logger
 from jindiskd.errors import JindiskError, TimedOut
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 STDERR_TAIL = 2000
 GRACE_S = 3.0

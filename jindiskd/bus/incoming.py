@@ -9,8 +9,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-import structlog
-
+from jindiskd.base.logger import Logger
 from jindiskd.bus.lib import (
     HeaderField,
     InvalidMessageError,
@@ -22,7 +21,7 @@ from jindiskd.bus.lib import (
     Unmarshaller,
 )
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 KINDS = frozenset(kind.value for kind in MessageType)
 REPLIES = frozenset((MessageType.METHOD_RETURN.value, MessageType.ERROR.value))

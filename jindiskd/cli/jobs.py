@@ -7,15 +7,15 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jindiskd.bus.contract import ROOT_PATH
 from jindiskd.cli.app import App
 from jindiskd.cli.client import Client, RemoteError
 from jindiskd.cli.output import clean, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 JOB = "org.jindisk1.Job"
 FINAL = frozenset(("succeeded", "failed", "cancelled"))
@@ -100,6 +100,9 @@ def view(app: App, path: str) -> Iterator[View]:
     if not app.progress_bar:
         yield _Lines(app, path)
         return
+    from rich.console import Console  # loading it takes as long as a command
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:<12}", markup=False),
         BarColumn(),
