@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from jindiskd.cli.output import clean_lines
 from jindiskd.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -138,7 +139,7 @@ def exit_status(app: App, body: Callable[[], object], program: str = "jindiskctl
         app.event("error" if status else "message", code or "done", text=text, finished=True, exit_status=status)
     elif text:
         with contextlib.suppress(BrokenPipeError):
-            click.echo(f"{program}: {text}", err=True)
+            click.echo(f"{program}: {clean_lines(text)}", err=True)
     return status
 
 

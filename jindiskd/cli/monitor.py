@@ -100,8 +100,8 @@ def sentence(item: News) -> str:
     """One piece of news for people; empty for what is only of passing interest."""
     data = item.data
     if item.event == "service":
-        return f"jindiskd {data.get('Version', '')} is {item.action}" + (
-            f", broker {data['Deployment']}" if item.action == "up" else ""
+        return f"jindiskd {clean(data.get('Version', ''))} is {item.action}" + (
+            f", broker {clean(data['Deployment'])}" if item.action == "up" else ""
         )
     if item.event == "decision":
         simulated = " (simulated: proves nothing)" if data["simulated"] else ""

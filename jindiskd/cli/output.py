@@ -21,6 +21,11 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def clean_lines(text: str) -> str:
+    """Text of others whose lines may stay, each of them clean."""
+    return "\n".join(clean(line) for line in text.split("\n"))
+
+
 class Styled(str):
     """Text that is clean, but for colours of ours."""
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from jindiskd.cli.app import App, exit_status
 from jindiskd.cli.console import Printable
 from jindiskd.cli.output import clean, fields, moment, parse_size, platform, size, table
+from jindiskd.errors import EXIT_FAILED, JindiskError
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,14 @@ def test_simulated_is_said_even_where_the_name_does_not():
 
 def test_no_moment_is_a_dash():
     assert moment(0) == "-"
+
+
+def test_an_error_of_another_machine_s_service_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What ends a command may hold names and words of guests, brokers and other hosts; its lines stay lines."""
+
+    def refused() -> None:
+        raise JindiskError("policy:\n  \x1b]0;owned\x07 no\x9b2J such key")
+
+    assert exit_status(App(), refused) == EXIT_FAILED
+    told = capsys.readouterr().err
+    assert told == "jindiskctl: policy:\n  \ufffd]0;owned\ufffd no\ufffd2J such key\n"
