@@ -99,6 +99,7 @@ def start(
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         raise StorageFailed(said)
+    read_ahead(node(number))
     return process
 
 
@@ -114,7 +115,6 @@ def _run(
             ours, kernels = socket.socketpair()
             nbd_kernel.attach([kernels.fileno()], volume.size_bytes, BLOCK_BYTES, nbd.FLAGS, index=number)
             kernels.close()
-            read_ahead(node(number))
             asked = listen(control(number))
         except Exception as exc:  # noqa: BLE001 - the agent turns it into a code
             report.sendall(explain(exc)[:16] or b"?")
@@ -156,7 +156,11 @@ def leave_unit() -> None:
 
 
 def read_ahead(device: Path) -> None:
-    """Have the kernel ask for more at a time than its default: each request costs a change of process."""
+    """Have the kernel ask for more at a time than its default: each request costs a change of process.
+
+    Never called by the process that serves the device: kernels of 6.12 and later wait here until no request is under
+    way, and a udev that runs asks for the first ones as soon as the device has a size.
+    """
     with contextlib.suppress(OSError):  # slower without, and nothing else
         Path("/sys/class/block", device.name, "queue/read_ahead_kb").write_text(str(READ_AHEAD_KIB), encoding="ascii")
 

@@ -214,3 +214,31 @@ def test_a_socket_does_not_hold_the_old_root(tmp_path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "False"]
+
+
+class Idle:
+    """A volume that nothing asks for."""
+
+    size_bytes = 1 << 20
+
+    def close(self) -> None:
+        """Nothing is there."""
+
+
+def test_who_serves_a_device_never_waits_for_its_requests(tmp_path, monkeypatch) -> None:
+    """Its queue is set from outside, once it is being served: newer kernels wait there for the requests that are under
+    way, which a udev may have made as soon as the device had its size."""
+    serving, asked = tmp_path / "serving", []
+    for name in ("harden", "listen"):
+        monkeypatch.setattr(storage, name, lambda *_: None)
+    monkeypatch.setattr(storage.nbd_kernel, "attach", lambda *_, **__: None)
+    monkeypatch.setattr(storage, "read_ahead", lambda device: asked.append((device, os.getpid())))
+
+    def serve(*_: object) -> None:
+        serving.write_text(f"{len(asked)}")
+
+    monkeypatch.setattr(storage, "serve", serve)
+    process = storage.start(Idle, lambda exc: repr(exc).encode(), timeout_s=300, number=2)
+    assert os.waitpid(process, 0) == (process, 0)
+    assert serving.read_text() == "0", "not by the process that serves"
+    assert asked == [(Path("/dev/nbd2"), os.getpid())]
