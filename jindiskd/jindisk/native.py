@@ -42,14 +42,13 @@ class Blocks(NamedTuple):
 
 
 class Native:
-    """The compiled loop. Holds no keys: each call expands its own, and wipes them."""
+    """The compiled loop. Holds no keys: each call expands its own, and wipes them. Threads may share it."""
 
-    __slots__ = ("_ffi", "_lib", "_runs")
+    __slots__ = ("_ffi", "_lib")
 
     def __init__(self, module: Any) -> None:
         """`module`: what `native_build` builds."""
         self._ffi, self._lib = module.ffi, module.lib
-        self._runs = memoryview(bytearray())
 
     def seal(self, blocks: Blocks, plain: Buffer, sealed: memoryview, tags: memoryview) -> int:
         """Seal blocks of 4096 bytes; how many.
@@ -98,11 +97,10 @@ class Native:
     def data_runs(self, plain: Buffer, base: int) -> bytes:
         """The runs of blocks of 4096 bytes that are not zero, as `RUN`; `base` is the first block's number."""
         count = len(plain) // BLOCK
-        if len(self._runs) < (count + 1) // 2 * RUN.size:
-            self._runs = memoryview(bytearray((count + 1) // 2 * RUN.size))
+        runs = bytearray((count + 1) // 2 * RUN.size)
         take = self._ffi.from_buffer
-        found: int = self._lib.data_runs(take(plain), count, base, take(self._runs, require_writable=True))
-        return bytes(self._runs[: found * RUN.size])
+        found: int = self._lib.data_runs(take(plain), count, base, take(runs, require_writable=True))
+        return bytes(runs[: found * RUN.size])
 
     def following(self, entries: Buffer, most: int, *, step: int) -> int:
         """How many entries, of `step` bytes, name raw blocks one behind the other, the first included; at most `most`.
@@ -146,7 +144,7 @@ def native() -> Native | None:
     """The compiled loop; None where it was not built, the processor lacks the instructions, or it does not agree.
 
     Before it is used it seals a block as `cryptography` does, and opens it: the library has other code for every
-    generation of processors, and what is sealed wrongly is lost. Not for threads: each process has one.
+    generation of processors, and what is sealed wrongly is lost.
     """
     try:
         module = importlib.import_module("jindiskd.jindisk._native")
