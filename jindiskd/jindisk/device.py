@@ -6,11 +6,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jindiskd.errors import Busy
+from jindiskd.errors import Busy, InvalidArgument
 
 
 class Device(Protocol):
@@ -131,6 +132,10 @@ class OpenFile:
             if exc.errno == errno.EBUSY:
                 raise Busy(os.fspath(self._path), "it is mounted, or another device lies on it") from exc
             raise
+        mode = os.fstat(self._fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            self.__exit__()
+            raise InvalidArgument("the device", os.fspath(self._path), "it is neither a file nor a block device")
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_EX if self._writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as exc:

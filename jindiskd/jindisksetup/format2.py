@@ -21,6 +21,7 @@ from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.create import create_volume, identify, wipe
 from jindiskd.jindisk.crypto import KEY_BYTES, SESSION_BYTES
 from jindiskd.jindisk.device import FileDevice, OpenFile
+from jindiskd.jindisk.errors import VolumeDeviceFailed
 from jindiskd.jindisk.export import bulk_export
 from jindiskd.jindisk.geometry import BLOCK, MIN_BLOCKS, Geometry, blocks_of, default_geometry, largest_logical
 from jindiskd.jindisk.identification import Identification
@@ -63,15 +64,18 @@ class JinDisk2:
         if not target.is_block and target.size_bytes < new.offset_bytes + geometry.end * BLOCK:
             os.ftruncate(target.fd, new.offset_bytes + geometry.end * BLOCK)
         device = FileDevice(target.fd, name=os.fspath(target.path), offset_bytes=new.offset_bytes)
-        return create_volume(
-            device,
-            geometry=geometry,
-            key=new.key,
-            uuid=new.uuid,
-            session_id=secrets.token_bytes(SESSION_BYTES),
-            label=new.label,
-            identified=identified,
-        )
+        try:
+            return create_volume(
+                device,
+                geometry=geometry,
+                key=new.key,
+                uuid=new.uuid,
+                session_id=secrets.token_bytes(SESSION_BYTES),
+                label=new.label,
+                identified=identified,
+            )
+        except OSError as exc:
+            raise VolumeDeviceFailed(f"formatting {target.path}", exc) from exc
 
     def load(self, source_fd: int, source_bytes: int, target: Target, new: NewVolume, progress: Progress) -> Document:
         """See `VolumeFormat`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -32,6 +33,8 @@ def read_key(app: App, path: Path | None, length: int, *, what: str = "key") -> 
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if stat.S_ISREG(found.st_mode) and found.st_mode & 0o077:
             app.say(f"warning: others may read the {what} file {path}; chmod 600 it")
         data = bytearray()

@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     log.setup("warning")
     app = App()
-    if arguments is None:  # the program itself: TERM ends it as ^C does, with nothing half done
+    if arguments is None:  # the program itself: TERM, or the end of the terminal, is as ^C: nothing is left half done
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup or the like
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
     words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(app, lambda: cli.main(words, prog_name=PROGRAM, standalone_mode=False, obj=app), PROGRAM)

@@ -220,6 +220,7 @@ def _export_stream(app: App, device: Path, given: dict[str, Any]) -> None:
             except OSError as exc:
                 if isinstance(exc.__cause__, JindiskError):
                     raise exc.__cause__ from None
+                exc.filename = exc.filename or "standard output"
                 raise
     app.say(f"Exported {size(volume.size_bytes)}, {size(written)} of data.")
 

@@ -22,7 +22,8 @@ from jindiskd.errors import EXIT_BUSY, Busy, InvalidArgument, JindiskError
 from jindiskd.jindisk.identification import MAGIC
 
 PROBE_S = 60.0
-BLKZEROOUT = 0x127F  # linux/fs.h
+BLKROGET = 0x125E  # linux/fs.h
+BLKZEROOUT = 0x127F
 ZERO_BYTES = 256 << 20
 _RANGE = struct.Struct("=QQ")
 
@@ -82,6 +83,8 @@ def overwriting(app: App, path: Path, *, offset_bytes: int, force: bool, yes: bo
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise Busy(os.fspath(path), "another process has the volume open; close it there") from exc
+        if is_block and _read_only(fd):
+            raise InvalidArgument("the target", os.fspath(path), "it is set read-only: blockdev --setrw it")
         end = os.lseek(fd, 0, os.SEEK_END)
         if not force and _holds_data(fd, offset_bytes, end, is_block=is_block):
             known = signature(path, fd, offset_bytes)
@@ -99,6 +102,11 @@ def overwriting(app: App, path: Path, *, offset_bytes: int, force: bool, yes: bo
         raise
     finally:
         os.close(fd)
+
+
+def _read_only(fd: int) -> bool:
+    """Whether a block device is set so; it can be opened for writing all the same."""
+    return any(fcntl.ioctl(fd, BLKROGET, bytes(4)))
 
 
 def _existing(path: Path) -> int:

@@ -197,7 +197,7 @@ def test_streams_that_do_not_fit(key, tmp_path, words, data) -> None:
     assert not (tmp_path / "v").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(key, tmp_path, number) -> None:
     """130, and nothing half done: no volume, no key, no anchor."""
     given = ["--size", "64M", "--generate-key", tmp_path / "k", "--anchor", tmp_path / "a"]

@@ -1,13 +1,17 @@
 """`jindisksetup`: what was there is not lost by accident, and what is half done is never taken for whole."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from jd import KEY
 from jd_setup import PROGRAM, SIZE, contents
+
+from jindiskd.jindisksetup.main import main
 
 KEY1 = bytes(range(100, 128))
 
@@ -99,3 +103,36 @@ def test_a_stream_that_ends_early_is_told_of(key, tmp_path) -> None:
     assert done.returncode == 0
     assert b"32000" not in done.stderr
     assert b"ended" not in done.stderr
+
+
+def test_every_error_names_its_thing(setup, key, plain, tmp_path) -> None:
+    """Files that cannot be what they are given as."""
+    setup("load", plain, tmp_path / "v", "--key-file", key)
+    (tmp_path / "d").mkdir()
+    for status, thing, words in (
+        (1, tmp_path / "d", ["check", tmp_path / "v", "--key-file", tmp_path / "d", "--unanchored"]),
+        (2, tmp_path / "d", ["check", tmp_path / "d", "--key-file", key, "--unanchored"]),
+        (2, "/dev/zero", ["check", "/dev/zero", "--key-file", key, "--unanchored"]),
+        (2, "/dev/full", ["export", tmp_path / "v", "/dev/full", "--key-file", key, "--unanchored"]),
+        (1, tmp_path / "d" / "none", ["check", tmp_path / "d" / "none", "--key-file", key, "--unanchored"]),
+        (1, tmp_path / "d", ["load", plain, tmp_path / "d", "--key-file", key]),
+    ):
+        setup(*words, status=status)
+        assert f"{thing}" in setup.said, words
+    with Path("/dev/full").open("wb") as full:
+        words = [PROGRAM, "export", tmp_path / "v", "-", "--key-file", key, "--unanchored"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "standard output: No space left on device" in done.stderr
+
+
+def test_a_device_that_refuses_is_named(key, tmp_path, monkeypatch, capsys) -> None:
+    """A store that fails while a volume is made: what failed, and of what."""
+
+    def refused(*_: object) -> int:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "pwrite", refused)
+    assert main(["format", str(tmp_path / "v"), "--size", "16M", "--key-file", str(key)]) == 1
+    assert f"formatting {tmp_path / 'v'}: Operation not permitted" in capsys.readouterr().err
+    assert not (tmp_path / "v").exists()
