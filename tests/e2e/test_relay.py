@@ -1,5 +1,6 @@
 """A Debian guest boots through the relay with a key from its owner's broker, of which the host sees nothing."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -49,7 +50,9 @@ def test_what_the_owner_refuses_is_told_and_what_is_away_too(place: tuple[Host, 
     """A revoked key is a refusal, status 7; a broker that is away is none, and is named on the bus."""
     host, owner = place
     owner.ctl("key", "revoke", "web")
+    began = time.monotonic()
     done = host.ctl("launch", "web", check=False)
+    took_s = time.monotonic() - began
     assert done.returncode == 7, done.stderr
     assert "E33" in done.stderr
     assert host.json("domain", "show", "web")["domain"]["State"] == "refused"
@@ -57,8 +60,13 @@ def test_what_the_owner_refuses_is_told_and_what_is_away_too(place: tuple[Host, 
     owner.ctl("key", "reinstate", "web")
     port = owner.ports["guests"]
     owner.stop()
-    done = host.ctl("launch", "web", "--timeout", "90", check=False)
-    assert done.returncode == 1, done.stderr
-    domain = host.json("domain", "show", "web")["domain"]
-    assert domain["State"] == "failed"
-    assert f"127.0.0.1:{port}" in host.log.read_text()
+    log, away = host.log, "the owner's broker cannot be reached"
+    before = log.read_text().count(away)
+    for times in (2, 10, 50):  # a busy machine may not let the guest come so far as to ask
+        done = host.ctl("launch", "web", "--timeout", str(10 + round(times * took_s)), check=False)
+        assert done.returncode == 1, done.stderr
+        assert host.json("domain", "show", "web")["domain"]["State"] == "failed"
+        if log.read_text().count(away) > before:
+            break
+    (line, *_) = [line for line in log.read_text().splitlines() if away in line][before:]
+    assert f"127.0.0.1:{port}" in line
