@@ -61,11 +61,19 @@ class Client:
         """`host`: whose service it is, if not this machine's."""
         self._bus, self.auto_start, self.host = bus, auto_start, host
         self._signals: asyncio.Queue[Any] = asyncio.Queue()
+        self._owner: str | None = None
         self._interactive = interactive and sys.stdin.isatty()
         bus.add_message_handler(self._on_message)
 
     def _on_message(self, message: Any) -> bool:
-        if message.message_type is MessageType.SIGNAL:
+        """Keep the signals that are to be believed: a bus hands over what any of its users sends to us by name."""
+        if message.message_type is not MessageType.SIGNAL:
+            return False
+        if message.sender == FDO:
+            if message.member == "NameOwnerChanged" and message.body[0] == BUS_NAME:
+                self._owner = message.body[2]
+                self._signals.put_nowait(message)
+        elif self._owner and message.sender == self._owner:
             self._signals.put_nowait(message)
         return False
 
@@ -143,6 +151,12 @@ class Client:
         )
         for rule in rules:
             await self._send(FDO, "/org/freedesktop/DBus", FDO, "AddMatch", "s", [rule])
+        owner = ""
+        with contextlib.suppress(ServiceUnavailable):  # nobody has the name yet
+            reply = await self._send(FDO, "/org/freedesktop/DBus", FDO, "GetNameOwner", "s", [BUS_NAME])
+            owner = reply.body[0]
+        if self._owner is None:  # otherwise the bus has told since then who it is
+            self._owner = owner
 
     async def signals(self) -> AsyncIterator[tuple[str, str, list[Any]]]:
         """The signals as they come: path, member, arguments.
@@ -163,7 +177,7 @@ class Client:
         """
         while True:
             message = await self._signals.get()
-            if message.member == "NameOwnerChanged" and message.sender == FDO:
+            if message.sender == FDO:
                 yield "", message.member, message.body
             elif message.path.startswith(ROOT_PATH):
                 yield message.path, message.member, plain(message.body)
