@@ -116,7 +116,7 @@ class Client:
         assert (found, done) == (cookie, 1)
         if kind == 0x8001:
             return int.from_bytes(payload[:4], "big")
-        assert kind == bool(payload), "no data are no chunk of data"
+        assert kind == bool(payload[8:]), "no data are no chunk of data"
         assert not payload or int.from_bytes(payload[:8], "big") == offset
         return payload[8:]
 

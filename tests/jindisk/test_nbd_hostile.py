@@ -17,6 +17,7 @@ from nbd_volume import (
     DF,
     FAST,
     FLUSH,
+    FUA,
     NO_HOLE,
     READ,
     REQ_ONE,
@@ -74,7 +75,7 @@ def target(tmp_path):
     ],
     ids=["http", "flags", "magic", "huge", "large", "unfixed", "name", "many", "silent", "partial"],
 )
-def test_junk_instead_of_a_handshake(target, junk) -> None:
+def test_junk_instead_of_a_handshake(target, junk, request) -> None:
     """The connection ends at once, or at the time limit."""
     sock, _, told = target
     with Client(sock) as client:
@@ -87,7 +88,11 @@ def test_junk_instead_of_a_handshake(target, junk) -> None:
     deadline = time.monotonic() + 30
     while not told and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert told
+    words = {
+        "flags": "unknown flags", "http": "unknown flags", "magic": "wrong magic", "huge": " bytes", "large": " bytes",
+        "unfixed": "without having agreed", "name": "not here", "many": "too many options",
+    }  # fmt: skip
+    assert words.get(request.node.callspec.id, "time limit") in told[0]
 
 
 NAME = struct.pack(">I", 0)
@@ -270,6 +275,80 @@ def test_one_extent_where_one_is_asked_for(target) -> None:
         assert client.status(BLOCK + 100, 9 * BLOCK, flags=REQ_ONE) == [(7 * BLOCK - 100, 3)]
         assert client.status(8 * BLOCK + 1, BLOCK) == [(BLOCK - 1, 0), (1, 3)]
         assert client.read(0, 0) == b""
+        assert client.status(0, 0) == errno.EINVAL
+
+
+def test_what_is_durable_at_once() -> None:
+    """FUA of each change, and flush: the volume is told to flush, after the change, before the answer."""
+
+    class Told(Memory):
+        def __init__(self) -> None:
+            super().__init__()
+            self.done: list[str] = []
+
+        def write(self, offset: int, data: bytearray) -> None:
+            self.done.append("change")
+            super().write(offset, data)
+
+        def flush(self) -> None:
+            self.done.append("flush")
+
+    ours, theirs = socket.socketpair()
+    volume = Told()
+    thread = threading.Thread(target=Connection(ours, volume, Agreed(structured=True, allocation=False)).run)
+    thread.start()
+    try:
+        theirs.settimeout(60)
+        for kind, flags, done in (
+            (WRITE, 0, ["change"]), (WRITE, FUA, ["change", "flush"]), (TRIM, 0, ["change"]),
+            (TRIM, FUA, ["change", "flush"]), (ZERO, NO_HOLE, ["change"]), (ZERO, FUA | NO_HOLE, ["change", "flush"]),
+            (FLUSH, 0, ["flush"]), (FLUSH, FUA, ["flush"]),
+        ):  # fmt: skip
+            volume.done.clear()
+            length = 0 if kind == FLUSH else 4
+            data = b"data" if kind == WRITE else b""
+            theirs.sendall(struct.pack(">IHHQQI", 0x25609513, flags, kind, 9, 0, length) + data)
+            assert struct.unpack(">IIQ", theirs.recv(16)) == (0x67446698, 0, 9)
+            assert volume.done == done, kind
+    finally:
+        theirs.close()
+        thread.join(60)
+        ours.close()
+
+
+def test_a_context_counts_for_the_name_it_was_chosen_for(tmp_path) -> None:
+    """And only until the next attempt to choose; by both ways into transmission."""
+    query = struct.pack(">II", 1, 15) + b"base:allocation"
+    disk = struct.pack(">I", 4) + b"disk"
+    with served(tmp_path / "v", name="disk") as (sock, _):
+        for first, second, good in ((NAME, NAME, True), (NAME, disk, False), (disk, disk, True), (disk, NAME, False)):
+            for by_go in (True, False):
+                with Client(sock) as client:
+                    client.greet()
+                    client.option(8)
+                    client.structured = True
+                    assert len(client.option(10, first + query)) == 1
+                    if by_go:
+                        client.option(7, second + b"\0\0")
+                    else:
+                        client.stream.sendall(struct.pack(">QII", 0x49484156454F5054, 1, len(second) - 4) + second[4:])
+                        client.receive(10)
+                    found = client.status(0, BLOCK)
+                    assert found == ([(BLOCK, 3)] if good else errno.EINVAL)
+        with Client(sock) as client:
+            client.greet()
+            client.option(8)
+            client.structured = True
+            client.option(10, NAME + query)
+            with pytest.raises(Refused):
+                client.option(10, b"junk")
+            client.option(7, NAME + b"\0\0")
+            assert client.status(0, BLOCK) == errno.EINVAL
+        with Client(sock) as client:  # who has not agreed to do without gets padding
+            client.greet(flags=1)
+            client.stream.sendall(struct.pack(">QII", 0x49484156454F5054, 1, 0))
+            assert client.receive(134)[10:] == bytes(124)
+            assert client.read(0, 4) == bytes(4)
 
 
 def test_who_takes_no_answers_holds_nobody_up(target) -> None:
@@ -311,7 +390,7 @@ def test_too_many_clients_are_turned_away(target) -> None:
     for client in clients:
         client.go()
     with Client(sock) as more:
-        assert more.closed()
+        assert more.stream.recv(1) == b"", "not even greeted"
     clients[0].stream.close()
     deadline = time.monotonic() + 30
     while True:
