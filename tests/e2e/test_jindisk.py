@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.host, pytest.mark.slow]
 def host() -> Iterator[Host]:
     """A service with a Debian image, `web`, which has a data volume."""
     with cleared(started("volumes")) as made:
-        made.ctl("image", "build", "web", "--base", str(BASE), "--volume", "data:64M:/srv/data")
+        made.build_brisk("web", "--volume", "data:64M:/srv/data")
         yield made
 
 

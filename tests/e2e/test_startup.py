@@ -27,7 +27,7 @@ def virsh(*words: str) -> str:
 
 @pytest.fixture(scope="module")
 def plain(host: Host) -> str:
-    """An image with a LUKS2 root."""
+    """An image with a LUKS2 root, of the base as it is."""
     host.ctl("image", "build", "plain", "--base", str(BASE), "--format", "luks2")
     return "plain"
 
