@@ -39,11 +39,13 @@ def link_volume(name: str, node: Path, links: Path = VOLUMES, rules: Path = RULE
     `node` is the block device, or a link to it.
     """
     device = Path(os.path.realpath(node))
+    # systemd takes a mapping without a name for one that is not ready, and small systems have no rule that says it.
+    named = 'ENV{DM_NAME}="$attr{dm/name}", ' if device.name.startswith("dm-") else ""
     links.mkdir(mode=0o755, parents=True, exist_ok=True)
     links.joinpath(name).symlink_to(os.path.relpath(device, links))
     rules.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     with rules.open("a", encoding="ascii") as text:
-        text.write(f'SUBSYSTEM=="block", KERNEL=="{device.name}", SYMLINK+="disk/by-jindisk/{name}"\n')
+        text.write(f'SUBSYSTEM=="block", KERNEL=="{device.name}", {named}SYMLINK+="disk/by-jindisk/{name}"\n')
 
 
 def remember_mapping(mapping: Mapping, database: Path = DATABASE) -> None:

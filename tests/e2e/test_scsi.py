@@ -46,9 +46,8 @@ def test_a_launched_guest_has_its_disks_there(host: Host) -> None:
 
 def test_an_adopted_guest_finds_its_root_behind_another_disk(host: Host, tmp_path) -> None:
     """The image's disk is `sdb` here, and the data volume's one of virtio; on other buses it is refused."""
-    other = tmp_path / "other.img"
+    other = host.state / "other.img"  # where QEMU may read
     other.write_bytes(bytes(4 << 20))
-    tmp_path.chmod(0o755)
     words = [
         "virt-install", "--connect", "qemu:///system", "--name", "theirs", "--memory", "1024", "--virt-type", "qemu",
         "--import", "--osinfo", "generic", "--machine", "q35", "--graphics", "none", "--network", "none",

@@ -97,7 +97,7 @@ def test_volumes_have_links_that_udev_makes_again(tmp_path) -> None:
     assert (links / "logs").resolve() == tmp_path / "dm-3"
     assert rules.read_text() == (
         'SUBSYSTEM=="block", KERNEL=="nbd1", SYMLINK+="disk/by-jindisk/data"\n'
-        'SUBSYSTEM=="block", KERNEL=="dm-3", SYMLINK+="disk/by-jindisk/logs"\n'
+        'SUBSYSTEM=="block", KERNEL=="dm-3", ENV{DM_NAME}="$attr{dm/name}", SYMLINK+="disk/by-jindisk/logs"\n'
     )
 
 
