@@ -9,10 +9,10 @@ from .lanes import EMPTY, ROOT, Piece
 MACHINES = "(guest or host)"
 LONG_FIRST = ("e2e/", "guest/", "domain/")  # in this order; then the rest
 SECONDS = {
-    "service": 380, "the rest": 330, "e2e/test_jindisk.py": 270, "guest/test_boot.py": 220, "image": 210,
-    "e2e/test_startup.py": 200, "e2e/test_relay.py": 150, "e2e/test_faults.py": 100, "jindisk": 95,
-    "domain/test_launch.py": 85, "guest/test_jindisk.py": 75, "guest/test_storage.py": 65, "e2e/test_virsh.py": 60,
-    "e2e/test_hostile_guest.py": 55, "domain/test_virsh.py": 45, "e2e/test_rootfs.py": 40,
+    "service": 300, "the rest": 230, "guest/test_boot.py": 222, "image": 221, "e2e/test_jindisk.py": 204,
+    "e2e/test_startup.py": 194, "jindisk": 102, "domain/test_launch.py": 85, "e2e/test_relay.py": 79,
+    "guest/test_jindisk.py": 75, "e2e/test_faults.py": 67, "guest/test_storage.py": 66, "domain/test_virsh.py": 42,
+    "e2e/test_virsh.py": 41, "e2e/test_hostile_guest.py": 37, "e2e/test_rootfs.py": 35,
 }  # fmt: skip
 """What pieces of the short tests take on an idle machine of two processors, about: those that take long come first, so
 that no lane waits for another at the end. What is not named takes less."""
