@@ -127,16 +127,8 @@ class HandedKeys:
         with self._lock:
             key = self._changing[change.image_id]
         built = [(one, volume) for one, volume in manifest.anchored if change.added and one == change.added]
-        told = Handover(
-            image_id=manifest.image_id,
-            name=manifest.name,
-            platform=manifest.platform,
-            resource=manifest.resource,
-            launch_digests=(manifest.launch_digest,) if manifest.launch_digest else (),
-            created=manifest.created,
-            volumes=tuple(HandedVolume(volume=volume.uuid, resource=resource) for resource, volume in built),
-            amends=Amendment(before=change.before, added=change.added, removed=change.removed),
-        )
+        amends = Amendment(before=change.before, added=change.added, removed=change.removed)
+        told = _told(manifest, [HandedVolume(volume=volume.uuid, resource=one) for one, volume in built], amends=amends)
         anchors = {volume.uuid: Anchor.unpack(volume.anchor) for _, volume in built}
         keys = {change.added: key} if key is not None else {}
         sealed = handover.seal(told, keys, anchors, self._card.transfer_key)
@@ -184,18 +176,8 @@ class HandedKeys:
         """Seal the keys of a finished image, durably; then they are held no longer."""
         with self._lock:
             keys, rules = self._building.pop(manifest.image_id), self._rules.pop(manifest.image_id)
-        told = Handover(
-            image_id=manifest.image_id,
-            name=manifest.name,
-            platform=manifest.platform,
-            resource=manifest.resource,
-            launch_digests=(manifest.launch_digest,) if manifest.launch_digest else (),
-            created=manifest.created,
-            volumes=tuple(
-                HandedVolume(volume=volume.uuid, resource=resource) for resource, volume in manifest.anchored
-            ),
-            rules=rules,
-        )
+        volumes = [HandedVolume(volume=volume.uuid, resource=resource) for resource, volume in manifest.anchored]
+        told = _told(manifest, volumes, rules=rules)
         anchors = {volume.uuid: Anchor.unpack(volume.anchor) for _, volume in manifest.anchored}
         try:
             sealed = handover.seal(told, keys, anchors, self._card.transfer_key)
@@ -385,6 +367,23 @@ class OwnersKeys:
     async def explain(self, *, image_id: str | None, domain: str | None, row: int | None, job: Job) -> str:  # noqa: ARG002
         """At the owner's."""
         _owner("why a guest was refused", "jindiskctl broker audit list")
+
+
+def _told(
+    manifest: Manifest, volumes: Sequence[HandedVolume], *, rules: str = "", amends: Amendment | None = None
+) -> Handover:
+    """What is in clear of a handover of an image as it is now, with these of its volumes."""
+    return Handover(
+        image_id=manifest.image_id,
+        name=manifest.name,
+        platform=manifest.platform,
+        resource=manifest.resource,
+        launch_digests=(manifest.launch_digest,) if manifest.launch_digest else (),
+        created=manifest.created,
+        volumes=tuple(volumes),
+        rules=rules,
+        amends=amends,
+    )
 
 
 def _wipe(keys: Mapping[str, Secret]) -> None:
