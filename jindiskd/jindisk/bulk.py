@@ -113,7 +113,11 @@ def bulk_load(
                 pieces = data_pieces(source_fd, source_offset_bytes, blocks)
             else:
                 pieces = _pieces_of(ranges, blocks)
+            length = os.lseek(source_fd, 0, os.SEEK_END)
             loader.run(pool, pieces, progress or (lambda _d, _t: None))
+            if os.lseek(source_fd, 0, os.SEEK_END) < length:
+                # Its end counts as zeros where it was, and nowhere else.
+                raise OSError(errno.ENODATA, "the source became shorter while it was read")
         return loader.finish(key=key, uuid=uuid, session_id=session_id, timestamp=timestamp, label=label)
     except OSError as exc:
         if exc.errno == errno.ENOSPC:

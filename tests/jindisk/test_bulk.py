@@ -19,7 +19,7 @@ from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.check import check_volume
 from jindiskd.jindisk.crypto import Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
-from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic, VolumeUnrecognised
+from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeFenced, VolumeUnauthentic, VolumeUnrecognised
 from jindiskd.jindisk.export import bulk_export
 from jindiskd.jindisk.geometry import BLOCK, default_geometry, largest_logical, required_bytes
 from jindiskd.jindisk.native import Native, native
@@ -234,3 +234,16 @@ def test_no_nonce_comes_twice(
     load(image, tmp_path / "volume", 1)
     data = image.read_bytes()
     assert audit.count > sum(any(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_source_that_becomes_shorter_is_not_read_as_zeros(workers: int, image: Path, tmp_path: Path) -> None:
+    """Its end counts as zeros where it was at the beginning, and nowhere else."""
+
+    def cut(done: int, _total: int) -> None:
+        if 0 < done < SIZE:
+            os.truncate(image, 10 << 20)
+
+    with pytest.raises(VolumeDeviceFailed, match="became shorter"):
+        load(image, tmp_path / "volume", workers, progress=cut)
+    assert (tmp_path / "volume").read_bytes()[OFFSET : OFFSET + BLOCK] == bytes(BLOCK), "not to be taken for a volume"
