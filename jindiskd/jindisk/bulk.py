@@ -19,7 +19,7 @@ from uuid import UUID
 
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
-from jindiskd.errors import InvalidArgument, NoSpace
+from jindiskd.errors import NoSpace
 from jindiskd.jindisk.create import wipe
 from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
@@ -27,6 +27,7 @@ from jindiskd.jindisk.direct import DirectWriter
 from jindiskd.jindisk.errors import VolumeDeviceFailed
 from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
 from jindiskd.jindisk.native import RUN, native
+from jindiskd.jindisk.pieces import PIECE_BLOCKS, PieceBuffer, Run, data_pieces, pieces_of
 from jindiskd.jindisk.pool import DEPTH, Pool, default_workers
 from jindiskd.jindisk.runs import SealingRun, packed_entries
 from jindiskd.jindisk.segments import FreeList, SegmentTable, Taken
@@ -34,18 +35,13 @@ from jindiskd.jindisk.slots import Slots
 from jindiskd.jindisk.superblock import HOLE, SLOT_START, Superblock, root_after_superblock
 from jindiskd.jindisk.tree import PageWriter, Tree, TreeUpdate
 
-PIECE_BLOCKS = 256
-"""Read at once; a worker holds `DEPTH` such pieces."""
 SMALL_BLOCKS = 8192
 """Below this, processes cost more than they bring."""
 _TASK = struct.Struct("<?QI")
 """Whether to seal a piece, then first block and count of the piece to read; chunks follow."""
 _CHUNK = struct.Struct("<Q32sI")
 """First raw block, key, number of runs; these follow."""
-_ZERO, _WORDS = bytes(BLOCK), BLOCK // 8
 _F_LEAF, _F_ENTRY, _R_LEAF = PER_LEAF[Kind.F], ENTRY_BYTES[Kind.F], PER_LEAF[Kind.R]
-Run = tuple[int, int]
-"""First block and count."""
 
 
 def bulk_load(
@@ -112,7 +108,7 @@ def bulk_load(
             if ranges is None:
                 pieces = data_pieces(source_fd, source_offset_bytes, blocks)
             else:
-                pieces = _pieces_of(ranges, blocks)
+                pieces = pieces_of(ranges, blocks)
             length = os.lseek(source_fd, 0, os.SEEK_END)
             loader.run(pool, pieces, progress or (lambda _d, _t: None))
             if os.lseek(source_fd, 0, os.SEEK_END) < length:
@@ -132,37 +128,6 @@ def lengthen(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def data_pieces(fd: int, offset: int, blocks: int) -> Iterator[Run]:
-    """The pieces of the source that may hold data, in order: runs of at most 256 blocks."""
-    at, end = 0, blocks * BLOCK
-    while at < end:
-        try:
-            start = os.lseek(fd, offset + at, os.SEEK_DATA) - offset
-            stop = os.lseek(fd, offset + start, os.SEEK_HOLE) - offset
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:
-                return  # only a hole follows, or the end
-            if exc.errno != errno.EINVAL:
-                raise
-            start, stop = at, end  # a device that knows no holes
-        first, last = max(at, start) // BLOCK, -(-min(stop, end) // BLOCK)
-        for block in range(first, last, PIECE_BLOCKS):
-            yield block, min(PIECE_BLOCKS, last - block)
-        at = last * BLOCK
-
-
-def _pieces_of(ranges: Sequence[tuple[int, int]], blocks: int) -> Iterator[Run]:
-    """The given parts of the source as runs of at most 256 blocks."""
-    before = 0
-    for offset, length in ranges:
-        first, last = offset // BLOCK, (offset + length) // BLOCK
-        if offset % BLOCK or length % BLOCK or not before <= first < last <= blocks:
-            raise InvalidArgument("a range of", f"{length} bytes at {offset}", "whole blocks, in order, in the image")
-        for block in range(first, last, PIECE_BLOCKS):
-            yield block, min(PIECE_BLOCKS, last - block)
-        before = last
-
-
 class _Worker:
     """The work as it is done in the worker processes: pieces of the source are read, looked at, held, and sealed.
 
@@ -175,8 +140,8 @@ class _Worker:
         self._native = native()
         # Used again and again, 1 MiB each: new memory, and memory far from the processor, cost more than the cipher.
         self._run = SealingRun(PIECE_BLOCKS)
-        self._free = [_Buffer() for _ in range(DEPTH)]
-        self._held: deque[tuple[int, _Buffer]] = deque()
+        self._free = [PieceBuffer() for _ in range(DEPTH)]
+        self._held: deque[tuple[int, PieceBuffer]] = deque()
 
     def close(self) -> None:
         """In the process that made it: nothing is left open."""
@@ -200,7 +165,7 @@ class _Worker:
                 result += b"".join(RUN.pack(first + start, length) for start, length in buffer.runs(count))
         return result
 
-    def _seal(self, task: bytes, start: int, buffer: _Buffer) -> bytes:
+    def _seal(self, task: bytes, start: int, buffer: PieceBuffer) -> bytes:
         at, tags = _TASK.size, list[bytes]()
         while at < len(task):
             raw, material, count = _CHUNK.unpack_from(task, at)
@@ -212,7 +177,7 @@ class _Worker:
             tags.append(self._run.tags(done))
         return b"".join(tags)
 
-    def _seal_chunk(self, key: SealingKey, raw: int, runs: memoryview, start: int, buffer: _Buffer) -> int:
+    def _seal_chunk(self, key: SealingKey, raw: int, runs: memoryview, start: int, buffer: PieceBuffer) -> int:
         """Seal runs of blocks of one piece for one segment; how many blocks."""
         if self._native is not None:
             return key.seal_blocks(self._native, raw, runs, base=start, plain=buffer.view, room=self._run)
@@ -222,37 +187,6 @@ class _Worker:
             plains += buffer.blocks[lba - start : lba - start + length]
         key.seal_run(raw, lbas, plains, self._run)
         return len(lbas)
-
-
-class _Buffer:
-    """Memory for a piece of the source."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray(PIECE_BLOCKS * BLOCK)
-        self.view = memoryview(self._memory)
-        self._words = self.view.cast("Q")
-        self.blocks = [self.view[at : at + BLOCK] for at in range(0, len(self.view), BLOCK)]
-
-    def read(self, fd: int, offset: int, count: int) -> None:
-        """Blocks of the source; zeros behind its end."""
-        done, end = 0, count * BLOCK
-        while done < end:
-            more = os.preadv(fd, [self.view[done:end]], offset + done)
-            if not more:
-                self.view[done:end] = bytes(end - done)
-                return
-            done += more
-
-    def runs(self, count: int) -> Iterator[Run]:
-        """Which of the first blocks are not zero."""
-        start = 0
-        for block, word in enumerate(self._words[: count * _WORDS : _WORDS]):
-            if not word and self._memory[block * BLOCK : (block + 1) * BLOCK] == _ZERO:
-                if block > start:
-                    yield start, block - start
-                start = block + 1
-        if count > start:
-            yield start, count - start
 
 
 @dataclass(slots=True)

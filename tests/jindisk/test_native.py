@@ -18,7 +18,7 @@ from jd import KEY, UUID1
 
 from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
-from jindiskd.jindisk import bulk, export, native
+from jindiskd.jindisk import bulk, export, native, pieces
 from jindiskd.jindisk.bulk import bulk_load
 from jindiskd.jindisk.crypto import Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
@@ -171,7 +171,7 @@ def test_it_tells_runs_of_data(loop: Native) -> None:
     """As the interpreted code does: of every pattern of ten blocks, where one byte, the first or last, makes data."""
     rng = random.Random(3)
     for pattern in range(1 << 10):
-        room = bulk._Buffer()
+        room = pieces.PieceBuffer()
         for at in range(10):
             if pattern >> at & 1:
                 room.view[at * BLOCK + rng.choice((0, 1, 8, BLOCK - 1))] = rng.randrange(1, 256)
@@ -238,7 +238,7 @@ def content(path: Path) -> dict[int, bytes]:
     """Digests of the blocks that are not zero. A volume of version 1 is many GiB of hole."""
     found = {}
     with path.open("rb") as file:
-        for first, count in bulk.data_pieces(file.fileno(), 0, path.stat().st_size // BLOCK):
+        for first, count in pieces.data_pieces(file.fileno(), 0, path.stat().st_size // BLOCK):
             data = os.pread(file.fileno(), count * BLOCK, first * BLOCK)
             for at in range(0, len(data), BLOCK):
                 if any(data[at : at + BLOCK]):

@@ -15,11 +15,12 @@ from contextlib import closing
 
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument, NoSpace
-from jindiskd.jindisk.bulk import data_pieces, lengthen
+from jindiskd.jindisk.bulk import lengthen
 from jindiskd.jindisk.device import Device, FileDevice
 from jindiskd.jindisk.direct import DirectWriter
 from jindiskd.jindisk.errors import VolumeDeviceFailed, VolumeMalformed
 from jindiskd.jindisk.native import native
+from jindiskd.jindisk.pieces import data_pieces
 from jindiskd.jindisk.pool import Pool, default_workers
 from jindiskd.jindisk.runs import SealingRun
 from jindiskd.jindisk.v1 import superblock
