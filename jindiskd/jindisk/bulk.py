@@ -21,11 +21,20 @@ from jindiskd.base.anchor import Anchor
 from jindiskd.base.secret import Secret
 from jindiskd.errors import NoSpace
 from jindiskd.jindisk.create import wipe
-from jindiskd.jindisk.crypto import TAG_BYTES, Generator, SealingKey
+from jindiskd.jindisk.crypto import Generator, SealingKey
 from jindiskd.jindisk.device import FileDevice
 from jindiskd.jindisk.direct import DirectWriter
 from jindiskd.jindisk.errors import VolumeDeviceFailed
-from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, PER_LEAF, Geometry, Kind, blocks_of, default_geometry
+from jindiskd.jindisk.geometry import (
+    BLOCK,
+    ENTRY_BYTES,
+    PER_LEAF,
+    TAG_BYTES,
+    Geometry,
+    Kind,
+    blocks_of,
+    default_geometry,
+)
 from jindiskd.jindisk.native import RUN, native
 from jindiskd.jindisk.pieces import PIECE_BLOCKS, PieceBuffer, Run, data_pieces, pieces_of
 from jindiskd.jindisk.pool import DEPTH, Pool, default_workers

@@ -23,12 +23,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from jindiskd.base.secret import Secret
 from jindiskd.errors import InvalidArgument
 from jindiskd.jindisk.errors import VolumeFenced, VolumeUnauthentic
-from jindiskd.jindisk.geometry import ENTRY_BYTES, Kind
+from jindiskd.jindisk.geometry import ENTRY_BYTES, TAG_BYTES, Kind
 from jindiskd.jindisk.native import RUN, Blocks, Native
 from jindiskd.jindisk.runs import OpeningRun, SealingRun
 
 KEY_BYTES = 32
-TAG_BYTES = 16
 SESSION_BYTES = 32
 ENTROPY_BYTES = 64
 MOST_AHEAD = 64

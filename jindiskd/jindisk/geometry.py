@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from jindiskd.errors import InvalidArgument
 
 BLOCK = 4096
+TAG_BYTES = 16
 JOURNAL_START = 8
 MIN_BLOCKS = 4096
 MAX_BLOCKS = 1 << 36

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from jindiskd.jindisk.geometry import BLOCK
+from jindiskd.jindisk.geometry import BLOCK, TAG_BYTES
 
-TAG_BYTES = 16
 RUN = struct.Struct("<QI")
 """A run of blocks: first number and count."""
 MOST_AAD = 24

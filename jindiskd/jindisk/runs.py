@@ -14,10 +14,9 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, Kind
+from jindiskd.jindisk.geometry import BLOCK, ENTRY_BYTES, TAG_BYTES, Kind
 from jindiskd.jindisk.native import Blocks, Native
 
-TAG_BYTES = 16
 NONCE_BYTES = 12
 _ENTRY = ENTRY_BYTES[Kind.F]
 STRIDE = BLOCK + TAG_BYTES

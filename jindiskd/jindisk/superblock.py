@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from jindiskd.base.secret import Secret
-from jindiskd.jindisk.crypto import TAG_BYTES, ZERO_NONCE, Generator, superblock_opening_key
+from jindiskd.jindisk.crypto import ZERO_NONCE, Generator, superblock_opening_key
 from jindiskd.jindisk.errors import VolumeInconsistent, VolumeMalformed, VolumeUnsupported
-from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START, REF_BYTES, Geometry, Kind
+from jindiskd.jindisk.geometry import BLOCK, JOURNAL_START, REF_BYTES, TAG_BYTES, Geometry, Kind
 from jindiskd.jindisk.identification import MAJOR, MINOR, Identification
 
 MAGIC = b"JD2super"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers, `jd`
 
-from jd import KEY, Audit
+from jd import BLOCK, KEY, Audit, content, world
+from jd_disk import WRITTEN
 
 from jindiskd.jindisksetup.main import main
 
@@ -22,6 +24,31 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Audit]:
     found.install(monkeypatch)
     yield found
     found.verify()
+
+
+@pytest.fixture
+def no_endless_loop() -> Iterator[None]:
+    """An alarm instead of a hanging suite."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("endless")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def disk() -> dict[int, bytes]:
+    """A volume whose newest superblock is not closed, with an empty journal."""
+    here = world()
+    session = here.create()
+    for lba in WRITTEN:
+        session.write(lba * BLOCK, content(lba))
+    session.checkpoint()
+    return dict(here.device.blocks)
 
 
 @pytest.fixture
