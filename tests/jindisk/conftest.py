@@ -12,7 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers, `jd`
 
 from jd import BLOCK, KEY, Audit, content, world
-from jd_disk import WRITTEN
+from jd_disk import SPARE, WRITTEN
+from jd_forge import Forge
 
 from jindiskd.jindisksetup.main import main
 
@@ -42,13 +43,16 @@ def no_endless_loop() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def disk() -> dict[int, bytes]:
-    """A volume whose newest superblock is not closed, with an empty journal."""
-    here = world()
-    session = here.create()
-    for lba in WRITTEN:
-        session.write(lba * BLOCK, content(lba))
-    session.checkpoint()
-    return dict(here.device.blocks)
+    """A volume whose newest superblock is not closed, with an empty journal. `SPARE` segments are not in use."""
+    while True:  # segments are drawn
+        here = world()
+        session = here.create()
+        for lba in WRITTEN:
+            session.write(lba * BLOCK, content(lba))
+        session.checkpoint()
+        blocks = dict(here.device.blocks)
+        if not SPARE & Forge(blocks, KEY).reader.keys.keys():
+            return blocks
 
 
 @pytest.fixture

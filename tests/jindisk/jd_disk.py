@@ -8,6 +8,8 @@ WRITTEN = [*range(200), 1000, 4095]
 """The logical blocks that have content."""
 D = GEOMETRY.data_start
 FREE = GEOMETRY.segments - 1
+SPARE = {1, 2, FREE}
+"""The segments that the cases name as free."""
 TAG = b"t" * 16
 
 
